@@ -1,0 +1,1 @@
+"""The HTTP layer around vLLM's own OpenAI application."""
