@@ -1,11 +1,11 @@
 """Reference of R-KV's scoring, selection and movement for one layer of one request.
 
-It follows the formulas step by step, keeps the whole N x N similarity matrix, and computes in float64 when it is
-given float64 tensors (in float32 otherwise). Every faster path of this package is tested against it.
+It follows the formulas step by step, keeps the whole N x N similarity matrix, and computes in float64 when
+it is given float64 tensors (in float32 otherwise). Every faster path of this package is tested against it.
 
-Sources: R-KV (arXiv 2505.24133), sections 3.2 to 3.4, in the variant of the authors' code: keys are cached after
-rotary embedding, the window's keys take part in redundancy, and each row cuts exactly one link (rkv_spec 1.3 to
-1.5 and 1.10).
+Sources: R-KV (arXiv 2505.24133), sections 3.2 to 3.4, in the variant of the authors' code: keys are cached
+after rotary embedding, the window's keys take part in redundancy, and each row cuts exactly one link
+(rkv_spec 1.3 to 1.5 and 1.10).
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """R-KV's scores in vectorised torch: the CPU engine's path, and the plain-torch baseline on a GPU.
 
-Same functions and results as ``naive``, in float32 whatever the input's dtype, with any leading batch dimensions
-(several layers, say), and without a temporary above ``TEMPORARY_BYTES``: the N x N similarity matrix never exists
-as a whole.
+Same functions and results as ``naive``, in float32 whatever the input's dtype, with any leading batch
+dimensions (several layers, say), and without a temporary above ``TEMPORARY_BYTES``: the N x N similarity
+matrix never exists as a whole.
 
-Redundancy uses that all column sums follow from the sum ``g`` of the normalised keys ``u``
-(``sum_i s_ij = u_j . g - |u_j|^2``, rkv_spec 4.4 B), so that only the newest match of each row needs the
-similarities. On a CPU the columns are visited from the newest on, and a row leaves the search as soon as it has
-found its match.
+Redundancy uses that all column sums follow from the sum ``g`` of the normalised keys ``u`` (``sum_i s_ij =
+u_j . g - |u_j|^2``, rkv_spec 4.4 B), so that only the newest match of each row needs the similarities. On a
+CPU the columns are visited from the newest on, and a row leaves the search as soon as it has found its
+match.
 """
 
 from __future__ import annotations
