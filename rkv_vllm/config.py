@@ -1,0 +1,140 @@
+"""What a server and a request may ask for, validated once; no vLLM, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+#: Newest tokens whose queries give importance; they are always kept (the paper's alpha).
+WINDOW = 8
+#: Width of the max-pool over candidates' importance.
+POOL_KERNEL = 7
+#: Cosine similarity above which two keys count as redundant (T in rkv_spec 1.4).
+SIMILARITY_THRESHOLD = 0.5
+
+PolicyName = Literal["rkv", "snapkv", "keydiff", "recency", "random"]
+POLICY_NAMES: tuple[PolicyName, ...] = get_args(PolicyName)
+#: Policies that score by the attention of the window's queries; the others look at the cache alone.
+QUERY_POLICIES: frozenset[PolicyName] = frozenset({"rkv", "snapkv"})
+
+#: `rkv_budget` of a request that keeps its full cache.
+OFF = 0
+#: Prefix of our keys in a request's `vllm_xargs`.
+XARGS_PREFIX = "rkv_"
+
+BudgetTokens = Annotated[int, Field(gt=WINDOW, strict=True)]
+BufferTokens = Annotated[int, Field(ge=WINDOW, strict=True)]
+
+
+def _off_or_above_window(tokens: int) -> int:
+    if tokens != OFF and tokens <= WINDOW:
+        raise ValueError("neither off nor above the window")
+    return tokens
+
+
+@dataclass(frozen=True, slots=True)
+class RequestBudget:
+    """The settings in force for one request that is compacted.
+
+    `budget` tokens stay per layer and KV head after a compaction, the window included; `buffer` tokens are
+    collected between two compactions; `policy` chooses which tokens stay.
+    """
+
+    budget: int
+    buffer: int
+    policy: PolicyName
+
+    @property
+    def threshold(self) -> int:
+        """Physical length, in tokens, at which a compaction is due."""
+        return self.budget + self.buffer
+
+    @property
+    def needs_queries(self) -> bool:
+        """Whether the policy looks at the queries of the last `WINDOW` tokens."""
+        return self.policy in QUERY_POLICIES
+
+
+class RkvConfig(BaseModel):
+    """Server-wide settings, carried in vLLM's `additional_config["rkv"]`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    budget: BudgetTokens | None = Field(
+        default=None,
+        description="Tokens kept per layer and KV head for requests that name no budget; none: full cache.",
+    )
+    buffer: BufferTokens = Field(default=128, description="Tokens collected between two compactions.")
+    policy: PolicyName = Field(default="rkv", description="What scores tokens.")
+    mix_lambda: float = Field(
+        default=0.1, ge=0.0, le=1.0, description="Weight of importance against redundancy in policy rkv."
+    )
+
+    @classmethod
+    def from_additional_config(cls, additional_config: Mapping[str, Any]) -> RkvConfig:
+        """Reads the settings out of vLLM's `additional_config`.
+
+        Raises: ValueError where the key `rkv` is missing; pydantic's ValidationError (a ValueError) where a
+        value is out of bounds.
+        """
+        if "rkv" not in additional_config:
+            raise ValueError(
+                "rkv-vllm's scheduler or worker is selected, but additional_config has no key 'rkv': take the "
+                "arguments from rkv_vllm.rkv_engine_args(...) or from `rkv-vllm args`"
+            )
+        return cls.model_validate(additional_config["rkv"])
+
+    def resolve(self, request: BudgetRequest) -> RequestBudget | None:
+        """The settings in force for a request, or None where it keeps its full cache."""
+        budget = self.budget if request.rkv_budget is None else request.rkv_budget
+        if budget is None or budget == OFF:
+            return None
+        return RequestBudget(
+            budget=budget,
+            buffer=self.buffer if request.rkv_buffer is None else request.rkv_buffer,
+            policy=self.policy if request.rkv_policy is None else request.rkv_policy,
+        )
+
+
+class BudgetRequest(BaseModel):
+    """What one request asks for in `SamplingParams.extra_args` (`vllm_xargs` over HTTP); None: the default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rkv_budget: Annotated[int, Field(strict=True), AfterValidator(_off_or_above_window)] | None = None
+    rkv_buffer: BufferTokens | None = None
+    rkv_policy: PolicyName | None = None
+
+    @classmethod
+    def from_extra_args(cls, extra_args: Mapping[str, Any] | None) -> BudgetRequest:
+        """Reads our keys, all those that begin with `rkv_`, and leaves the others alone.
+
+        Raises: ValueError, one line that names each wrong field and says what it takes.
+        """
+        if not extra_args:
+            return _NOTHING_ASKED
+        ours = {key: value for key, value in extra_args.items() if key.startswith(XARGS_PREFIX)}
+        if not ours:
+            return _NOTHING_ASKED
+        try:
+            return cls.model_validate(ours)
+        except ValidationError as error:
+            fields = dict.fromkeys(str(problem["loc"][0]) for problem in error.errors())
+            raise ValueError("; ".join(_explain(field, ours.get(field)) for field in fields)) from None
+
+
+_NOTHING_ASKED = BudgetRequest()
+
+
+def _explain(field: str, value: Any) -> str:
+    takes = {
+        "rkv_budget": f"takes {OFF} (full cache) or an integer above {WINDOW}",
+        "rkv_buffer": f"takes an integer of at least {WINDOW}",
+        "rkv_policy": f"takes one of {', '.join(POLICY_NAMES)}",
+    }
+    if field not in takes:
+        return f"{field} is unknown (known: {', '.join(takes)})"
+    return f"{field} {takes[field]}, not {value!r}"

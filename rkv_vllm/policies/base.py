@@ -1,0 +1,41 @@
+"""What a selection policy is given and what it gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from rkv_vllm.config import WINDOW
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreInputs:
+    """One layer of one request at a compaction.
+
+    Attributes:
+        keys: [H, N, D], the cached keys after rotary embedding, in temporal order.
+        queries: [Hq, WINDOW, D], the newest tokens' queries after rotary embedding, in any order; None where
+            the policy needs none.
+        scale: factor on the model's attention logits.
+        layer: index of the layer.
+        logical_length: tokens of the request so far.
+    """
+
+    keys: torch.Tensor
+    queries: torch.Tensor | None
+    scale: float
+    layer: int
+    logical_length: int
+
+    @property
+    def num_candidates(self) -> int:
+        return self.keys.shape[1] - WINDOW
+
+
+class Policy(Protocol):
+    """Scores the candidates: all cached tokens but the newest `WINDOW`, which are always kept."""
+
+    def scores(self, inputs: ScoreInputs) -> torch.Tensor:
+        """Returns: float32 [H, N - WINDOW]; the highest are kept, of equals the older."""

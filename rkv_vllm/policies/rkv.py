@@ -1,0 +1,34 @@
+"""R-KV: important and not redundant (arXiv 2505.24133, section 3; rkv_spec section 1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from rkv_vllm.config import POOL_KERNEL, SIMILARITY_THRESHOLD, WINDOW
+from rkv_vllm.kernels import tiled
+from rkv_vllm.policies.base import ScoreInputs
+
+
+@dataclass(frozen=True)
+class Rkv:
+    """`mix_lambda` times importance, less `1 - mix_lambda` times redundancy.
+
+    With `mix_lambda` 1 importance alone decides, which is how SnapKV scores (arXiv 2404.14469), with R-KV's
+    grouping of query heads.
+    """
+
+    mix_lambda: float
+
+    def scores(self, inputs: ScoreInputs) -> torch.Tensor:
+        assert inputs.queries is not None, "the scheduler records queries for this policy"
+        return tiled.rkv_scores(
+            inputs.queries,
+            inputs.keys,
+            window=WINDOW,
+            lam=self.mix_lambda,
+            threshold=SIMILARITY_THRESHOLD,
+            pool_kernel=POOL_KERNEL,
+            scale=inputs.scale,
+        )

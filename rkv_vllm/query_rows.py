@@ -1,0 +1,43 @@
+"""Which request owns which row of the query window (pure).
+
+A row holds the last queries of one request in every layer. Requests need one only in the few steps before a
+compaction, so that rows are lent then and taken back when the compaction ran.
+"""
+
+from __future__ import annotations
+
+#: More rows than this buy nothing: it takes as many requests within `WINDOW` tokens of their compaction at once.
+MOST_ROWS = 512
+
+
+def num_query_rows(max_num_seqs: int) -> int:
+    """Rows that scheduler and workers both reckon with."""
+    return min(max_num_seqs, MOST_ROWS)
+
+
+class QueryRows:
+    """The free list. A row is in exactly one place: free, or held by one request."""
+
+    def __init__(self, num_rows: int) -> None:
+        self.num_rows = num_rows
+        self._free = list(reversed(range(num_rows)))
+        self._held: dict[str, int] = {}
+
+    def hold(self, request_id: str) -> int | None:
+        """The request's row, lent now if it has none; None where all rows are out."""
+        if request_id not in self._held:
+            if not self._free:
+                return None
+            self._held[request_id] = self._free.pop()
+        return self._held[request_id]
+
+    def release(self, request_id: str) -> None:
+        """Takes the request's row back, if it has one."""
+        row = self._held.pop(request_id, None)
+        if row is not None:
+            self._free.append(row)
+
+    def check_integrity(self) -> None:
+        """Raises: AssertionError where a row was lost or is in two places."""
+        rows = [*self._free, *self._held.values()]
+        assert sorted(rows) == list(range(self.num_rows)), "query rows lost or held twice"

@@ -1,0 +1,106 @@
+"""Adapter for vLLM's V1 model runner: physical lengths for attention, logical ones for all else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
+
+from rkv_vllm.compactor import CpuCompactor
+from rkv_vllm.config import WINDOW, RkvConfig
+from rkv_vllm.cpu_cache import CpuLayerCache
+from rkv_vllm.plan import PLAN_ATTRIBUTE, Compaction, CompactionPlan
+from rkv_vllm.policies import make_policies
+from rkv_vllm.query_rows import num_query_rows
+from rkv_vllm.query_window import QueryWindow, window_positions
+
+
+class CompactingRunnerMixin:
+    """Put before vLLM's runner class by re-typing the instance: vLLM has no factory for its CPU runner.
+
+    `_evicted` maps a compacted request to its evicted tokens. All of vLLM's own state stays logical; what
+    attention reads (sequence lengths, slot mapping, block table) is made physical after vLLM prepared it.
+    """
+
+    _evicted: dict[str, int]
+    _query_window: QueryWindow
+    _compactor: CpuCompactor
+    _rkv_layers: list[Attention]
+
+    def watch_queries(self, layers: list[Attention]) -> None:
+        """To be called once, when the model is loaded and before memory is profiled."""
+        vllm_config: VllmConfig = self.vllm_config
+        num_rows = num_query_rows(vllm_config.scheduler_config.max_num_seqs)
+        self._evicted = {}
+        self._rkv_layers = layers
+        self._query_window = QueryWindow(layers, num_rows, self.device)
+
+    def initialize_kv_cache(
+        self, kv_cache_config: KVCacheConfig, is_profiling: bool = False, **kwargs: Any
+    ) -> None:
+        super().initialize_kv_cache(kv_cache_config, is_profiling, **kwargs)
+        if not is_profiling:
+            config = RkvConfig.from_additional_config(self.vllm_config.additional_config)
+            caches = [CpuLayerCache(layer) for layer in self._rkv_layers]
+            self._compactor = CpuCompactor(caches, self._query_window, make_policies(config))
+
+    def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
+        plan: CompactionPlan = getattr(scheduler_output, PLAN_ATTRIBUTE)
+        # Before vLLM writes anything: a page freed by this plan may have a new owner in this very step.
+        self._compactor.run(plan.compactions)
+        gone = (
+            *scheduler_output.finished_req_ids,
+            *(request.req_id for request in scheduler_output.scheduled_new_reqs),
+            *scheduler_output.scheduled_cached_reqs.resumed_req_ids,
+        )
+        for request_id in gone:
+            self._evicted.pop(request_id, None)
+        for compaction in plan.compactions:
+            self._shorten(compaction)
+        return super()._update_states(scheduler_output)
+
+    def _shorten(self, compaction: Compaction) -> None:
+        request_id = compaction.request_id
+        self._evicted[request_id] = compaction.evicted
+        pages = list(compaction.target_pages)
+        self.requests[request_id].block_ids[0][:] = pages
+        # A request that sat out the last step has no row; its state above is what brings it back.
+        row = self.input_batch.req_id_to_index.get(request_id)
+        if row is not None:
+            self.input_batch.block_table.add_row((pages,), row)
+
+    def _prepare_inputs(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray) -> Any:
+        prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        self._record_queries(getattr(scheduler_output, PLAN_ATTRIBUTE), num_scheduled_tokens)
+        evicted = [self._evicted.get(request_id, 0) for request_id in self.input_batch.req_ids]
+        if any(evicted):
+            self._make_physical(torch.tensor(evicted, dtype=torch.int32), num_scheduled_tokens)
+        return prepared
+
+    def _make_physical(self, evicted: torch.Tensor, num_scheduled_tokens: np.ndarray) -> None:
+        num_requests, num_tokens = len(evicted), int(num_scheduled_tokens.sum())
+        self.seq_lens[:num_requests] -= evicted
+        self.optimistic_seq_lens_cpu[:num_requests] -= evicted
+        by_token = evicted.repeat_interleave(torch.from_numpy(num_scheduled_tokens))
+        self.input_batch.block_table.compute_slot_mapping(
+            num_requests,
+            self.query_start_loc.gpu[: num_requests + 1],
+            self.positions[:num_tokens] - by_token,
+        )
+
+    def _record_queries(self, plan: CompactionPlan, num_scheduled_tokens: np.ndarray) -> None:
+        tokens: list[int] = []
+        places: list[int] = []
+        for request_id, query_row in plan.recordings.items():
+            row = self.input_batch.req_id_to_index[request_id]
+            first, count = self.input_batch.num_computed_tokens_cpu[row], num_scheduled_tokens[row]
+            batch_start = self.query_start_loc.np[row]
+            for position in window_positions(int(first), int(count)):
+                tokens.append(int(batch_start) + position - int(first))
+                places.append(query_row * WINDOW + position % WINDOW)
+        self._query_window.begin_step(tokens, places)

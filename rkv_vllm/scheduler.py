@@ -1,0 +1,288 @@
+"""vLLM's schedulers with compaction: plans rounds from counts, before vLLM schedules the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
+
+from rkv_vllm.block_manager import CompactingManager, register_compacting_spec
+from rkv_vllm.compatibility import refuse_unsupported
+from rkv_vllm.config import WINDOW, BudgetRequest, RequestBudget, RkvConfig
+from rkv_vllm.lengths import RequestLengths
+from rkv_vllm.plan import PLAN_ATTRIBUTE, Compaction, CompactionPlan
+from rkv_vllm.query_rows import QueryRows, num_query_rows
+from rkv_vllm.result import RESULT_KEY, CompactionResult
+
+logger = init_logger(__name__)
+
+
+@dataclass(slots=True)
+class TrackedRequest:
+    """A request that is compacted, and what its result will say.
+
+    `recorded_from` is the logical length at which its queries began to be recorded for the next compaction;
+    `rounds` counts compactions since it last started from nothing.
+    """
+
+    lengths: RequestLengths
+    recorded_from: int | None = None
+    rounds: int = 0
+    compactions: int = 0
+    evicted_tokens: int = 0
+    peak_pages: int = 0
+
+    @property
+    def budget(self) -> RequestBudget:
+        return self.lengths.budget
+
+    def has_queries(self, logical: int) -> bool:
+        if not self.budget.needs_queries:
+            return True
+        return self.recorded_from is not None and logical - self.recorded_from >= WINDOW
+
+    def compact(self, logical: int) -> None:
+        self.lengths.compact(logical)
+        self.recorded_from = None
+        self.rounds += 1
+        # Kept at their highest, so that a request which ends while preempted still says what happened to it.
+        self.compactions = max(self.compactions, self.rounds)
+        self.evicted_tokens = max(self.evicted_tokens, self.lengths.evicted)
+
+    def restart(self) -> None:
+        self.lengths.restart()
+        self.recorded_from = None
+        self.rounds = 0
+
+
+class CompactingSchedulerMixin:
+    """Put before one of vLLM's schedulers.
+
+    In each step, before vLLM decides anything: every running request that is due is shortened to its budget, so
+    that the freed pages serve this step's allocations. The workers execute the plan first thing in the step.
+    Whether a request is due follows from its own counts, never from its neighbours or from sampled tokens.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # The registry is asked for the manager class while the base class is being built.
+        register_compacting_spec()
+        super().__init__(*args, **kwargs)
+        vllm_config: VllmConfig = self.vllm_config
+        refuse_unsupported(vllm_config)
+        self._rkv_config = RkvConfig.from_additional_config(vllm_config.additional_config)
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        if len(managers) != 1 or not isinstance(managers[0], CompactingManager):
+            raise ValueError(
+                "rkv-vllm's scheduler needs one KV cache group under its own manager; found "
+                f"{[type(manager).__name__ for manager in managers]}: is rkv-vllm's worker selected too?"
+            )
+        self._manager = managers[0]
+        self._query_rows = QueryRows(num_query_rows(vllm_config.scheduler_config.max_num_seqs))
+        self._tracked: dict[str, TrackedRequest] = {}
+
+    # -- a request's life ----------------------------------------------------------------------------------
+
+    def add_request(self, request: Request) -> None:
+        super().add_request(request)
+        # A streaming-input session edits its own past, which a compacted cache cannot follow.
+        if request.resumable or request.request_id in self._tracked:
+            return
+        budget = self._rkv_config.resolve(self._asked_for(request))
+        if budget is None:
+            return
+        lengths = RequestLengths(request.num_prompt_tokens, budget)
+        self._tracked[request.request_id] = TrackedRequest(lengths)
+        self._manager.bound(request.request_id, lengths.most_slots)
+
+    @staticmethod
+    def _asked_for(request: Request) -> BudgetRequest:
+        if request.sampling_params is None:
+            return BudgetRequest()
+        try:
+            return BudgetRequest.from_extra_args(request.sampling_params.extra_args)
+        except ValueError as error:
+            # The front end refuses such a request; one that came another way must not stop the engine.
+            logger.warning("Request %s: %s; the server's default is used", request.request_id, error)
+            return BudgetRequest()
+
+    def _preempt_request(
+        self, request: Request, timestamp: float, drop_stale_output: bool = False
+    ) -> None:
+        tracked = self._tracked.get(request.request_id)
+        if tracked is not None:
+            self._note_pages(tracked, request)
+            tracked.restart()
+            self._query_rows.release(request.request_id)
+        super()._preempt_request(request, timestamp, drop_stale_output)
+
+    def _free_request(
+        self, request: Request, delay_free_blocks: bool = False
+    ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        result = self._result(request)
+        self._tracked.pop(request.request_id, None)
+        self._manager.unbound(request.request_id)
+        self._query_rows.release(request.request_id)
+        # Connectors are refused at start, so that nothing else answers in this field.
+        _, ec_transfer_params = super()._free_request(request, delay_free_blocks)
+        return {RESULT_KEY: result}, ec_transfer_params
+
+    def _result(self, request: Request) -> CompactionResult:
+        tracked = self._tracked.get(request.request_id)
+        page_size = self._manager.block_size
+        pages_without = cdiv(request.num_computed_tokens, page_size)
+        if tracked is None:
+            return CompactionResult(
+                budget=None,
+                buffer=None,
+                policy=None,
+                compactions=0,
+                evicted_tokens=0,
+                peak_pages=self._manager.num_pages(request.request_id),
+                pages_without_compaction=pages_without,
+                page_size=page_size,
+                reason="full cache",
+            )
+        self._note_pages(tracked, request)
+        return CompactionResult(
+            budget=tracked.budget.budget,
+            buffer=tracked.budget.buffer,
+            policy=tracked.budget.policy,
+            compactions=tracked.compactions,
+            evicted_tokens=tracked.evicted_tokens,
+            peak_pages=tracked.peak_pages,
+            pages_without_compaction=max(pages_without, tracked.peak_pages),
+            page_size=page_size,
+            reason=None if tracked.compactions else "shorter than budget + buffer",
+        )
+
+    def _note_pages(self, tracked: TrackedRequest, request: Request) -> None:
+        """Pages only grow between two compactions, so that looking before each change sees the peak."""
+        tracked.peak_pages = max(tracked.peak_pages, self._manager.num_pages(request.request_id))
+
+    # -- a step --------------------------------------------------------------------------------------------
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        plan = CompactionPlan()
+        for request in self.running:
+            tracked = self._tracked.get(request.request_id)
+            if tracked is not None and self._may_compact(request, tracked):
+                plan.compactions.append(self._compact(request, tracked))
+        output: SchedulerOutput = super().schedule(throttle_prefills)
+        if output.preempted_req_ids:
+            # Preempted after it was planned: its pages may have a new owner in this very step.
+            plan.compactions = [c for c in plan.compactions if c.request_id not in output.preempted_req_ids]
+        for request_id in output.num_scheduled_tokens:
+            tracked = self._tracked.get(request_id)
+            if tracked is not None:
+                self._record_if_needed(self.requests[request_id], tracked, output, plan)
+        setattr(output, PLAN_ATTRIBUTE, plan)
+        return output
+
+    def _may_compact(self, request: Request, tracked: TrackedRequest) -> bool:
+        # Logical; the steps that compute these tokens are all enqueued, whether their output is known or not.
+        logical = request.num_computed_tokens
+        return (
+            tracked.lengths.is_due(logical)
+            and tracked.has_queries(logical)
+            and self._manager.can_compact(request.request_id, tracked.budget.budget)
+        )
+
+    def _compact(self, request: Request, tracked: TrackedRequest) -> Compaction:
+        request_id, logical = request.request_id, request.num_computed_tokens
+        self._note_pages(tracked, request)
+        length = tracked.lengths.physical(logical)
+        row = self._query_rows.hold(request_id) if tracked.budget.needs_queries else None
+        self._query_rows.release(request_id)
+        tracked.compact(logical)
+        move = self._manager.compact(request_id, tracked.budget.budget, tracked.lengths.evicted)
+        return Compaction(
+            request_id=request_id,
+            source_pages=move.source_pages,
+            target_pages=move.target_pages,
+            length=length,
+            keep=tracked.budget.budget,
+            evicted=tracked.lengths.evicted,
+            policy=tracked.budget.policy,
+            query_row=-1 if row is None else row,
+        )
+
+    def _record_if_needed(
+        self, request: Request, tracked: TrackedRequest, output: SchedulerOutput, plan: CompactionPlan
+    ) -> None:
+        logical = request.num_computed_tokens  # advanced past this step already
+        if not (tracked.budget.needs_queries and tracked.lengths.needs_recording(logical)):
+            return
+        row = self._query_rows.hold(request.request_id)
+        if row is None:
+            return  # the compaction waits until enough steps were recorded
+        if tracked.recorded_from is None:
+            tracked.recorded_from = logical - output.num_scheduled_tokens[request.request_id]
+        plan.recordings[request.request_id] = row
+
+    # -- where chunks end ----------------------------------------------------------------------------------
+
+    def _reserve_prefill_lookahead(
+        self, request: Request, num_computed_tokens: int, num_new_tokens: int
+    ) -> int:
+        """vLLM's hook for where a chunk ends, asked for running and for waiting requests."""
+        tracked = self._tracked.get(request.request_id)
+        if tracked is not None:
+            num_new_tokens = tracked.lengths.end_of_chunk(num_computed_tokens, num_new_tokens)
+        return super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+        blocks, num_hit_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+        tracked = self._tracked.get(request.request_id)
+        if tracked is not None:
+            page_size = self._manager.block_size
+            most = tracked.lengths.longest_prefix_hit // page_size * page_size
+            if num_hit_tokens > most:
+                blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, most)
+                num_hit_tokens = most
+        return blocks, num_hit_tokens, boundary, diverged
+
+    # -- for tests and operators ---------------------------------------------------------------------------
+
+    def check_integrity(self) -> None:
+        """Raises: AssertionError where a page or query row is lost, or a length and its pages disagree."""
+        page_size = self._manager.block_size
+        for request in self.running:
+            tracked = self._tracked.get(request.request_id)
+            evicted = tracked.lengths.evicted if tracked else 0
+            expected = cdiv(request.num_computed_tokens - evicted, page_size)
+            held = self._manager.num_pages(request.request_id)
+            assert held == expected, f"{request.request_id} holds {held} pages, not {expected}"
+        self._query_rows.check_integrity()
+        pool = self.kv_cache_manager.block_pool
+        owned = {page.block_id for pages in self._manager.req_to_blocks.values() for page in pages}
+        free = pool.get_num_free_blocks()
+        assert free + len(owned) + 1 == pool.num_gpu_blocks, (  # vLLM's null block is the one
+            f"{free} free + {len(owned)} owned + 1 null is not {pool.num_gpu_blocks}"
+        )
+
+
+class CompactingScheduler(CompactingSchedulerMixin, Scheduler):
+    """For engines that wait for each step's tokens."""
+
+
+class CompactingAsyncScheduler(CompactingSchedulerMixin, AsyncScheduler):
+    """For engines that schedule ahead of the tokens."""
+
+
+def make_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
+    """What `--scheduler-cls` names: the scheduler that fits the engine's `async_scheduling`."""
+    scheduler: Callable[..., Scheduler] = (
+        CompactingAsyncScheduler
+        if vllm_config.scheduler_config.async_scheduling
+        else CompactingScheduler
+    )
+    return scheduler(vllm_config=vllm_config, **kwargs)
