@@ -114,6 +114,7 @@ def rkv_scores(
     lam: float,
     threshold: float,
     pool_kernel: int,
+    scale: float | None = None,
 ) -> torch.Tensor:
     """``lam * importance - (1 - lam) * redundancy`` of each candidate (rkv_spec 1.5; paper section 3.4).
 
@@ -124,6 +125,7 @@ def rkv_scores(
         lam: weight of importance, 0 to 1.
         threshold: cosine similarity above which two keys count as duplicates.
         pool_kernel: odd width, in tokens, of the max-pooling of importance.
+        scale: factor on the attention logits; ``1 / sqrt(D)`` when None.
 
     Returns:
         [H, N - window]; float64 for float64 keys and float32 otherwise.
@@ -131,7 +133,7 @@ def rkv_scores(
     Raises:
         ValueError: as ``importance``.
     """
-    important = importance(queries, keys, window=window, pool_kernel=pool_kernel)
+    important = importance(queries, keys, window=window, pool_kernel=pool_kernel, scale=scale)
     redundant = redundancy(keys, threshold=threshold)[:, : keys.shape[1] - window]
     return lam * important - (1.0 - lam) * redundant
 

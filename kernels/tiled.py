@@ -177,6 +177,7 @@ def rkv_scores(
     lam: float,
     threshold: float,
     pool_kernel: int,
+    scale: float | None = None,
 ) -> torch.Tensor:
     """``lam * importance - (1 - lam) * redundancy`` of each candidate (rkv_spec 1.5; paper section 3.4).
 
@@ -187,6 +188,7 @@ def rkv_scores(
         lam: weight of importance, 0 to 1; redundancy is not computed at 1.
         threshold: cosine similarity above which two keys count as duplicates.
         pool_kernel: odd width, in tokens, of the max-pooling of importance.
+        scale: factor on the attention logits; ``1 / sqrt(D)`` when None.
 
     Returns:
         float32 [..., H, N - window].
@@ -194,7 +196,7 @@ def rkv_scores(
     Raises:
         ValueError: as ``importance``.
     """
-    scores = importance(queries, keys, window=window, pool_kernel=pool_kernel)
+    scores = importance(queries, keys, window=window, pool_kernel=pool_kernel, scale=scale)
     if lam == 1.0:
         return scores
     redundant = redundancy(keys, threshold=threshold)[..., : keys.shape[-2] - window]

@@ -1,0 +1,175 @@
+"""First walk over the keys: the softmax statistics of importance, and what redundancy needs of each key.
+
+One program walks all pages of one (layer, request, KV head) once. Formulas: rkv_spec 1.3 (importance) and
+4.4 B (the sum of the normalised keys); reference: ``naive.importance``.
+"""
+
+# Triton reads its kernels' arguments without types.
+# mypy: allow-untyped-defs, allow-untyped-calls
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .part import Part, inverse_norm, slot_offsets
+
+_BLOCK = 128  # tokens a step
+
+
+@triton.jit
+def load_queries(
+    queries,
+    stride_window,
+    stride_head,
+    GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    WINDOW: tl.constexpr,
+    WINDOW_PAD: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """[WINDOW_PAD * GROUP_PAD, BLOCK_D], group innermost; padding repeats a row, which no maximum notices."""
+    index = tl.arange(0, WINDOW_PAD * GROUP_PAD)
+    row = tl.minimum(index // GROUP_PAD, WINDOW - 1)
+    head = tl.minimum(index % GROUP_PAD, GROUP - 1)
+    d = tl.arange(0, BLOCK_D)
+    offsets = row * stride_window + head * stride_head
+    return tl.load(queries + offsets[:, None] + d[None, :], mask=(d < HEAD_SIZE)[None, :], other=0.0)
+
+
+@triton.jit
+def window_logits(
+    queries, keys, scale, GROUP_PAD: tl.constexpr, WINDOW_PAD: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Logits of the window's rows, the largest of each group of query heads: float32 [WINDOW_PAD, BLOCK]."""
+    products = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+    return tl.max(tl.reshape(products, (WINDOW_PAD, GROUP_PAD, BLOCK)), axis=1) * scale
+
+
+@triton.jit(do_not_specialize=["stride_pages", "first_layer", "first_request", "requests"])
+def _survey_kernel(
+    kv,
+    layer_offsets,
+    stride_page,
+    stride_kv_head,
+    stride_slot,
+    queries,
+    stride_layer,
+    stride_ring,
+    stride_window,
+    stride_head,
+    query_rows,
+    source_pages,
+    stride_pages,
+    lengths,
+    weights,
+    slots_table,
+    links,
+    peaks,
+    totals,
+    directions,
+    scale,
+    first_layer,
+    first_request,
+    requests,
+    capacity,
+    GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    WINDOW: tl.constexpr,
+    WINDOW_PAD: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    head = tl.program_id(0)
+    request = first_request + tl.program_id(1)
+    layer = first_layer + tl.program_id(2)
+    owner = (tl.program_id(2) * requests + tl.program_id(1)) * tl.num_programs(0) + head
+    table = owner.to(tl.int64) * capacity
+    length = tl.load(lengths + request)
+    candidates = length - WINDOW
+    pages = source_pages + request * stride_pages
+    kv += tl.multiple_of(tl.load(layer_offsets + layer), 16) + head.to(tl.int64) * stride_kv_head
+
+    ring_row = tl.load(query_rows + request).to(tl.int64)
+    queries += layer.to(tl.int64) * stride_layer + ring_row * stride_ring + head * GROUP * stride_head
+    window = load_queries(
+        queries, stride_window, stride_head, GROUP, GROUP_PAD, WINDOW, WINDOW_PAD, HEAD_SIZE, BLOCK_D
+    )
+
+    d = tl.arange(0, BLOCK_D)
+    peak = tl.full((WINDOW_PAD,), float("-inf"), tl.float32)
+    total = tl.zeros((WINDOW_PAD,), tl.float32)
+    direction = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(0, length, BLOCK):
+        slots = start + tl.arange(0, BLOCK)
+        inside = slots < length
+        offsets = slot_offsets(pages, slots, inside, stride_page, stride_slot, PAGE_SIZE)
+        mask = inside[:, None] & (d < HEAD_SIZE)[None, :]
+        keys = tl.load(kv + offsets[:, None] + d[None, :], mask=mask, other=0.0)
+
+        inverse = inverse_norm(keys)
+        direction += tl.sum(keys.to(tl.float32) * inverse[:, None], axis=0)
+        tl.store(weights + table + slots, inverse, mask=inside)
+        tl.store(slots_table + table + slots, tl.zeros((BLOCK,), tl.int32), mask=inside)
+        tl.store(links + table + slots, tl.zeros((BLOCK,), tl.int64), mask=inside)
+
+        logits = window_logits(window, keys, scale, GROUP_PAD, WINDOW_PAD, BLOCK)
+        logits = tl.where((slots < candidates)[None, :], logits, float("-inf"))
+        higher = tl.maximum(peak, tl.max(logits, axis=1))
+        total = total * tl.exp(peak - higher) + tl.sum(tl.exp(logits - higher[:, None]), axis=1)
+        peak = higher
+
+    row = tl.arange(0, WINDOW_PAD)
+    tl.store(peaks + owner * WINDOW + row, peak, mask=row < WINDOW)
+    tl.store(totals + owner * WINDOW + row, total, mask=row < WINDOW)
+    tl.store(directions + owner * HEAD_SIZE + d, direction, mask=d < HEAD_SIZE)
+
+
+def survey(part: Part, queries: torch.Tensor, *, window: int, scale: float) -> None:
+    """Fill ``weights`` (inverse norms), ``peaks``, ``totals``, ``directions``; zero ``slots`` and ``links``.
+
+    Args:
+        part: requests and layers, with scratch memory.
+        queries: [L, rows, window, Hq, D], the ring of window queries, in the cache's dtype.
+        window: number of newest keys that are no candidates.
+        scale: factor on the logits.
+    """
+    kv, batch = part.kv, part.batch
+    group = queries.shape[3] // kv.num_heads
+    window_pad = triton.next_power_of_2(window)
+    _survey_kernel[(kv.num_heads, part.requests, part.layers)](
+        kv.layers[0],
+        kv.layer_offsets,
+        *kv.layers[0].stride()[:3],
+        queries,
+        *queries.stride()[:4],
+        batch.query_rows,
+        batch.source_pages,
+        batch.source_pages.stride(0),
+        batch.lengths_on_device,
+        part.weights,
+        part.slots,
+        part.links,
+        part.peaks,
+        part.totals,
+        part.directions,
+        scale,
+        part.first_layer,
+        part.first_request,
+        part.requests,
+        part.capacity,
+        GROUP=group,
+        GROUP_PAD=max(triton.next_power_of_2(group), 16 // window_pad),
+        WINDOW=window,
+        WINDOW_PAD=window_pad,
+        HEAD_SIZE=kv.head_size,
+        BLOCK_D=triton.next_power_of_2(kv.head_size),
+        PAGE_SIZE=kv.page_size,
+        BLOCK=_BLOCK if kv.dtype.itemsize == 2 and kv.head_size <= 128 else _BLOCK // 4,
+        num_warps=8,
+        num_stages=2,
+    )

@@ -1,0 +1,232 @@
+"""A paged cache, and the requests of one compaction round, as the kernels see them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+_ALIGNMENT = 16  # elements; a row that starts at such a multiple can be read in 16-byte pieces
+
+
+@dataclass(frozen=True)
+class PagedKV:
+    """Keys and values of all layers, in pages.
+
+    Attributes:
+        layers: one strided view [num_pages, H, page_size, 2 * D] a layer, all of one dtype, device, shape and
+            stride; element ``[p, h, s]`` holds the key in its first D elements and the value in the other D.
+            The views may lie in one buffer or in several.
+        layer_offsets: int64 [L] on the device: start of each layer, in elements from layer 0's start.
+
+    Raises:
+        ValueError: on construction, if the layers are not as above, a row is not contiguous, ``page_size``
+            is no multiple of 16, or a layer, page, head or slot does not start at a multiple of 16 elements.
+    """
+
+    layers: list[torch.Tensor]
+    layer_offsets: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise ValueError("a paged cache needs at least one layer")
+        first = self.layers[0]
+        if first.dim() != 4:
+            raise ValueError(
+                f"a layer must be [pages, heads, page size, 2 * head size], not {tuple(first.shape)}"
+            )
+        for index, layer in enumerate(self.layers):
+            for what in ("shape", "dtype", "device"):
+                if getattr(layer, what) != getattr(first, what):
+                    raise ValueError(
+                        f"layer {index} has {what} {getattr(layer, what)}, layer 0 {getattr(first, what)}"
+                    )
+            if layer.stride() != first.stride():
+                raise ValueError(f"layer {index} has strides {layer.stride()}, layer 0 {first.stride()}")
+        if first.shape[2] % 16 or first.shape[3] % 2:
+            raise ValueError(
+                f"page size {first.shape[2]} must be a multiple of 16 and row width {first.shape[3]} even"
+            )
+        if first.stride(3) != 1:
+            raise ValueError(f"a key must be contiguous, not of stride {first.stride(3)}")
+        offsets = [layer.data_ptr() - first.data_ptr() for layer in self.layers]
+        if any(offset % (first.element_size() * _ALIGNMENT) for offset in offsets):
+            raise ValueError(f"each layer must start at a multiple of {_ALIGNMENT} elements from layer 0")
+        if any(stride % _ALIGNMENT for stride in first.stride()[:3]) or self.head_size % _ALIGNMENT:
+            raise ValueError(
+                f"strides {first.stride()[:3]} and head size {self.head_size} must be multiples of 16"
+            )
+        if first.shape[2] * first.stride(2) >= 2**31:
+            raise ValueError(f"the slots of a page lie too far apart: stride {first.stride(2)}")
+        starts = [offset // first.element_size() for offset in offsets]
+        table = torch.tensor(starts, dtype=torch.int64, device=first.device)
+        object.__setattr__(self, "layer_offsets", table)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def num_pages(self) -> int:
+        return self.layers[0].shape[0]
+
+    @property
+    def num_heads(self) -> int:
+        """KV heads a layer (H)."""
+        return self.layers[0].shape[1]
+
+    @property
+    def page_size(self) -> int:
+        """Tokens a page."""
+        return self.layers[0].shape[2]
+
+    @property
+    def head_size(self) -> int:
+        """Elements of one key (D)."""
+        return self.layers[0].shape[3] // 2
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layers[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.layers[0].device
+
+
+@dataclass(frozen=True)
+class CompactionBatch:
+    """The requests of one compaction round.
+
+    Build it with ``CompactionBatch.build``, which checks it. What the host needs to plan launches is kept as
+    Python integers, so that planning never waits for the device.
+
+    Attributes:
+        lengths: physical length N of each request, in tokens.
+        keeps: tokens kept of each request, the window included.
+        staged: requests whose target pages could overwrite tokens not yet moved; they go through scratch
+            memory.
+        highest_page: highest page id in use.
+        lengths_on_device: int32 [R].
+        keeps_on_device: int32 [R].
+        staged_on_device: int32 [R], 1 for a staged request.
+        query_rows: int32 [R], row of the query ring that holds the request's window queries.
+        source_pages: int32 [R, P_src], pages in the order of their tokens; 0 behind a request's last page.
+        target_pages: int32 [R, P_dst], where the kept tokens go; 0 behind a request's last page.
+    """
+
+    lengths: list[int]
+    keeps: list[int]
+    staged: list[int]
+    highest_page: int
+    lengths_on_device: torch.Tensor
+    keeps_on_device: torch.Tensor
+    staged_on_device: torch.Tensor
+    query_rows: torch.Tensor
+    source_pages: torch.Tensor
+    target_pages: torch.Tensor
+
+    @classmethod
+    def build(
+        cls,
+        *,
+        lengths: Sequence[int],
+        keeps: Sequence[int],
+        source_pages: Sequence[Sequence[int]],
+        target_pages: Sequence[Sequence[int]],
+        query_rows: Sequence[int],
+        page_size: int,
+        device: torch.device | str,
+    ) -> CompactionBatch:
+        """Check the requests and send them to the device in one asynchronous copy.
+
+        Args:
+            lengths: physical length N of each of the R requests, in tokens.
+            keeps: tokens kept of each, at most its length; the round checks it against its window.
+            source_pages: page ids that hold each request's tokens, in order; ids behind the last token are
+                ignored.
+            target_pages: page ids that receive the kept tokens, in order; they may be the request's own
+                source pages, in any order, or others, but no page of another request of the batch.
+            query_rows: row of the query ring of each request.
+            page_size: tokens a page.
+            device: where the kernels run.
+
+        Raises:
+            ValueError: no request, unequal list lengths, a count out of range, too few pages, a page or row
+                id below zero, a target page given twice, or one that another request of the batch uses.
+        """
+        count = len(lengths)
+        if count == 0:
+            raise ValueError("a compaction batch needs at least one request")
+        if not count == len(keeps) == len(source_pages) == len(target_pages) == len(query_rows):
+            raise ValueError("lengths, keeps, pages and query rows must name the same number of requests")
+        sources: list[list[int]] = []
+        targets: list[list[int]] = []
+        for index, (length, keep) in enumerate(zip(lengths, keeps, strict=True)):
+            if not 1 <= keep <= length:
+                raise ValueError(f"request {index}: cannot keep {keep} of {length} tokens")
+            source, target = -(-length // page_size), -(-keep // page_size)
+            if len(source_pages[index]) < source or len(target_pages[index]) < target:
+                raise ValueError(f"request {index}: {source} source and {target} target pages are needed")
+            sources.append(list(source_pages[index][:source]))
+            targets.append(list(target_pages[index][:target]))
+        if min(map(min, sources)) < 0 or min(map(min, targets)) < 0 or min(query_rows) < 0:
+            raise ValueError("page ids and query rows must not be negative")
+        _check_owners(sources, targets)
+
+        staged = [int(_overwrites(source, target)) for source, target in zip(sources, targets, strict=True)]
+        source_width, target_width = max(map(len, sources)), max(map(len, targets))
+        columns = [list(lengths), list(keeps), staged, list(query_rows)]
+        columns.append([page for row in sources for page in row + [0] * (source_width - len(row))])
+        columns.append([page for row in targets for page in row + [0] * (target_width - len(row))])
+        packed: list[int] = []
+        starts: list[int] = []
+        for column in columns:
+            packed += [0] * (-len(packed) % _ALIGNMENT)  # every table starts aligned
+            starts.append(len(packed))
+            packed += column
+        device = torch.device(device)
+        host = torch.tensor(packed, dtype=torch.int32, pin_memory=device.type == "cuda")
+        tables = host.to(device, non_blocking=True)
+        views = [tables[start : start + len(column)] for start, column in zip(starts, columns, strict=True)]
+        return cls(
+            lengths=list(lengths),
+            keeps=list(keeps),
+            staged=[index for index, flag in enumerate(staged) if flag],
+            highest_page=max(max(map(max, sources)), max(map(max, targets))),
+            lengths_on_device=views[0],
+            keeps_on_device=views[1],
+            staged_on_device=views[2],
+            query_rows=views[3],
+            source_pages=views[4].view(count, source_width),
+            target_pages=views[5].view(count, target_width),
+        )
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.lengths)
+
+
+def _overwrites(source: list[int], target: list[int]) -> bool:
+    """Whether moving the survivors in ascending order could overwrite one that has not moved yet.
+
+    In temporal order a survivor never moves to a later slot. So the source page at position b is done once
+    target position b is written, and only a target page that sits at a later position in the source is a
+    danger.
+    """
+    position = {page: index for index, page in enumerate(source)}
+    return any(position.get(page, -1) > index for index, page in enumerate(target))
+
+
+def _check_owners(sources: list[list[int]], targets: list[list[int]]) -> None:
+    owner: dict[int, int] = {}
+    for index, target in enumerate(targets):
+        for page in target:
+            if page in owner:
+                raise ValueError(f"request {index}: target page {page} is given twice")
+            owner[page] = index
+    for index, source in enumerate(sources):
+        for page in source:
+            if owner.get(page, index) != index:
+                raise ValueError(f"page {page} of request {index} is a target of request {owner[page]}")

@@ -1,0 +1,80 @@
+"""The part of a batch that one set of launches covers, and the scratch memory it works in."""
+
+# Triton reads its kernels' arguments without types.
+# mypy: allow-untyped-defs, allow-untyped-calls
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .paged import CompactionBatch, PagedKV
+
+LINK_SCALE = tl.constexpr(1 << 30)
+"""Sums of similarities are kept as 64-bit integers in units of 2^-30, so that their order does not matter."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some requests and some layers of a batch, with their scratch memory.
+
+    The per-token tables are flat and hold ``capacity`` entries for each (layer, request, KV head) of the
+    part.
+
+    Attributes:
+        kv: the cache.
+        batch: all requests of the round.
+        first_layer: first layer of the part.
+        layers: number of layers.
+        first_request: first request of the part.
+        requests: number of requests.
+        longest: largest physical length among the requests, in tokens.
+        capacity: entries a (layer, request, head) in the per-token tables; a multiple of 128.
+        slots: int32 table: each key's newest match, then the kept slots.
+        weights: float32 table: inverse key norms until the matches are found, then window attention.
+        links: int64 table: sum of a key's similarities in units of 1 / LINK_SCALE.
+        scores: float32 table: joint scores.
+        peaks: float32 [layers * requests * H * window]: largest logit of each window row.
+        totals: float32 [layers * requests * H * window]: sum of exponentials of each window row.
+        directions: float32 [layers * requests * H * D]: sum of the normalised keys.
+        reached: int32 table of the search for matches, ``row_blocks`` entries a (layer, request, head).
+        row_blocks: blocks of rows that ``capacity`` tokens make.
+        staging: flat, in the cache's dtype: all of the scratch memory but ``slots``, free once slots are
+            selected.
+    """
+
+    kv: PagedKV
+    batch: CompactionBatch
+    first_layer: int
+    layers: int
+    first_request: int
+    requests: int
+    longest: int
+    capacity: int
+    slots: torch.Tensor
+    weights: torch.Tensor
+    links: torch.Tensor
+    scores: torch.Tensor
+    peaks: torch.Tensor
+    totals: torch.Tensor
+    directions: torch.Tensor
+    reached: torch.Tensor
+    row_blocks: int
+    staging: torch.Tensor
+
+
+@triton.jit
+def slot_offsets(pages, slots, inside, stride_page, stride_slot, PAGE_SIZE: tl.constexpr):
+    """Element offsets of token slots within one KV head of one layer."""
+    page = tl.load(pages + slots // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
+    return page * stride_page + (slots % PAGE_SIZE) * stride_slot
+
+
+@triton.jit
+def inverse_norm(keys):
+    """[tokens, D] -> float32 [tokens]: one over the Euclidean norm, with rkv_spec 1.4's epsilon."""
+    wide = keys.to(tl.float32)
+    return 1.0 / (tl.sqrt(tl.sum(wide * wide, axis=1)) + 1e-8)

@@ -1,0 +1,310 @@
+"""One whole compaction round on the device: score, select, move."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import torch
+
+from .combine import MASS_SCALE, combine
+from .compact import STAGED_COLUMNS, compact
+from .importance import survey
+from .paged import CompactionBatch, PagedKV
+from .part import Part
+from .redundancy import newest_matches, sums
+from .select import select
+
+_ROUNDING = 128  # per-token tables hold a multiple of this many tokens
+_ROW_BLOCK = 32  # smallest block of rows in the search for matches
+_TOKEN_BYTES = 4 + 4 + 8 + 4  # weights, slots, links, scores
+
+
+class RkvRound:
+    """Runs compaction rounds over one cache, in scratch memory that it allocates once.
+
+    A call only enqueues work on the current stream: it never waits for the device, and the device memory
+    that it uses does not grow with time. The current device must be the cache's. The scratch memory is not
+    shared between
+    streams: one instance a stream.
+
+    Attributes:
+        kv: the cache.
+        window: newest tokens, always kept, whose queries give importance.
+        threshold: cosine similarity above which two keys count as duplicates.
+        pool_kernel: odd width, in tokens, of the max-pooling of importance.
+        scale: factor on the attention logits.
+    """
+
+    def __init__(
+        self,
+        kv: PagedKV,
+        *,
+        window: int = 8,
+        threshold: float = 0.5,
+        pool_kernel: int = 7,
+        scale: float | None = None,
+        scratch_bytes: int = 64 * 2**20,
+    ) -> None:
+        """Allocate the scratch memory.
+
+        Args:
+            kv: the cache; float32, float16 or bfloat16.
+            window: 1 to 16 tokens.
+            threshold: 0 to 1.
+            pool_kernel: odd and positive.
+            scale: ``1 / sqrt(D)`` when None.
+            scratch_bytes: device memory for everything that a round keeps for itself.
+
+        Raises:
+            ValueError: a setting is out of range, or the cache's dtype or head size is not supported.
+        """
+        if kv.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f"keys of {kv.dtype} cannot be scored: float32, float16 or bfloat16 are needed")
+        if kv.head_size > 256:
+            raise ValueError(f"head size {kv.head_size} is above 256")
+        if not 1 <= window <= 16:
+            raise ValueError(f"window must be 1 to 16, not {window}")
+        if not 0.0 <= threshold <= 1.0:
+            raise ValueError(f"threshold must be 0 to 1, not {threshold}")
+        if pool_kernel < 1 or pool_kernel % 2 == 0:
+            raise ValueError(f"pool_kernel must be odd and positive, not {pool_kernel}")
+        self.kv = kv
+        self.window = window
+        self.threshold = threshold
+        self.pool_kernel = pool_kernel
+        self.scale = 1.0 / math.sqrt(kv.head_size) if scale is None else scale
+        self._scratch = torch.empty(scratch_bytes // 64 * 64, dtype=torch.uint8, device=kv.device)
+
+    def run(self, queries: torch.Tensor, batch: CompactionBatch, lam: torch.Tensor) -> None:
+        """Score every token of the batch, select the survivors, and move them into the target pages.
+
+        Args:
+            queries: [L, rows, window, Hq, D], the ring of window queries, in the cache's dtype and on its
+                device.
+            batch: the requests; afterwards the first ``keep`` slots of the target pages hold each request.
+            lam: float32 [R], weight of importance of each request: 1 scores by importance alone.
+
+        Raises:
+            ValueError: shapes, dtypes or devices do not fit, a request keeps fewer tokens than the window, a
+                page does not exist, or the scratch memory does not hold one layer of the longest request.
+                Nothing has been moved then.
+        """
+        self._check(batch, queries, lam)
+        for part in self._parts(batch):
+            scores = self._own_scores(part)
+            self._score(part, queries, lam, scores)
+            select(part, scores, window=self.window)
+            compact(part, window=self.window)
+
+    def select_and_move(self, scores: torch.Tensor, batch: CompactionBatch) -> None:
+        """Select by given scores and move the survivors, for policies that score elsewhere.
+
+        Args:
+            scores: float32 [L, R, H, >= longest length - window], last stride 1; what lies behind a request's
+                candidates is not read. NaN counts as the lowest score; ties go to the lower slot.
+            batch: the requests.
+
+        Raises:
+            ValueError: as ``run``.
+        """
+        self._check(batch)
+        self._check_scores(scores, batch)
+        for part in self._parts(batch):
+            select(part, self._of_part(scores, part), window=self.window)
+            compact(part, window=self.window)
+
+    def score(
+        self, queries: torch.Tensor, batch: CompactionBatch, lam: torch.Tensor, scores: torch.Tensor
+    ) -> None:
+        """Write the joint scores that ``run`` would select by, and move nothing.
+
+        Args:
+            queries: as in ``run``.
+            batch: the requests.
+            lam: as in ``run``.
+            scores: float32 [L, R, H, >= longest length - window], last stride 1, written in place up to each
+                request's candidates.
+
+        Raises:
+            ValueError: as ``run``.
+        """
+        self._check(batch, queries, lam)
+        self._check_scores(scores, batch)
+        for part in self._parts(batch):
+            self._score(part, queries, lam, self._of_part(scores, part))
+
+    def page_scores(self, queries: torch.Tensor, batch: CompactionBatch, lam: torch.Tensor) -> torch.Tensor:
+        """Importance and redundancy of whole pages, summed over their candidates, all layers and KV heads.
+
+        Args:
+            queries: as in ``run``.
+            batch: the requests; what they keep and their target pages do not matter.
+            lam: as in ``run``.
+
+        Returns:
+            float32 [R, P_src, 2]: importance, then redundancy (0 for requests with a ``lam`` of 1); 0 behind
+            a request's candidates.
+
+        Raises:
+            ValueError: as ``run``.
+        """
+        self._check(batch, queries, lam)
+        shape = (*batch.source_pages.shape, 2)
+        masses = torch.zeros(shape, dtype=torch.int64, device=self.kv.device)
+        for part in self._parts(batch):
+            self._score(part, queries, lam, self._own_scores(part), masses)
+        return masses.float().div_(MASS_SCALE)
+
+    def warm_up(self, queries: torch.Tensor) -> None:
+        """Compile and run every kernel once, on the first slots of page 0, whose contents stay as they are.
+
+        Args:
+            queries: the ring of window queries that later rounds will be given.
+        """
+        length = self.window + 1
+        batch = CompactionBatch.build(
+            lengths=[length],
+            keeps=[length],
+            source_pages=[list(range(-(-length // self.kv.page_size)))],
+            target_pages=[list(range(-(-length // self.kv.page_size)))],
+            query_rows=[0],
+            page_size=self.kv.page_size,
+            device=self.kv.device,
+        )
+        staged = dataclasses.replace(
+            batch, staged=[0], staged_on_device=torch.ones_like(batch.staged_on_device)
+        )
+        lam = torch.full((1,), 0.5, dtype=torch.float32, device=self.kv.device)
+        self.page_scores(queries, batch, lam)
+        for each in (batch, staged):
+            self.run(queries, each, lam)
+
+    def _score(
+        self,
+        part: Part,
+        queries: torch.Tensor,
+        lam: torch.Tensor,
+        scores: torch.Tensor,
+        masses: torch.Tensor | None = None,
+    ) -> None:
+        survey(part, queries, window=self.window, scale=self.scale)
+        newest_matches(part, lam, threshold=self.threshold)
+        sums(part, queries, lam, window=self.window, scale=self.scale)
+        combine(part, lam, scores, window=self.window, pool_kernel=self.pool_kernel, masses=masses)
+
+    def _own_scores(self, part: Part) -> torch.Tensor:
+        return part.scores.view(part.layers, part.requests, self.kv.num_heads, part.capacity)
+
+    @staticmethod
+    def _of_part(scores: torch.Tensor, part: Part) -> torch.Tensor:
+        return scores[
+            part.first_layer : part.first_layer + part.layers,
+            part.first_request : part.first_request + part.requests,
+        ]
+
+    def _parts(self, batch: CompactionBatch) -> Iterator[Part]:
+        """Parts that fit the scratch memory: some requests, or some layers of one that is too long."""
+        layers, first = self.kv.num_layers, 0
+        while first < batch.num_requests:
+            longest, last = batch.lengths[first], first + 1
+            while last < batch.num_requests:
+                longer = max(longest, batch.lengths[last])
+                if self._layers_that_fit(longer, last + 1 - first) < layers:
+                    break
+                longest, last = longer, last + 1
+            step = min(layers, self._layers_that_fit(longest, last - first))
+            for first_layer in range(0, layers, step):
+                yield self._part(
+                    batch, first_layer, min(step, layers - first_layer), first, last - first, longest
+                )
+            first = last
+
+    def _layers_that_fit(self, longest: int, requests: int) -> int:
+        return self._scratch.numel() // (requests * self.kv.num_heads * self._head_bytes(longest) + 1024)
+
+    def _head_bytes(self, longest: int) -> int:
+        capacity = -(-longest // _ROUNDING) * _ROUNDING
+        return capacity * _TOKEN_BYTES + 4 * (2 * self.window + self.kv.head_size + capacity // _ROW_BLOCK)
+
+    def _part(
+        self,
+        batch: CompactionBatch,
+        first_layer: int,
+        layers: int,
+        first_request: int,
+        requests: int,
+        longest: int,
+    ) -> Part:
+        capacity = -(-longest // _ROUNDING) * _ROUNDING
+        owners = layers * requests * self.kv.num_heads
+        row_blocks = capacity // _ROW_BLOCK
+        position = 0
+
+        def take(count: int, dtype: torch.dtype) -> torch.Tensor:
+            nonlocal position
+            start, position = position, position + -(-count * dtype.itemsize // 64) * 64
+            return self._scratch[start : start + count * dtype.itemsize].view(dtype)
+
+        slots = take(owners * capacity, torch.int32)
+        staging = self._scratch[position:].view(self.kv.dtype)
+        return Part(
+            kv=self.kv,
+            batch=batch,
+            first_layer=first_layer,
+            layers=layers,
+            first_request=first_request,
+            requests=requests,
+            longest=longest,
+            capacity=capacity,
+            slots=slots,
+            weights=take(owners * capacity, torch.float32),
+            links=take(owners * capacity, torch.int64),
+            scores=take(owners * capacity, torch.float32),
+            peaks=take(owners * self.window, torch.float32),
+            totals=take(owners * self.window, torch.float32),
+            directions=take(owners * self.kv.head_size, torch.float32),
+            reached=take(owners * row_blocks, torch.int32),
+            row_blocks=row_blocks,
+            staging=staging,
+        )
+
+    def _check(
+        self, batch: CompactionBatch, queries: torch.Tensor | None = None, lam: torch.Tensor | None = None
+    ) -> None:
+        kv = self.kv
+        if min(batch.keeps) < self.window:
+            raise ValueError(
+                f"a request keeps {min(batch.keeps)} tokens, fewer than the window of {self.window}"
+            )
+        if batch.highest_page >= kv.num_pages:
+            raise ValueError(f"page {batch.highest_page} does not exist: the cache has {kv.num_pages}")
+        longest = max(batch.lengths)
+        # Of each token's bytes in the tables, the four of its slot are not free for staging.
+        staging = self._scratch.numel() // _TOKEN_BYTES * (_TOKEN_BYTES - 4)
+        if self._layers_that_fit(longest, 1) < 1 or staging < longest * STAGED_COLUMNS * kv.dtype.itemsize:
+            raise ValueError(f"the scratch memory does not hold one layer of {longest} tokens")
+        if queries is not None:
+            expected = (kv.num_layers, self.window, kv.head_size)
+            if queries.dim() != 5 or (queries.shape[0], queries.shape[2], queries.shape[4]) != expected:
+                raise ValueError(
+                    f"window queries of shape {tuple(queries.shape)} do not fit {kv.num_layers} layers, "
+                    f"a window of {self.window} and head size {kv.head_size}"
+                )
+            if queries.shape[3] % kv.num_heads or not 1 <= queries.shape[3] // kv.num_heads <= 16:
+                raise ValueError(f"{queries.shape[3]} query heads do not fit {kv.num_heads} KV heads")
+            if queries.dtype != kv.dtype or queries.device != kv.device or queries.stride(4) != 1:
+                raise ValueError(f"window queries must be contiguous {kv.dtype} on {kv.device}")
+        if lam is not None and (
+            lam.shape != (batch.num_requests,) or lam.dtype != torch.float32 or lam.device != kv.device
+        ):
+            raise ValueError(f"lam must be float32 [{batch.num_requests}] on {kv.device}")
+
+    def _check_scores(self, scores: torch.Tensor, batch: CompactionBatch) -> None:
+        layers, requests, heads = self.kv.num_layers, batch.num_requests, self.kv.num_heads
+        enough = scores.dim() == 4 and scores.shape[3] >= max(batch.lengths) - self.window
+        if not enough or scores.shape[:3] != (layers, requests, heads):
+            raise ValueError(f"scores of shape {tuple(scores.shape)} do not fit the batch")
+        if scores.dtype != torch.float32 or scores.device != self.kv.device or scores.stride(3) != 1:
+            raise ValueError(f"scores must be float32 on {self.kv.device}, contiguous along the slots")

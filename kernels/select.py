@@ -1,0 +1,111 @@
+"""Selection of the highest scores of each (layer, request, KV head), in ascending order of the slots.
+
+No sort: the score at the cut is found bit by bit on an order-preserving integer view of float32, each bit
+with one count over the scores; one more walk writes the slots above the cut and, lowest first, as many at
+the cut as there is room for. Formula: rkv_spec 1.5; reference: ``naive.select``.
+"""
+
+# Triton reads its kernels' arguments without types.
+# mypy: allow-untyped-defs, allow-untyped-calls
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .part import Part
+
+_BLOCK = 2048  # tokens a step
+
+
+@triton.jit
+def _ordered(scores, slots, candidates):
+    """Scores as uint32 in the same order; NaN as minus infinity, zeros equal, 0 behind the candidates."""
+    score = tl.load(scores + slots, mask=slots < candidates, other=0.0)
+    score = tl.where(score == 0.0, 0.0, tl.where(score != score, float("-inf"), score))
+    bits = score.to(tl.uint32, bitcast=True)
+    ordered = tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+    return tl.where(slots < candidates, ordered, 0)
+
+
+@triton.jit
+def _count_from(scores, candidates, cut, BLOCK: tl.constexpr):
+    """Number of candidates at or above a cut; the cut must be above 0."""
+    count = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, candidates, BLOCK):
+        slots = start + tl.arange(0, BLOCK)
+        count += (_ordered(scores, slots, candidates) >= cut).to(tl.int32)
+    return tl.sum(count, axis=0)
+
+
+@triton.jit(
+    do_not_specialize=["stride_layer", "stride_request", "stride_head", "first_request", "requests"],
+    do_not_specialize_on_alignment=["scores"],
+)
+def _select_kernel(
+    lengths,
+    keeps,
+    scores,
+    stride_layer,
+    stride_request,
+    stride_head,
+    kept,
+    first_request,
+    requests,
+    capacity,
+    WINDOW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    head = tl.program_id(0)
+    request = first_request + tl.program_id(1)
+    owner = (tl.program_id(2) * requests + tl.program_id(1)) * tl.num_programs(0) + head
+    kept += owner.to(tl.int64) * capacity
+    scores += tl.program_id(2).to(tl.int64) * stride_layer
+    scores += tl.program_id(1).to(tl.int64) * stride_request + head.to(tl.int64) * stride_head
+    candidates = tl.load(lengths + request) - WINDOW
+    count = tl.load(keeps + request) - WINDOW
+
+    cut = tl.full((), 0, tl.uint32)
+    for position in range(0, 32):
+        higher = cut | (tl.full((), 0x80000000, tl.uint32) >> position)
+        if _count_from(scores, candidates, higher, BLOCK) >= count:
+            cut = higher
+    room = count - _count_from(scores, candidates, cut + 1, BLOCK)
+
+    written = 0
+    for start in range(0, candidates, BLOCK):
+        slots = start + tl.arange(0, BLOCK)
+        ordered = _ordered(scores, slots, candidates)
+        level = ((ordered == cut) & (slots < candidates)).to(tl.int32)
+        chosen = (ordered > cut) | ((level > 0) & (tl.cumsum(level, axis=0) <= room))
+        chosen = chosen.to(tl.int32)
+        place = written + tl.cumsum(chosen, axis=0) - 1
+        tl.store(kept + place, slots, mask=chosen > 0)
+        written += tl.sum(chosen, axis=0)
+        room -= tl.minimum(tl.sum(level, axis=0), room)
+
+
+def select(part: Part, scores: torch.Tensor, *, window: int) -> None:
+    """Write the chosen slots, keep - window a (layer, request, KV head), to ``part.slots``, ascending.
+
+    Args:
+        part: requests and layers.
+        scores: float32 [layers, requests, H, >= longest - window] of the part, last stride 1; NaN counts as
+            the lowest score.
+        window: number of newest tokens, which are kept without a score.
+    """
+    batch = part.batch
+    _select_kernel[(part.kv.num_heads, part.requests, part.layers)](
+        batch.lengths_on_device,
+        batch.keeps_on_device,
+        scores,
+        *scores.stride()[:3],
+        part.slots,
+        part.first_request,
+        part.requests,
+        part.capacity,
+        WINDOW=window,
+        BLOCK=_BLOCK,
+        num_warps=8,
+    )

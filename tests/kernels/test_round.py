@@ -1,0 +1,408 @@
+"""The Triton kernels against the float64 reference: in Triton's interpreter on a CPU, in full on a GPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
+
+pytest.importorskip("triton")
+
+from rkv_vllm.kernels import naive  # noqa: E402
+from rkv_vllm.kernels.paged import CompactionBatch, PagedKV  # noqa: E402
+from rkv_vllm.kernels.pipeline import RkvRound  # noqa: E402
+
+DEVICE = torch.device("cuda" if GPU else "cpu")
+WINDOW = 8
+THRESHOLD = 0.5
+POOL = 7
+
+
+class Cache:
+    """A paged cache of random keys and values, with requests placed in it."""
+
+    def __init__(
+        self,
+        lengths: list[int],
+        *,
+        layers: int = 1,
+        heads: int = 1,
+        group: int = 1,
+        head_size: int = 64,
+        page_size: int = 16,
+        dtype: torch.dtype = torch.float32,
+        shift: float = 0.7,
+        token_major: bool = False,
+        apart: bool = False,
+        seed: int = 0,
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        pages_of = [-(-length // page_size) for length in lengths]
+        self.num_pages = 2 * sum(pages_of) + 3
+        shape = (self.num_pages, heads, page_size, 2 * head_size)
+        self.layers = []
+        for _ in range(layers):
+            mean = torch.randn(1, heads, 1, 2 * head_size, generator=generator)
+            data = (torch.randn(shape, generator=generator) + shift * mean).to(dtype).to(DEVICE)
+            if token_major:
+                data = data.transpose(1, 2).contiguous().transpose(1, 2)
+            self.layers.append(data)
+        if not apart:
+            strides = self.layers[0].stride()
+            backing = torch.empty(layers, self.layers[0].numel(), dtype=dtype, device=DEVICE)
+            views = [
+                backing[index].as_strided(shape, strides, index * backing.stride(0))
+                for index in range(layers)
+            ]
+            for view, layer in zip(views, self.layers, strict=True):
+                view.copy_(layer)
+            self.layers = views
+        self.kv = PagedKV(self.layers)
+        self.lengths = lengths
+        order = torch.randperm(self.num_pages, generator=generator).tolist()
+        self.source: list[list[int]] = []
+        for count in pages_of:
+            self.source.append(order[:count])
+            order = order[count:]
+        self.free = order
+        self.rows = torch.randperm(len(lengths) + 2, generator=generator)[: len(lengths)].tolist()
+        ring = (layers, len(lengths) + 2, WINDOW, heads * group, head_size)
+        self.queries = (2.0 * torch.randn(ring, generator=generator)).to(dtype).to(DEVICE)
+        self.group = group
+
+    def batch(self, keeps: list[int], targets: list[list[int]] | None = None) -> CompactionBatch:
+        return CompactionBatch.build(
+            lengths=self.lengths,
+            keeps=keeps,
+            source_pages=self.source,
+            target_pages=self.source if targets is None else targets,
+            query_rows=self.rows,
+            page_size=self.kv.page_size,
+            device=DEVICE,
+        )
+
+    def tokens(self, layer: int, pages: list[int], length: int) -> torch.Tensor:
+        """[H, length, 2 * D] of a request, gathered."""
+        data = self.layers[layer][torch.tensor(pages, device=DEVICE)]
+        return data.transpose(0, 1).flatten(1, 2)[:, :length]
+
+    def keys(self, layer: int, request: int) -> torch.Tensor:
+        tokens = self.tokens(layer, self.source[request], self.lengths[request])
+        return tokens[..., : self.kv.head_size]
+
+    def window_queries(self, layer: int, request: int) -> torch.Tensor:
+        return self.queries[layer, self.rows[request]].transpose(0, 1)
+
+    def round(self, **settings: object) -> RkvRound:
+        return RkvRound(self.kv, window=WINDOW, threshold=THRESHOLD, pool_kernel=POOL, **settings)  # type: ignore
+
+    def score(self, lam: list[float], **settings: object) -> torch.Tensor:
+        shape = (self.kv.num_layers, len(self.lengths), self.kv.num_heads, max(self.lengths))
+        scores = torch.full(shape, float("nan"), device=DEVICE)
+        weights = torch.tensor(lam, device=DEVICE)
+        self.round(**settings).score(self.queries, self.batch(self.lengths), weights, scores)
+        return scores
+
+    def run(self, keeps: list[int], lam: list[float], **settings: object) -> None:
+        """Compact in place, and check every token of every layer against the reference's order of scores."""
+        self.check_moves(keeps, self.source, self.score(lam, **settings), lam, **settings)
+
+    def check_moves(
+        self,
+        keeps: list[int],
+        targets: list[list[int]],
+        scores: torch.Tensor,
+        lam: list[float] | None,
+        **settings: object,
+    ) -> None:
+        """Run a round; exactly the tokens that the scores select have to lie in the target pages, in order.
+
+        Everything outside the slots that may be written has to stay as it is.
+        """
+        before = [layer.clone() for layer in self.layers]
+        expected = [layer.clone() for layer in self.layers]
+        batch = self.batch(keeps, targets)
+        for layer, data in enumerate(expected):
+            for request, (length, keep) in enumerate(zip(self.lengths, keeps, strict=True)):
+                chosen = naive.kept_indices(scores[layer, request, :, : length - WINDOW], keep, length)
+                moved = naive.compact(self.tokens(layer, self.source[request], length), chosen)
+                for index in range(-(-keep // self.kv.page_size)):
+                    piece = moved[:, index * self.kv.page_size : (index + 1) * self.kv.page_size]
+                    data[targets[request][index], :, : piece.shape[1]] = piece
+        assert all(map(torch.equal, self.layers, before))
+        if lam is None:
+            self.round(**settings).select_and_move(scores, batch)
+        else:
+            self.round(**settings).run(self.queries, batch, torch.tensor(lam, device=DEVICE))
+        for layer, data in zip(self.layers, expected, strict=True):
+            assert torch.equal(layer, data)
+
+
+def reference(cache: Cache, layer: int, request: int, lam: float) -> torch.Tensor:
+    return naive.rkv_scores(
+        cache.window_queries(layer, request).double(),
+        cache.keys(layer, request).double(),
+        window=WINDOW,
+        lam=lam,
+        threshold=THRESHOLD,
+        pool_kernel=POOL,
+    )
+
+
+def assert_scores(cache: Cache, lam: list[float], **settings: object) -> None:
+    """Every score within float32 rounding of the float64 reference, keys near the threshold's edge apart.
+
+    A pair of keys whose similarity lies within rounding of the threshold may be a match or none. That changes
+    two columns' sums by at most one: scores of a head with such pairs are compared with that allowance.
+    """
+    scores = cache.score(lam, **settings)
+    for layer in range(cache.kv.num_layers):
+        for request, weight in enumerate(lam):
+            length = cache.lengths[request]
+            expected = reference(cache, layer, request, weight)
+            actual = scores[layer, request, :, : length - WINDOW].double()
+            assert scores[layer, request, :, length - WINDOW :].isnan().all()
+            similar = naive.similarity(cache.keys(layer, request).double())
+            on_edge = ((similar - THRESHOLD).abs() < 2e-6).sum(dim=(1, 2), keepdim=True)[..., 0]
+            error = (actual - expected).abs()
+            bound = 2e-5 / length + 2e-5 * expected.abs() + on_edge / length**2
+            assert (error <= bound).all(), f"layer {layer}, request {request}: {(error / bound).max()}"
+
+
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if GPU else [])
+SHAPES = [
+    # head size, group, page size, lengths
+    (64, 4, 16, [150, 33, 9]),
+    (80, 3, 48, [97, 12]),
+]
+if GPU:
+    SHAPES += [
+        (64, 1, 16, [1, 8, 9, 10, 15, 16, 17, 700]),
+        (64, 7, 32, [640, 641, 1000]),
+        (80, 5, 16, [333, 1152]),
+        (96, 2, 32, [257, 128, 129]),
+        (128, 1, 16, [300]),
+        (128, 4, 16, [1152, 127, 2000]),
+        (128, 8, 64, [1153, 513]),
+        (128, 16, 128, [900, 1280]),
+        (192, 3, 16, [511, 400]),
+        (256, 8, 48, [700, 65]),
+        (256, 16, 16, [129]),
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_scores_equal_the_float64_reference(
+    shape: tuple[int, int, int, list[int]], dtype: torch.dtype
+) -> None:
+    """Proves joint scores right over head sizes, groups, page sizes, dtypes, ragged lengths and mixed lam."""
+    head_size, group, page_size, lengths = shape
+    lengths = [length for length in lengths if length > WINDOW]
+    layers, heads = (3, 2) if GPU else (2, 2)
+    cache = Cache(
+        lengths,
+        layers=layers,
+        heads=heads,
+        group=group,
+        head_size=head_size,
+        page_size=page_size,
+        dtype=dtype,
+        apart=dtype == torch.float16,
+        token_major=dtype == torch.float32,
+    )
+    assert_scores(cache, [(0.1, 1.0, 0.0, 0.5)[index % 4] for index in range(len(lengths))])
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.3, 3.0])
+def test_scores_with_few_and_with_many_matches(shift: float) -> None:
+    """Proves the search for matches right when no row, some rows, or every row has one."""
+    lengths = [3000, 1500] if GPU else [190]
+    dtype = torch.bfloat16 if GPU else torch.float32
+    assert_scores(Cache(lengths, heads=2, layers=2, shift=shift, dtype=dtype), [0.0] * len(lengths))
+
+
+def test_matches_that_only_older_tokens_offer() -> None:
+    """Proves the second pass right: old keys are matched by the newest one, newer keys only by old ones."""
+    length = 2000 if GPU else 150
+    cache = Cache([length], head_size=64, shift=0.0)
+    keys = cache.layers[0][..., :64]
+    generator = torch.Generator().manual_seed(5)
+    common = torch.randn(64, generator=generator).to(DEVICE)
+    page_size = cache.kv.page_size
+    for slot in [
+        *range(length // 3),
+        length - 1,
+    ]:  # all alike, so that their programs stop at the newest tile
+        noise = 0.1 * torch.randn(64, generator=generator).to(DEVICE)
+        keys[cache.source[0][slot // page_size], 0, slot % page_size] = common + noise
+    for slot in range(length // 2, length - 20, 7):  # each the twin of one old key outside the common set
+        twin = length // 3 + slot % (length // 6)
+        keys[cache.source[0][slot // page_size], 0, slot % page_size] = keys[
+            cache.source[0][twin // page_size], 0, twin % page_size
+        ]
+    assert_scores(cache, [0.0])
+
+
+def test_equal_keys_and_zero_keys() -> None:
+    """Proves the degenerate cases finite and right: all keys equal, all zero, and some zero."""
+    for fill in ("equal", "zero", "some zero"):
+        cache = Cache([40], head_size=64)
+        keys = cache.layers[0][..., :64]
+        if fill == "equal":
+            keys.copy_(keys[0, 0, 0].clone().expand_as(keys))
+        elif fill == "zero":
+            keys.zero_()
+        else:
+            keys[:, :, ::3] = 0.0
+        assert_scores(cache, [0.1])
+        cache.run([20], [0.1])
+
+
+def test_rounds_leave_exactly_the_selected_tokens() -> None:
+    """Proves selection and movement in place: ragged lengths, one token over, and nothing to evict."""
+    lengths = [1152, 700, 129, 40] if GPU else [70, 33, 41, 24]
+    keeps = [1024, 699, 40, 40] if GPU else [50, 32, 9, 24]
+    for dtype in DTYPES:
+        cache = Cache(lengths, layers=2, heads=2, group=2, dtype=dtype, seed=1)
+        cache.run(keeps, [0.1, 1.0, 0.0, 0.5])
+
+
+def test_repeated_rounds_give_the_same_bytes() -> None:
+    """Proves a round deterministic: two runs from the same cache leave identical bytes."""
+    lengths = [1152, 600] if GPU else [60, 40]
+    results = []
+    for _ in range(2):
+        cache = Cache(lengths, layers=2, heads=2, group=2, seed=2)
+        keeps = [length // 2 for length in lengths]
+        cache.round().run(cache.queries, cache.batch(keeps), torch.tensor([0.1, 0.1], device=DEVICE))
+        results.append(torch.stack([layer.clone() for layer in cache.layers]))
+    assert torch.equal(results[0], results[1])
+
+
+def test_target_pages_anywhere() -> None:
+    """Proves movement race free into fresh pages, shared fronts replaced, and any order of the own pages."""
+    lengths = [1200, 800, 640, 300] if GPU else [70, 50, 64, 30]
+    keeps = [1000, 640, 630, 100] if GPU else [60, 40, 63, 20]
+    cache = Cache(lengths, layers=2, heads=2, seed=3, page_size=16)
+    targets = [
+        list(reversed(cache.source[0])),  # own pages backwards
+        [cache.free[0], cache.free[1], *cache.source[1][2:]],  # two shared pages replaced
+        [*cache.source[2][1:], cache.source[2][0]],  # own pages shifted by one
+        cache.free[2 : 2 + len(cache.source[3])],
+    ]
+    targets = [pages[: -(-keep // 16)] for pages, keep in zip(targets, keeps, strict=True)]
+    assert cache.batch(keeps, targets).staged == [0, 2]
+    cache.check_moves(keeps, targets, cache.score([0.1] * 4), [0.1] * 4)
+
+
+def test_small_scratch_memory_changes_nothing() -> None:
+    """Proves that splitting a batch by requests and by layers leaves scores and movement as they are."""
+    lengths = [900, 400, 700] if GPU else [60, 130, 50]
+    keeps = [500, 300, 699] if GPU else [30, 100, 49]
+    cache = Cache(lengths, layers=3, heads=2, seed=4)
+    small = 80_000 if GPU else 16_000
+    assert torch.equal(
+        cache.score([0.1] * 3).nan_to_num(7.0), cache.score([0.1] * 3, scratch_bytes=small).nan_to_num(7.0)
+    )
+    targets = [list(reversed(pages)) for pages in cache.source]
+    targets = [pages[: -(-keep // 16)] for pages, keep in zip(targets, keeps, strict=True)]
+    cache.check_moves(keeps, targets, cache.score([0.1] * 3), [0.1] * 3, scratch_bytes=small)
+
+
+def test_given_scores_with_ties_and_odd_values() -> None:
+    """Proves that ties go to the lower slot, and where infinities, both zeros and NaN are ordered."""
+    length = 5000 if GPU else 120
+    cache = Cache([length, length - 7], layers=2, heads=2, seed=5)
+    generator = torch.Generator().manual_seed(6)
+    scores = torch.randint(-2, 3, (2, 2, 2, length + 5), generator=generator).float() * 0.25
+    kinds = torch.rand(scores.shape, generator=generator)
+    scores[kinds < 0.05] = float("nan")
+    scores[(kinds > 0.05) & (kinds < 0.1)] = float("inf")
+    scores[(kinds > 0.1) & (kinds < 0.15)] = -float("inf")
+    scores[(kinds > 0.15) & (kinds < 0.25)] = -0.0
+    scores = scores.to(DEVICE)[..., 3:]
+    for share in (0.97, 0.5, 0.1):
+        keeps = [int(share * length), length - 30]
+        cache.check_moves(keeps, cache.source, scores, None)
+
+
+def test_nothing_but_the_window_is_kept() -> None:
+    """Proves that keeping the window alone, or a request that is the window alone, works."""
+    cache = Cache([60, WINDOW, WINDOW + 1], seed=7)
+    cache.run([WINDOW, WINDOW, WINDOW + 1], [0.1, 0.1, 1.0])
+
+
+def test_page_scores_sum_layers_and_heads() -> None:
+    """Proves page masses equal to the reference's scores summed over slots, heads and layers."""
+    lengths = [1000, 77] if GPU else [75, 20]
+    cache = Cache(lengths, layers=2, heads=2, group=2, page_size=48, seed=8)
+    lam = torch.tensor([0.1, 1.0], device=DEVICE)
+    masses = cache.round().page_scores(cache.queries, cache.batch(lengths), lam)
+    for request in range(2):
+        candidates = lengths[request] - WINDOW
+        important, redundant = 0.0, 0.0
+        for layer in range(2):
+            keys = cache.keys(layer, request).double()
+            queries = cache.window_queries(layer, request).double()
+            shares = naive.importance(queries, keys, window=WINDOW, pool_kernel=POOL)
+            important += naive.page_scores(shares, 48)
+            redundant += naive.page_scores(naive.redundancy(keys, threshold=THRESHOLD)[:, :candidates], 48)
+        pages = -(-candidates // 48)
+        torch.testing.assert_close(masses[request, :pages, 0].double(), important, rtol=1e-4, atol=1e-6)
+        if request == 0:
+            torch.testing.assert_close(masses[request, :pages, 1].double(), redundant, rtol=1e-4, atol=1e-6)
+        else:
+            assert not masses[request, :, 1].any()
+        assert not masses[request, pages:].any()
+
+
+def test_warm_up_leaves_the_cache_as_it_is() -> None:
+    """Proves that compiling the kernels at start changes no byte of the cache."""
+    cache = Cache([30], layers=2, heads=2, group=2)
+    before = [layer.clone() for layer in cache.layers]
+    cache.round().warm_up(cache.queries)
+    assert all(map(torch.equal, cache.layers, before))
+
+
+def test_no_slow_growth_and_no_waiting() -> None:
+    """Proves on a GPU that rounds leave allocated memory as it was and never wait for the device."""
+    if not GPU:
+        pytest.skip("memory and synchronisation are the GPU's")
+    cache = Cache([1152, 700], layers=2, heads=2, group=2, dtype=torch.bfloat16)
+    rounds = cache.round()
+    rounds.warm_up(cache.queries)
+    lam = torch.tensor([0.1, 1.0], device=DEVICE)
+    for expected_growth in (None, 0):
+        before = torch.cuda.memory_allocated()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            rounds.run(cache.queries, cache.batch([1024, 600]), lam)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert expected_growth is None or torch.cuda.memory_allocated() - before == expected_growth
+
+
+def test_wrong_calls_are_refused() -> None:
+    """Proves that arguments that do not fit are refused before anything is moved."""
+    cache = Cache([40], layers=2)
+    rounds, lam = cache.round(), torch.ones(1, device=DEVICE)
+    with pytest.raises(ValueError, match="fewer than the window"):
+        rounds.run(cache.queries, cache.batch([WINDOW - 1]), lam)
+    with pytest.raises(ValueError, match="do not fit 2 layers"):
+        rounds.run(cache.queries[:1], cache.batch([20]), lam)
+    with pytest.raises(ValueError, match="lam must be"):
+        rounds.run(cache.queries, cache.batch([20]), lam.double())
+    with pytest.raises(ValueError, match="does not exist"):
+        rounds.run(cache.queries, cache.batch([20], [[cache.num_pages, 0]]), lam)
+    with pytest.raises(ValueError, match="scratch memory"):
+        cache.round(scratch_bytes=2048).run(cache.queries, cache.batch([20]), lam)
+    with pytest.raises(ValueError, match="do not fit the batch"):
+        rounds.select_and_move(torch.zeros(2, 1, 1, 10, device=DEVICE), cache.batch([20]))
+    with pytest.raises(ValueError, match="threshold"):
+        RkvRound(cache.kv, threshold=1.5)
