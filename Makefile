@@ -1,0 +1,37 @@
+# Everything runs in .venv, which the first command that needs it prepares. `make help` lists the commands.
+PYTHON ?= python3
+BIN := .venv/bin
+TESTS ?= tests
+MYPY_CACHE := .cache/mypy
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help venv model demo test lint format clean
+
+help: ## list these commands
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+venv: ## prepare .venv with vLLM's CPU build and this package (done by all commands below)
+	@$(PYTHON) scripts/install_cpu.py
+
+model: venv ## prepare the demo's and the tests' model in .cache/models
+	@$(BIN)/python -m rkv_vllm.demo.model
+
+demo: venv ## serve a small model on this CPU and stream four answers with different KV budgets
+	@$(BIN)/rkv-vllm demo
+
+test: venv model ## run the whole test suite; TESTS=tests/server picks a part
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: venv ## ruff check, ruff format --check, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --cache-dir $(MYPY_CACHE)
+
+format: venv ## let ruff sort imports and format
+	$(BIN)/ruff check --select I --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv and everything that was made
+	rm -rf .venv .cache build dist *.egg-info

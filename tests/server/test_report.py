@@ -1,0 +1,204 @@
+"""The `kv_cache` object in answers, with a fake engine behind a small OpenAI-like application."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+from rkv_vllm.server.protocol import KvCacheReport
+from rkv_vllm.server.report import KvCacheReportMiddleware, ReportingSend, ReportSlot
+from starlette.testclient import TestClient
+
+RESULT = {
+    "budget": 256,
+    "buffer": 128,
+    "policy": "rkv",
+    "compactions": 5,
+    "evicted_tokens": 640,
+    "peak_pages": 12,
+    "pages_without_compaction": 29,
+    "page_size": 32,
+    "reason": None,
+}
+FULL = {**RESULT, "budget": None, "buffer": None, "policy": None, "compactions": 0, "reason": "full cache"}
+PUBLIC = {key: value for key, value in RESULT.items() if key not in ("page_size", "reason")}
+
+
+class FakeEngine:
+    """Yields three outputs; the last carries what the engine reports. Remembers whether it was closed early."""
+
+    def __init__(self, params: dict[str, Any] | None) -> None:
+        self.params = params
+        self.closed_early = False
+
+    async def generate(self) -> AsyncGenerator[SimpleNamespace, None]:
+        try:
+            for text in ("a", "}", None):
+                params = self.params if text is None else None
+                yield SimpleNamespace(text=text or "end", kv_transfer_params=params)
+        except GeneratorExit:
+            self.closed_early = True
+            raise
+
+
+def application(engine: FakeEngine, *, usage: bool = True) -> FastAPI:
+    app = FastAPI()
+    app.state.engine_client = engine
+
+    async def chunks() -> AsyncGenerator[str, None]:
+        async for output in app.state.engine_client.generate():
+            yield f"data: {json.dumps({'choices': [output.text]})}\n\n"
+        if usage:
+            yield f"data: {json.dumps({'usage': {}})}\n\n"
+        yield "data: [DONE]\n\n"
+
+    @app.post("/v1/chat/completions")
+    async def answer(request: Request) -> Any:
+        if (await request.json())["stream"]:
+            return StreamingResponse(chunks(), media_type="text/event-stream")
+        texts = [output.text async for output in app.state.engine_client.generate()]
+        return JSONResponse({"choices": texts, "usage": {"n": 3}})
+
+    @app.post("/v1/other")
+    async def other() -> Any:
+        return JSONResponse({"texts": [output.text async for output in app.state.engine_client.generate()]})
+
+    app.add_middleware(KvCacheReportMiddleware)
+    return app
+
+
+def stream(app: FastAPI) -> list[str]:
+    answer = TestClient(app).post("/v1/chat/completions", json={"stream": True})
+    return [event.removeprefix("data: ") for event in answer.text.split("\n\n") if event]
+
+
+def test_usage_chunk_carries_the_report() -> None:
+    """Only the usage chunk has it when there is one."""
+    *chunks, usage, done = stream(application(FakeEngine({"rkv": RESULT})))
+    assert done == "[DONE]"
+    assert json.loads(usage) == {"usage": {}, "kv_cache": PUBLIC}
+    assert [json.loads(chunk) for chunk in chunks] == [
+        {"choices": ["a"]},
+        {"choices": ["}"]},
+        {"choices": ["end"]},
+    ]
+
+
+def test_last_choice_carries_the_report_without_usage() -> None:
+    """A client that asks for no usage still gets it, with the last choice."""
+    *chunks, last, done = stream(application(FakeEngine({"rkv": RESULT}), usage=False))
+    assert done == "[DONE]"
+    assert json.loads(last) == {"choices": ["end"], "kv_cache": PUBLIC}
+    assert not any("kv_cache" in chunk for chunk in chunks)
+
+
+def test_whole_answer_carries_the_report() -> None:
+    """A JSON answer keeps what it had, and its length is that of the longer body."""
+    answer = TestClient(application(FakeEngine({"rkv": RESULT}))).post(
+        "/v1/chat/completions", json={"stream": False}
+    )
+    assert answer.json() == {"choices": ["a", "}", "end"], "usage": {"n": 3}, "kv_cache": PUBLIC}
+    assert int(answer.headers["content-length"]) == len(answer.content)
+
+
+@pytest.mark.parametrize("params", [None, {}, {"another_connector": 1}])
+@pytest.mark.parametrize("streaming", [True, False])
+def test_nothing_is_added_without_a_report(params: dict[str, Any] | None, streaming: bool) -> None:
+    """An engine without compaction answers byte for byte as before."""
+    body = {"stream": streaming}
+    with_middleware = application(FakeEngine(params))
+    without = application(FakeEngine(params))
+    without.user_middleware.clear()
+    ours, theirs = (
+        TestClient(app).post("/v1/chat/completions", json=body) for app in (with_middleware, without)
+    )
+    assert ours.content == theirs.content
+
+
+def test_other_paths_are_left_alone() -> None:
+    """Only OpenAI's generation endpoints get the object."""
+    app = application(FakeEngine({"rkv": RESULT}))
+    stream(app)  # the engine is observed from here on
+    assert TestClient(app).post("/v1/other").json() == {"texts": ["a", "}", "end"]}
+
+
+def test_requests_do_not_mix_up_their_reports() -> None:
+    """Each answer carries its own request's report, also through one engine client."""
+    engine = FakeEngine({"rkv": RESULT})
+    app = application(engine)
+    assert json.loads(stream(app)[-2])["kv_cache"]["budget"] == 256
+    engine.params = {"rkv": FULL}
+    assert json.loads(stream(app)[-2])["kv_cache"]["budget"] == "full"
+
+
+def test_report_of_a_full_cache_says_why() -> None:
+    """A request that was not compacted has a reason, and no buffer and no policy."""
+    report = KvCacheReport.from_kv_transfer_params({"rkv": FULL})
+    assert report is not None
+    assert json.loads(report.to_json()) == {
+        "budget": "full",
+        "compactions": 0,
+        "evicted_tokens": 640,
+        "peak_pages": 12,
+        "pages_without_compaction": 29,
+        "reason": "full cache",
+    }
+
+
+async def leave_early(engine: FakeEngine) -> None:
+    import rkv_vllm.server.report as report
+
+    report._slot.set(ReportSlot())
+    outputs = report._reporting(engine.generate)()
+    await anext(outputs)
+    await outputs.aclose()
+
+
+def test_closing_the_stream_reaches_the_engine() -> None:
+    """A client that goes away aborts its request at once, not when the garbage collector comes by."""
+    import asyncio
+
+    engine = FakeEngine({"rkv": RESULT})
+    asyncio.run(leave_early(engine))
+    assert engine.closed_early
+
+
+def test_chunks_pass_untouched_until_the_report_is_there() -> None:
+    """On the hot path a message goes on as the same object; a held chunk is never lost at the end of a body."""
+    import asyncio
+
+    sent: list[Any] = []
+    slot = ReportSlot()
+
+    async def record(message: Any) -> None:
+        sent.append(message)
+
+    async def drive() -> None:
+        send = ReportingSend(record, slot)
+        start = {
+            "type": "http.response.start",
+            "status": 200,
+            "headers": [(b"content-type", b"text/event-stream")],
+        }
+        chunk = {"type": "http.response.body", "body": b'data: {"a":1}\n\n', "more_body": True}
+        await send(start)
+        await send(chunk)
+        assert sent == [start, chunk] and sent[1] is chunk
+        slot.report = KvCacheReport.from_kv_transfer_params({"rkv": RESULT})
+        await send(chunk)
+        await send({"type": "http.response.body", "body": b": keep-alive\n\n", "more_body": True})
+        assert len(sent) == 3
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    asyncio.run(drive())
+    assert [message.get("body") for message in sent[1:]] == [
+        b'data: {"a":1}\n\n',
+        b": keep-alive\n\n",
+        b'data: {"a":1}\n\n',
+        b"",
+    ]
