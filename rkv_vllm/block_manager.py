@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -25,14 +25,14 @@ class PageMove:
 
     source_pages: tuple[int, ...]
     target_pages: tuple[int, ...]
-    copied_pages: int  # targets taken because the page in place was shared or cached
+    leaving: tuple[KVCacheBlock, ...]  # source pages that are no targets, still to be released
 
 
 class CompactingManager(FullAttentionManager):
     """Keeps `len(pages) == ceil(physical length / page size)` for every request.
 
-    vLLM counts tokens logically everywhere; this class alone subtracts what was evicted. Pages leave a running
-    request by shortening its list, so that the pool, prefix cache and metrics of vLLM stay as they are.
+    vLLM counts tokens logically everywhere; this class alone subtracts what was evicted. Pages leave a
+    running request by shortening its list, so that vLLM's pool, prefix cache and metrics stay as they are.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -60,13 +60,14 @@ class CompactingManager(FullAttentionManager):
         return needed <= len(own) + self.block_pool.get_num_free_blocks()
 
     def compact(self, request_id: str, keep: int, evicted: int) -> PageMove:
-        """Shortens a request to `keep` tokens and returns the pages it no longer needs to the pool.
+        """Shortens a request to `keep` tokens; the caller releases the pages that leave.
 
         Mutates the request's page list, the free queue and, where the pool has no room, the prefix cache. A
         page that another request shares is left alone and replaced; so is one in the prefix cache while the
-        pool has room, and it becomes free at once with its content still to be hit. Replacements are, in this
-        order, the request's own private pages that it no longer needs, and pages of the pool. Where those run
-        out, a cached page that only this request holds loses its cache entry and is reused in place.
+        pool has room, and once released it is free with its content still to be hit. Replacements are, in
+        this order, the request's own private pages that it no longer needs, and pages of the pool. Where
+        those run out, a cached page that only this request holds loses its cache entry and is reused in
+        place.
 
         Args:
             request_id: a running request for which `can_compact` holds.
@@ -99,15 +100,22 @@ class CompactingManager(FullAttentionManager):
                 after.append(page)
 
         kept = {page.block_id for page in after}
-        leaving = [page for page in before if page.block_id not in kept]
         self.req_to_blocks[request_id] = after
         self._evicted[request_id] = evicted
-        pool.free_blocks(reversed(leaving))
         return PageMove(
             source_pages=tuple(page.block_id for page in before),
             target_pages=tuple(page.block_id for page in after),
-            copied_pages=sum(new is not old for new, old in zip(after, head, strict=True)),
+            leaving=tuple(page for page in before if page.block_id not in kept),
         )
+
+    def release(self, moves: Iterable[PageMove]) -> None:
+        """Returns the pages that left to the pool, once all compactions of the step have their targets.
+
+        A step's compactions run side by side on the device: a page that one still reads must not be the
+        target of another.
+        """
+        for move in moves:
+            self.block_pool.free_blocks(reversed(move.leaving))
 
     def _own_tail(self, request_id: str, keep: int) -> list[KVCacheBlock]:
         tail = self.req_to_blocks[request_id][cdiv(keep, self.block_size) :]
@@ -175,7 +183,7 @@ class CompactingManager(FullAttentionManager):
 
 
 def register_compacting_spec() -> None:
-    """Makes vLLM build a `CompactingManager` for `CompactingSpec`; needed in every process that holds specs."""
+    """Makes vLLM build a `CompactingManager` for `CompactingSpec`, in this process."""
     # Registering ours first would make the registry believe that its built-ins are there already.
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(CompactingSpec, CompactingManager, uniform_type_base_spec=FullAttentionSpec)

@@ -11,7 +11,7 @@ from rkv_vllm.cpu_cache import CpuLayerCache
 from rkv_vllm.kernels import tiled
 from rkv_vllm.plan import Compaction
 from rkv_vllm.policies import Policy, ScoreInputs
-from rkv_vllm.query_window import QueryWindow
+from rkv_vllm.query_window import CpuQueryWindow
 
 
 class CpuCompactor:
@@ -20,7 +20,7 @@ class CpuCompactor:
     def __init__(
         self,
         caches: Sequence[CpuLayerCache],
-        queries: QueryWindow,
+        queries: CpuQueryWindow,
         policies: dict[PolicyName, Policy],
     ) -> None:
         self._caches = caches
@@ -47,7 +47,7 @@ class CpuCompactor:
             queries=self._queries.of(layer, compaction.query_row) if compaction.query_row >= 0 else None,
             scale=scale,
             layer=layer,
-            logical_length=compaction.evicted + compaction.keep,
+            logical_length=compaction.logical_length,
         )
         scores = self._policies[compaction.policy].scores(inputs)
         chosen = tiled.select(scores, compaction.keep - WINDOW)

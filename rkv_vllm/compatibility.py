@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rkv_vllm.host_contract import contract_problems
+from rkv_vllm.host_contract import CONTRACT, Contract, contract_problems
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -87,18 +87,22 @@ FEATURES: tuple[Feature, ...] = (
 )
 
 
-def refuse_unsupported(vllm_config: VllmConfig) -> None:
+def refuse_unsupported(vllm_config: VllmConfig, *contracts: Contract) -> None:
     """Checks everything that can be known before the model is loaded.
 
-    Raises: ValueError with every problem in it: features in use that are refused, and methods of vLLM that are
-    not what rkv-vllm was written against.
+    Args:
+        vllm_config: the engine's configuration, complete.
+        contracts: methods that the caller relies on beside those of the core.
+
+    Raises: ValueError with every problem in it: features in use that are refused, and methods of vLLM that
+    are not what rkv-vllm was written against.
     """
     problems = [
         f"{feature.name} is not supported: {feature.remark}"
         for feature in FEATURES
         if feature.in_use is not None and feature.in_use(vllm_config)
     ]
-    _raise_if(problems + contract_problems())
+    _raise_if(problems + contract_problems(CONTRACT, *contracts))
 
 
 def refuse_unsupported_layers(layers: Mapping[str, Attention]) -> None:

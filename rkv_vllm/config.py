@@ -65,7 +65,7 @@ class RkvConfig(BaseModel):
 
     budget: BudgetTokens | None = Field(
         default=None,
-        description="Tokens kept per layer and KV head for requests that name no budget; none: full cache.",
+        description="Tokens kept per layer and KV head where a request names no budget; none: full cache.",
     )
     buffer: BufferTokens = Field(default=128, description="Tokens collected between two compactions.")
     policy: PolicyName = Field(default="rkv", description="What scores tokens.")
@@ -82,8 +82,8 @@ class RkvConfig(BaseModel):
         """
         if "rkv" not in additional_config:
             raise ValueError(
-                "rkv-vllm's scheduler or worker is selected, but additional_config has no key 'rkv': take the "
-                "arguments from rkv_vllm.rkv_engine_args(...) or from `rkv-vllm args`"
+                "rkv-vllm's scheduler or worker is selected, but additional_config has no key 'rkv': take "
+                "the arguments from rkv_vllm.rkv_engine_args(...) or from `rkv-vllm args`"
             )
         return cls.model_validate(additional_config["rkv"])
 
@@ -100,7 +100,10 @@ class RkvConfig(BaseModel):
 
 
 class BudgetRequest(BaseModel):
-    """What one request asks for in `SamplingParams.extra_args` (`vllm_xargs` over HTTP); None: the default."""
+    """What one request asks for in `SamplingParams.extra_args` (`vllm_xargs` over HTTP).
+
+    None is the server's default.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

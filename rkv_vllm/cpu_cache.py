@@ -48,8 +48,8 @@ class CpuPageLayout:
         offsets = torch.empty_like(found)
         if not torch.equal(found.sort().values, numbers):
             raise ValueError(
-                f"rkv-vllm cannot read the KV cache of vLLM's CPU attention kernels {isa!r} for {dtype}, head "
-                f"size {head_size} and pages of {page_size} tokens"
+                f"rkv-vllm cannot read the KV cache of vLLM's CPU attention kernels {isa!r} for {dtype}, "
+                f"head size {head_size} and pages of {page_size} tokens"
             )
         offsets[found] = numbers
         return cls(key_offsets=offsets[:elements], value_offsets=offsets[elements:])
@@ -64,9 +64,7 @@ class CpuLayerCache:
         self._head_size: int = layer.head_size
         self.page_size: int = self._cache.shape[2]
         self.scale: float = layer.impl.scale
-        self._layout = CpuPageLayout.probe(
-            self._isa, self._cache.dtype, self.page_size, self._head_size
-        )
+        self._layout = CpuPageLayout.probe(self._isa, self._cache.dtype, self.page_size, self._head_size)
 
     def read(self, pages: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies the tokens of a request out.

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from rkv_vllm.block_manager import register_compacting_spec, to_compacting_specs
-from rkv_vllm.compatibility import refuse_unsupported, refuse_unsupported_layers
-from rkv_vllm.runner_v1 import CompactingRunnerMixin
+from rkv_vllm.compatibility import refuse_unsupported
+from rkv_vllm.host_contract import CONTRACT_V1_RUNNER
+from rkv_vllm.layers import attention_layers
+from rkv_vllm.runner_v1 import CompactingCpuRunner
 
 
 class CompactingCpuWorker(CPUWorker):
@@ -18,25 +20,19 @@ class CompactingCpuWorker(CPUWorker):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        refuse_unsupported(self.vllm_config)
+        refuse_unsupported(self.vllm_config, CONTRACT_V1_RUNNER)
         register_compacting_spec()
 
     def init_device(self) -> None:
         super().init_device()
-        runner_class = type(self.model_runner)
-        self.model_runner.__class__ = type(
-            f"Compacting{runner_class.__name__}", (CompactingRunnerMixin, runner_class), {}
-        )
+        if type(self.model_runner) is not CPUModelRunner:
+            raise ValueError("rkv-vllm needs the V1 model runner on a CPU; unset VLLM_USE_V2_MODEL_RUNNER")
+        # vLLM has no factory for its CPU runner, so that the instance is re-typed.
+        self.model_runner.__class__ = CompactingCpuRunner
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
-        layers = {
-            name: layer
-            for name, layer in self.vllm_config.compilation_config.static_forward_context.items()
-            if isinstance(layer, Attention)
-        }
-        refuse_unsupported_layers(layers)
-        self.model_runner.watch_queries(list(layers.values()))
+        self.model_runner.watch_queries(attention_layers(self.vllm_config))
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         return to_compacting_specs(super().get_kv_cache_spec())

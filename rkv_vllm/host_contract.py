@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -10,7 +11,10 @@ from typing import Any
 VLLM_VERSION = "0.32.0"
 
 #: Where a method lives -> its parameters, in order, `self` left out.
-CONTRACT: dict[str, tuple[str, ...]] = {
+Contract = Mapping[str, tuple[str, ...]]
+
+#: What the scheduler and the block manager rely on.
+CONTRACT: Contract = {
     "vllm.v1.core.single_type_kv_cache_manager.FullAttentionManager.get_num_blocks_to_allocate": (
         "request_id",
         "num_tokens",
@@ -57,8 +61,8 @@ CONTRACT: dict[str, tuple[str, ...]] = {
     "vllm.v1.core.sched.scheduler.Scheduler._get_local_prefix_cache_hit": ("request",),
 }
 
-#: The same for the V1 model runner, which only the CPU worker adapts.
-CONTRACT_V1_RUNNER: dict[str, tuple[str, ...]] = {
+#: What the adapter of the V1 model runner relies on (CPU).
+CONTRACT_V1_RUNNER: Contract = {
     "vllm.v1.worker.gpu_model_runner.GPUModelRunner._update_states": ("scheduler_output",),
     "vllm.v1.worker.gpu_model_runner.GPUModelRunner._prepare_inputs": (
         "scheduler_output",
@@ -89,13 +93,44 @@ CONTRACT_V1_RUNNER: dict[str, tuple[str, ...]] = {
 }
 
 
-def contract_problems(contract: dict[str, tuple[str, ...]] = CONTRACT) -> list[str]:
-    """What differs between the installed vLLM and the contract, one line each; empty where nothing does."""
+#: What the adapter of Model Runner V2 relies on (GPU).
+CONTRACT_V2_RUNNER: Contract = {
+    "vllm.v1.worker.gpu_worker.Worker._make_model_runner": (),
+    "vllm.v1.worker.gpu_worker.Worker.compile_or_warm_up_model": (),
+    "vllm.v1.worker.gpu.model_runner.GPUModelRunner.add_requests": ("scheduler_output",),
+    "vllm.v1.worker.gpu.model_runner.GPUModelRunner.update_requests": ("scheduler_output",),
+    "vllm.v1.worker.gpu.model_runner.GPUModelRunner.prepare_attn": ("input_batch",),
+    "vllm.v1.worker.gpu.model_runner.GPUModelRunner.initialize_kv_cache": (
+        "kv_cache_config",
+        "is_profiling",
+        "kv_cache_allocation_context",
+    ),
+    "vllm.v1.worker.gpu.block_table.BlockTables.append_block_ids": (
+        "req_index",
+        "new_block_ids",
+        "overwrite",
+    ),
+    "vllm.v1.worker.gpu.model_states.default.DefaultModelState.prepare_attn": (
+        "input_batch",
+        "cudagraph_mode",
+        "block_tables",
+        "slot_mappings",
+        "attn_groups",
+        "kv_cache_config",
+        "for_capture",
+        "ubatch_idx",
+        "model_specific_attn_metadata",
+    ),
+}
+
+
+def contract_problems(*contracts: Contract) -> list[str]:
+    """What differs between the installed vLLM and the contracts, one line each; empty where nothing does."""
     problems = []
     installed = _installed_version()
     if installed.partition("+")[0] != VLLM_VERSION:
         problems.append(f"vLLM {installed} is installed; this release works with vLLM {VLLM_VERSION} only")
-    for name, expected in contract.items():
+    for name, expected in (item for contract in contracts for item in contract.items()):
         found = _parameters(name)
         if found is None:
             problems.append(f"{name} does not exist in this vLLM")

@@ -47,7 +47,7 @@ class RequestLengths:
 
     @property
     def longest_prefix_hit(self) -> int:
-        """Cached tokens that may be adopted: what follows must be computed here, for its queries are needed."""
+        """Cached tokens that may be adopted; the ones after them are computed here, for their queries."""
         return max(self.next_due - WINDOW, 0)
 
     @property

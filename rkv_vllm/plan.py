@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from rkv_vllm.config import PolicyName
 
 #: Attribute of vLLM's SchedulerOutput that carries the step's CompactionPlan.
-PLAN_ATTRIBUTE = "rkv_plan"
+_ATTRIBUTE = "rkv_plan"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class Compaction:
         evicted: tokens evicted from the request so far, this round included (absolute, so that running a
             compaction's bookkeeping twice does no harm).
         policy: what scores the tokens.
-        query_row: row of the query window that holds the last queries of the request.
+        query_row: row of the query window that holds its last queries; -1: the policy needs none.
     """
 
     request_id: str
@@ -37,6 +38,11 @@ class Compaction:
     evicted: int
     policy: PolicyName
     query_row: int
+
+    @property
+    def logical_length(self) -> int:
+        """Tokens of the request so far."""
+        return self.evicted + self.keep
 
 
 @dataclass(slots=True)
@@ -49,3 +55,16 @@ class CompactionPlan:
 
     compactions: list[Compaction] = field(default_factory=list)
     recordings: dict[str, int] = field(default_factory=dict)
+
+
+_NOTHING_TO_DO = CompactionPlan()
+
+
+def attach_plan(scheduler_output: Any, plan: CompactionPlan) -> None:
+    """Puts the plan on vLLM's SchedulerOutput: a plain dataclass, pickled whole to every worker."""
+    setattr(scheduler_output, _ATTRIBUTE, plan)
+
+
+def plan_of(scheduler_output: Any) -> CompactionPlan:
+    """The plan of a step; an empty one for the outputs that vLLM makes by itself when it warms up."""
+    return getattr(scheduler_output, _ATTRIBUTE, _NOTHING_TO_DO)

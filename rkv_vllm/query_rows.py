@@ -6,8 +6,8 @@ compaction, so that rows are lent then and taken back when the compaction ran.
 
 from __future__ import annotations
 
-#: More rows than this buy nothing: it takes as many requests within `WINDOW` tokens of their compaction at once.
-MOST_ROWS = 512
+#: Bound on the window's memory. Beyond it, the few requests that find no row are compacted some tokens later.
+MOST_ROWS = 256
 
 
 def num_query_rows(max_num_seqs: int) -> int:

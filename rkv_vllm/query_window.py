@@ -14,36 +14,46 @@ from rkv_vllm.config import WINDOW
 class QueryWindow:
     """One ring of `WINDOW` queries per layer and row; the scheduler lends rows to requests.
 
-    A token at logical position p is written at ring place p mod `WINDOW`, so that a row whose request computed
-    at least `WINDOW` tokens since it was lent holds exactly the newest ones.
+    A token at logical position p is written at ring place p mod `WINDOW`: a row whose request computed at
+    least `WINDOW` tokens since it was lent holds exactly the newest ones.
+
+    Attributes:
+        queries: [layers, rows, WINDOW, query heads, head size] in the model's dtype.
     """
 
     def __init__(self, layers: Sequence[Attention], num_rows: int, device: torch.device) -> None:
-        """Allocates [layers, num_rows, WINDOW, query heads, head size] in the model's dtype."""
         first = layers[0]
         self.queries = torch.zeros(
             (len(layers), num_rows, WINDOW, first.num_heads, first.head_size),
             dtype=first.dtype,
             device=device,
         )
-        self._tokens: torch.Tensor | None = None
-        self._places: torch.Tensor | None = None
         for index, layer in enumerate(layers):
             _record_in(layer, self, index)
+
+    def record(self, layer: int, query: torch.Tensor) -> None:
+        """Called by each layer's attention with [tokens, query heads, head size]."""
+        raise NotImplementedError
+
+
+class CpuQueryWindow(QueryWindow):
+    """Told before each step which tokens to record."""
+
+    _tokens = torch.empty(0, dtype=torch.int64)
+    _places = torch.empty(0, dtype=torch.int64)
 
     def begin_step(self, tokens: list[int], places: list[int]) -> None:
         """Says which tokens of the coming forward pass to record, and where.
 
         Args:
-            tokens: indices into the batch's tokens; none: nothing is recorded.
+            tokens: indices into the batch's tokens.
             places: for each, `row * WINDOW + position % WINDOW`.
         """
-        self._tokens = torch.tensor(tokens, dtype=torch.int64) if tokens else None
-        self._places = torch.tensor(places, dtype=torch.int64) if tokens else None
+        self._tokens = torch.tensor(tokens, dtype=torch.int64)
+        self._places = torch.tensor(places, dtype=torch.int64)
 
     def record(self, layer: int, query: torch.Tensor) -> None:
-        """Called by each layer's attention with [tokens, query heads, head size]."""
-        if self._tokens is not None:
+        if self._tokens.numel():
             self.queries[layer].flatten(0, 1)[self._places] = query[self._tokens]
 
     def of(self, layer: int, row: int) -> torch.Tensor:

@@ -10,25 +10,26 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from rkv_vllm.compactor import CpuCompactor
 from rkv_vllm.config import WINDOW, RkvConfig
 from rkv_vllm.cpu_cache import CpuLayerCache
-from rkv_vllm.plan import PLAN_ATTRIBUTE, Compaction, CompactionPlan
+from rkv_vllm.plan import Compaction, CompactionPlan, plan_of
 from rkv_vllm.policies import make_policies
 from rkv_vllm.query_rows import num_query_rows
-from rkv_vllm.query_window import QueryWindow, window_positions
+from rkv_vllm.query_window import CpuQueryWindow, window_positions
 
 
-class CompactingRunnerMixin:
-    """Put before vLLM's runner class by re-typing the instance: vLLM has no factory for its CPU runner.
+class CompactingCpuRunner(CPUModelRunner):
+    """The V1 runner of vLLM's CPU build with compaction.
 
     `_evicted` maps a compacted request to its evicted tokens. All of vLLM's own state stays logical; what
     attention reads (sequence lengths, slot mapping, block table) is made physical after vLLM prepared it.
     """
 
     _evicted: dict[str, int]
-    _query_window: QueryWindow
+    _query_window: CpuQueryWindow
     _compactor: CpuCompactor
     _rkv_layers: list[Attention]
 
@@ -38,7 +39,7 @@ class CompactingRunnerMixin:
         num_rows = num_query_rows(vllm_config.scheduler_config.max_num_seqs)
         self._evicted = {}
         self._rkv_layers = layers
-        self._query_window = QueryWindow(layers, num_rows, self.device)
+        self._query_window = CpuQueryWindow(layers, num_rows, self.device)
 
     def initialize_kv_cache(
         self, kv_cache_config: KVCacheConfig, is_profiling: bool = False, **kwargs: Any
@@ -50,7 +51,7 @@ class CompactingRunnerMixin:
             self._compactor = CpuCompactor(caches, self._query_window, make_policies(config))
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
-        plan: CompactionPlan = getattr(scheduler_output, PLAN_ATTRIBUTE)
+        plan = plan_of(scheduler_output)
         # Before vLLM writes anything: a page freed by this plan may have a new owner in this very step.
         self._compactor.run(plan.compactions)
         gone = (
@@ -76,7 +77,7 @@ class CompactingRunnerMixin:
 
     def _prepare_inputs(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray) -> Any:
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
-        self._record_queries(getattr(scheduler_output, PLAN_ATTRIBUTE), num_scheduled_tokens)
+        self._record_queries(plan_of(scheduler_output), num_scheduled_tokens)
         evicted = [self._evicted.get(request_id, 0) for request_id in self.input_batch.req_ids]
         if any(evicted):
             self._make_physical(torch.tensor(evicted, dtype=torch.int32), num_scheduled_tokens)

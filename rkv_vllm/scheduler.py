@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
@@ -15,13 +15,19 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-from rkv_vllm.block_manager import CompactingManager, register_compacting_spec
+from rkv_vllm.block_manager import CompactingManager, PageMove, register_compacting_spec
 from rkv_vllm.compatibility import refuse_unsupported
 from rkv_vllm.config import WINDOW, BudgetRequest, RequestBudget, RkvConfig
 from rkv_vllm.lengths import RequestLengths
-from rkv_vllm.plan import PLAN_ATTRIBUTE, Compaction, CompactionPlan
+from rkv_vllm.plan import Compaction, CompactionPlan, attach_plan
 from rkv_vllm.query_rows import QueryRows, num_query_rows
 from rkv_vllm.result import RESULT_KEY, CompactionResult
+
+# The mixin is put before either of vLLM's schedulers; the type checker is told of what they share.
+if TYPE_CHECKING:
+    _Scheduler = Scheduler
+else:
+    _Scheduler = object
 
 logger = init_logger(__name__)
 
@@ -64,12 +70,13 @@ class TrackedRequest:
         self.rounds = 0
 
 
-class CompactingSchedulerMixin:
+class CompactingSchedulerMixin(_Scheduler):
     """Put before one of vLLM's schedulers.
 
-    In each step, before vLLM decides anything: every running request that is due is shortened to its budget, so
-    that the freed pages serve this step's allocations. The workers execute the plan first thing in the step.
-    Whether a request is due follows from its own counts, never from its neighbours or from sampled tokens.
+    In each step, before vLLM decides anything: every running request that is due is shortened to its budget,
+    so that the freed pages serve this step's allocations. The workers execute the plan first thing in the
+    step. Whether a request is due follows from its own counts, never from its neighbours or from sampled
+    tokens.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -114,9 +121,7 @@ class CompactingSchedulerMixin:
             logger.warning("Request %s: %s; the server's default is used", request.request_id, error)
             return BudgetRequest()
 
-    def _preempt_request(
-        self, request: Request, timestamp: float, drop_stale_output: bool = False
-    ) -> None:
+    def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
         tracked = self._tracked.get(request.request_id)
         if tracked is not None:
             self._note_pages(tracked, request)
@@ -172,10 +177,14 @@ class CompactingSchedulerMixin:
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         plan = CompactionPlan()
+        moves: list[PageMove] = []
         for request in self.running:
             tracked = self._tracked.get(request.request_id)
             if tracked is not None and self._may_compact(request, tracked):
-                plan.compactions.append(self._compact(request, tracked))
+                compaction, move = self._compact(request, tracked)
+                plan.compactions.append(compaction)
+                moves.append(move)
+        self._manager.release(moves)
         output: SchedulerOutput = super().schedule(throttle_prefills)
         if output.preempted_req_ids:
             # Preempted after it was planned: its pages may have a new owner in this very step.
@@ -184,7 +193,7 @@ class CompactingSchedulerMixin:
             tracked = self._tracked.get(request_id)
             if tracked is not None:
                 self._record_if_needed(self.requests[request_id], tracked, output, plan)
-        setattr(output, PLAN_ATTRIBUTE, plan)
+        attach_plan(output, plan)
         return output
 
     def _may_compact(self, request: Request, tracked: TrackedRequest) -> bool:
@@ -196,7 +205,7 @@ class CompactingSchedulerMixin:
             and self._manager.can_compact(request.request_id, tracked.budget.budget)
         )
 
-    def _compact(self, request: Request, tracked: TrackedRequest) -> Compaction:
+    def _compact(self, request: Request, tracked: TrackedRequest) -> tuple[Compaction, PageMove]:
         request_id, logical = request.request_id, request.num_computed_tokens
         self._note_pages(tracked, request)
         length = tracked.lengths.physical(logical)
@@ -204,7 +213,7 @@ class CompactingSchedulerMixin:
         self._query_rows.release(request_id)
         tracked.compact(logical)
         move = self._manager.compact(request_id, tracked.budget.budget, tracked.lengths.evicted)
-        return Compaction(
+        compaction = Compaction(
             request_id=request_id,
             source_pages=move.source_pages,
             target_pages=move.target_pages,
@@ -214,6 +223,7 @@ class CompactingSchedulerMixin:
             policy=tracked.budget.policy,
             query_row=-1 if row is None else row,
         )
+        return compaction, move
 
     def _record_if_needed(
         self, request: Request, tracked: TrackedRequest, output: SchedulerOutput, plan: CompactionPlan
@@ -281,8 +291,6 @@ class CompactingAsyncScheduler(CompactingSchedulerMixin, AsyncScheduler):
 def make_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
     """What `--scheduler-cls` names: the scheduler that fits the engine's `async_scheduling`."""
     scheduler: Callable[..., Scheduler] = (
-        CompactingAsyncScheduler
-        if vllm_config.scheduler_config.async_scheduling
-        else CompactingScheduler
+        CompactingAsyncScheduler if vllm_config.scheduler_config.async_scheduling else CompactingScheduler
     )
     return scheduler(vllm_config=vllm_config, **kwargs)

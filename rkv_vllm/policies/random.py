@@ -8,7 +8,7 @@ from rkv_vllm.policies.base import ScoreInputs
 
 
 class Random:
-    """Draws from the layer and the request's length, so that a replayed compaction chooses the same tokens."""
+    """Draws by layer and length of the request, so that a replayed compaction chooses the same tokens."""
 
     def scores(self, inputs: ScoreInputs) -> torch.Tensor:
         device = inputs.keys.device

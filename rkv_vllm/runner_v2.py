@@ -1,0 +1,167 @@
+"""Adapter for vLLM's Model Runner V2: physical lengths for attention, logical ones for all else.
+
+CUDA graphs bake addresses, not contents. What attention reads (sequence lengths, slot mapping, places in the
+query ring) therefore lives in buffers of fixed address, which are filled anew before each step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.gpu.model_states.interface import ModelState
+
+from rkv_vllm.config import WINDOW, RkvConfig
+from rkv_vllm.gpu_compactor import GpuCompactor
+from rkv_vllm.gpu_query_window import GpuQueryWindow
+from rkv_vllm.kernels.physical import prepare_physical
+from rkv_vllm.plan import plan_of
+from rkv_vllm.policies import make_policies
+from rkv_vllm.query_rows import num_query_rows
+
+#: `query_rows` of a request whose queries are not recorded.
+_NOT_RECORDED = -1
+
+
+class PhysicalLengths:
+    """What compaction changed about each request slot, on the host and on the device.
+
+    Attributes:
+        evicted, query_rows: per request slot, written on the host and read by the device.
+        seq_lens [max requests], positions [max tokens]: physical, of the batch about to run.
+        is_real: whether those were filled for the batch about to run; otherwise it is one of vLLM's dummies,
+            which hold no compacted request.
+    """
+
+    def __init__(self, max_num_requests: int, max_num_tokens: int, device: torch.device) -> None:
+        self.evicted = UvaBackedTensor(max_num_requests, dtype=torch.int32)
+        self.query_rows = UvaBackedTensor(max_num_requests, dtype=torch.int32)
+        self.query_rows.np.fill(_NOT_RECORDED)
+        self.seq_lens = torch.zeros(max_num_requests, dtype=torch.int32, device=device)
+        self.positions = torch.zeros(max_num_tokens, dtype=torch.int64, device=device)
+        self.is_real = False
+
+
+class CompactingRunnerV2(GPUModelRunner):
+    """Model Runner V2 with compaction."""
+
+    _lengths: PhysicalLengths
+    _query_window: GpuQueryWindow
+    _compactor: GpuCompactor
+    _rkv_layers: list[Attention]
+
+    # -- set-up --------------------------------------------------------------------------------------------
+
+    def watch_queries(self, layers: list[Attention]) -> None:
+        """To be called once, when the model is loaded and before memory is profiled."""
+        vllm_config: VllmConfig = self.vllm_config
+        num_rows = num_query_rows(vllm_config.scheduler_config.max_num_seqs)
+        self._rkv_layers = layers
+        self._query_window = GpuQueryWindow(layers, num_rows, self.max_num_tokens, self.device)
+        self._lengths = PhysicalLengths(self.max_num_reqs, self.max_num_tokens, self.device)
+        _make_physical(self.model_state, self._lengths, self._query_window)
+
+    def initialize_kv_cache(
+        self, kv_cache_config: KVCacheConfig, is_profiling: bool = False, **kwargs: Any
+    ) -> None:
+        super().initialize_kv_cache(kv_cache_config, is_profiling, **kwargs)
+        if is_profiling:  # a cache for the moment
+            return
+        config = RkvConfig.from_additional_config(self.vllm_config.additional_config)
+        caches = [layer.kv_cache for layer in self._rkv_layers]
+        if caches[0].shape[0] != kv_cache_config.num_blocks:
+            raise ValueError(
+                f"attention splits vLLM's {kv_cache_config.num_blocks} pages into {caches[0].shape[0]}; "
+                f"choose a --block-size that {type(self._rkv_layers[0].impl).__name__} takes as it is"
+            )
+        self._compactor = GpuCompactor(
+            caches,
+            self._query_window.queries,
+            self._rkv_layers[0].impl.scale,
+            config,
+            make_policies(config),
+        )
+
+    def warm_up_compaction(self) -> None:
+        """Compiles the kernels, which would otherwise stall the first request that is due."""
+        self._compactor.warm_up()
+
+    # -- a step --------------------------------------------------------------------------------------------
+
+    def add_requests(self, scheduler_output: SchedulerOutput) -> None:
+        super().add_requests(scheduler_output)
+        # New requests and resumed ones alike start with all their tokens.
+        for request in scheduler_output.scheduled_new_reqs:
+            self._lengths.evicted.np[self.req_states.req_id_to_index[request.req_id]] = 0
+
+    def update_requests(self, scheduler_output: SchedulerOutput) -> None:
+        plan, lengths, slot_of = plan_of(scheduler_output), self._lengths, self.req_states.req_id_to_index
+        # Before vLLM writes anything: a page freed by this plan may have a new owner in this very step.
+        self._compactor.run(plan.compactions)
+        for compaction in plan.compactions:
+            slot = slot_of[compaction.request_id]
+            lengths.evicted.np[slot] = compaction.evicted
+            self.block_tables.append_block_ids(slot, (list(compaction.target_pages),), overwrite=True)
+        lengths.query_rows.np.fill(_NOT_RECORDED)
+        for request_id, row in plan.recordings.items():
+            lengths.query_rows.np[slot_of[request_id]] = row
+        lengths.evicted.copy_to_uva()
+        lengths.query_rows.copy_to_uva()
+        super().update_requests(scheduler_output)
+
+    def prepare_attn(self, input_batch: InputBatch) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        lengths = self._lengths
+        prepare_physical(
+            input_batch.idx_mapping,
+            input_batch.query_start_loc,
+            input_batch.seq_lens,
+            lengths.evicted.gpu,
+            lengths.query_rows.gpu,
+            physical_seq_lens=lengths.seq_lens,
+            physical_positions=lengths.positions,
+            places=self._query_window.places,
+            window=WINDOW,
+        )
+        lengths.is_real = True
+        num_tokens = input_batch.positions.shape[0]
+        return super().prepare_attn(
+            dataclasses.replace(input_batch, positions=lengths.positions[:num_tokens])
+        )
+
+
+def _make_physical(model_state: ModelState, lengths: PhysicalLengths, window: GpuQueryWindow) -> None:
+    """Makes the model's attention metadata physical; the batch itself stays logical for everything else.
+
+    vLLM picks the class of `model_state` by model and has no hook on its way to attention, so that the
+    instance is re-typed.
+    """
+    state_class = type(model_state)
+
+    def prepare_attn(state: Any, input_batch: InputBatch, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        count = input_batch.seq_lens.shape[0]
+        upper_bound = input_batch.seq_lens_cpu_upper_bound
+        if lengths.is_real:
+            lengths.is_real = False
+            upper_bound = upper_bound.clone()
+            upper_bound[: input_batch.num_reqs] -= torch.from_numpy(
+                lengths.evicted.np[input_batch.idx_mapping_np[: input_batch.num_reqs]]
+            )
+        else:
+            lengths.seq_lens[:count].copy_(input_batch.seq_lens)
+            window.places.fill_(_NOT_RECORDED)
+        physical = dataclasses.replace(
+            input_batch, seq_lens=lengths.seq_lens[:count], seq_lens_cpu_upper_bound=upper_bound
+        )
+        return state_class.prepare_attn(state, physical, *args, **kwargs)
+
+    model_state.__class__ = type(
+        f"Physical{state_class.__name__}", (state_class,), {"prepare_attn": prepare_attn}
+    )
