@@ -1,0 +1,181 @@
+"""What must hold in a real engine on a GPU: measured by one command, one JSON object a check.
+
+    python benchmarks/gpu_checks.py --model PATH --out checks.json
+
+PATH is the checkpoint of the derivation reasoner. Each engine runs in vLLM's
+production configuration: Model Runner V2, async scheduling, FULL and PIECEWISE CUDA graphs, prefix caching.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import derivation
+from vllm import LLM, RequestOutput, SamplingParams
+
+from rkv_vllm import rkv_engine_args
+
+NUM_PAGES_SMALL = 700  # holds five full caches of the checks' requests, of 16 tokens a page
+
+
+def engine(model: str, *, rkv: bool = True, **overrides: Any) -> LLM:
+    arguments: dict[str, Any] = {
+        "max_model_len": 2304,
+        "max_num_seqs": 128,
+        "kv_cache_memory_bytes": 4 * 2**30,
+        "disable_log_stats": False,
+        **(rkv_engine_args() if rkv else {}),
+    }
+    return LLM(model=model, **(arguments | overrides))
+
+
+def prompts(count: int, seed: int) -> list[dict[str, Any]]:
+    rng = random.Random(seed)
+    return [
+        {"prompt_token_ids": derivation.prompt_ids(derivation.make_problem(rng, 24, 6))} for _ in range(count)
+    ]
+
+
+def greedy(max_tokens: int, budget: int | None = None, policy: str = "rkv") -> SamplingParams:
+    extra_args = None if budget is None else {"rkv_budget": budget, "rkv_policy": policy}
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, extra_args=extra_args)
+
+
+def tokens(outputs: list[RequestOutput]) -> list[list[int]]:
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def metric(llm: LLM, name: str) -> float:
+    return sum(m.value for m in llm.get_metrics() if m.name == name)  # type: ignore[union-attr]
+
+
+def agreement(left: list[list[int]], right: list[list[int]]) -> dict[str, int]:
+    """Requests that agree to the last token, and tokens before the first difference of each."""
+    same = sum(a == b for a, b in zip(left, right, strict=True))
+    prefix = 0
+    for a, b in zip(left, right, strict=True):
+        prefix += next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
+    return {
+        "requests": len(left),
+        "same": same,
+        "tokens": sum(map(len, left)),
+        "tokens_before_difference": prefix,
+    }
+
+
+def check_identity(model: str) -> dict[str, Any]:
+    """Budget above the length: the same tokens as stock vLLM, 32 requests of 1,000 tokens."""
+    asked = prompts(32, seed=1)
+    stock = engine(model, rkv=False)
+    expected = tokens(stock.generate(asked, greedy(1000), use_tqdm=False))
+    again = tokens(stock.generate(asked, greedy(1000), use_tqdm=False))
+    del stock
+    ours = engine(model)
+    return {
+        "stock_against_itself": agreement(expected, again),
+        "budget_above_length": agreement(
+            expected, tokens(ours.generate(asked, greedy(1000, 4096), use_tqdm=False))
+        ),
+        "off": agreement(expected, tokens(ours.generate(asked, greedy(1000, 0), use_tqdm=False))),
+    }
+
+
+def check_graphs(model: str) -> dict[str, Any]:
+    """FULL graphs replay what the same kernels do without graphs, in batches of odd, padded sizes."""
+    by_mode = {}
+    for mode in ("FULL_AND_PIECEWISE", "NONE"):
+        llm = engine(model, compilation_config={"cudagraph_mode": mode})
+        by_mode[mode] = [
+            tokens(llm.generate(prompts(size, seed=size), greedy(1200, 256), use_tqdm=False))
+            for size in (1, 3, 13, 37)
+        ]
+        del llm
+    return {
+        str(len(graph)): agreement(graph, eager)
+        for graph, eager in zip(by_mode["FULL_AND_PIECEWISE"], by_mode["NONE"], strict=True)
+    }
+
+
+def check_preemption(model: str) -> dict[str, Any]:
+    """Preempted, compacted and resumed requests sample on, in a pool for a few full caches."""
+    asked, params = prompts(48, seed=3), greedy(1500, 512)
+    large = engine(model)
+    expected = tokens(large.generate(asked, params, use_tqdm=False))
+    del large
+    small = engine(model, num_gpu_blocks_override=NUM_PAGES_SMALL)
+    found = tokens(small.generate(asked, params, use_tqdm=False))
+    return {
+        "preemptions": metric(small, "vllm:num_preemptions"),
+        "pool_in_use_at_end": metric(small, "vllm:kv_cache_usage_perc"),
+        **agreement(expected, found),
+    }
+
+
+def check_mixed_load(model: str) -> dict[str, Any]:
+    """1,000 requests of mixed budgets and policies on shared prompts, every fifth aborted."""
+    llm, rng = engine(model, num_gpu_blocks_override=4 * NUM_PAGES_SMALL), random.Random(4)
+    shared = prompts(40, seed=4)
+    started, finished, aborted = time.monotonic(), 0, 0
+    core = llm.llm_engine
+    to_abort = []
+    for index in range(1000):
+        params = greedy(
+            rng.randrange(100, 900),
+            rng.choice([0, 128, 256, 512]),
+            rng.choice(["rkv", "rkv", "snapkv", "keydiff", "recency", "random"]),
+        )
+        core.add_request(str(index), rng.choice(shared), params)
+        if index % 5 == 0:
+            to_abort.append(str(index))
+    steps = 0
+    while core.has_unfinished_requests():
+        finished += sum(output.finished for output in core.step())
+        steps += 1
+        if to_abort and steps % 3 == 0:
+            core.abort_request([to_abort.pop()])
+            aborted += 1
+    return {
+        "finished": finished,
+        "aborts_sent": aborted,
+        "preemptions": metric(llm, "vllm:num_preemptions"),
+        "prefix_cache_hits": metric(llm, "vllm:prefix_cache_hits"),
+        "pool_in_use_at_end": metric(llm, "vllm:kv_cache_usage_perc"),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+CHECKS = {
+    "identity": check_identity,
+    "graphs": check_graphs,
+    "preemption": check_preemption,
+    "mixed_load": check_mixed_load,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--checks", default=",".join(CHECKS))
+    args = parser.parse_args()
+    results: dict[str, Any] = {"command": " ".join(sys.argv)}
+    for name in args.checks.split(","):
+        started = time.monotonic()
+        results[name] = CHECKS[name](args.model)
+        results[name]["check_seconds"] = round(time.monotonic() - started, 1)
+        print(name, json.dumps(results[name]), flush=True)
+        args.out.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
