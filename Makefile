@@ -2,7 +2,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 TESTS ?= tests
-MYPY_CACHE := .cache/mypy
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
@@ -27,7 +26,7 @@ test: venv model ## run the whole test suite; TESTS=tests/server picks a part
 lint: venv ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --cache-dir $(MYPY_CACHE)
+	$(BIN)/python scripts/check_types.py --cache-dir .cache/mypy
 
 format: venv ## let ruff sort imports and format
 	$(BIN)/ruff check --select I --fix .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -91,6 +92,7 @@ def demo(
 
     from rkv_vllm.demo.run import describe, run
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the server is stopped
     console = Console()
     try:
         run(console, model, log)

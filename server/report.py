@@ -1,9 +1,9 @@
 """Adds the `kv_cache` object to the answers of vLLM's OpenAI endpoints.
 
-The engine sends it with a request's last output (`RequestOutput.kv_transfer_params`). vLLM itself copies that
-into whole answers, under its own name, and drops it from streams. `KvCacheReportMiddleware`, given to vLLM's
-flag `--middleware`, takes it there and writes it into both. No JSON is parsed: the object is spliced in before
-the closing brace, and a stream's chunks pass untouched until the engine has finished the request.
+The engine sends it with a request's last output (`RequestOutput.kv_transfer_params`). vLLM itself copies
+that into whole answers, under its own name, and drops it from streams. `KvCacheReportMiddleware`, given to
+vLLM's flag `--middleware`, takes it there and writes it into both. No JSON is parsed: the object is spliced
+in before the closing brace, and a stream's chunks pass untouched until the engine has finished the request.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ END_OF_STREAM = b"data: [DONE]"
 class ReportSlot:
     """Where the engine's report of one HTTP request is put.
 
-    A request for several answers (`n`, or several prompts) keeps the report of the one that finished last, which
-    is also what vLLM keeps of it.
+    A request for several answers (`n`, or several prompts) keeps the report of the one that finished last,
+    which is also what vLLM keeps of it.
     """
 
     def __init__(self) -> None:
@@ -153,7 +153,7 @@ class ReportingSend:
         await self._send({**held, "body": self._with_report(held["body"])} if last else held)
 
     def _with_report(self, body: bytes) -> bytes:
-        """`body`, which ends in a JSON object with at least one member, with the report as its last member."""
+        """`body`, which ends in a JSON object of at least one member, with the report as its last one."""
         text = body.rstrip()
         if self._slot.report is None or not text.endswith(b"}"):
             return body

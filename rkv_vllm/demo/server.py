@@ -19,8 +19,8 @@ STOP_SECONDS = 60
 #: The demo's server: everything comes from the model directory, nothing is asked of or told to the network.
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB
     "VLLM_DO_NOT_TRACK": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # allows the executor `uni`
     "VLLM_NO_USAGE_STATS": "1",
 }
 

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.testclient import TestClient
+
 from rkv_vllm.server.protocol import KvCacheReport
 from rkv_vllm.server.report import KvCacheReportMiddleware, ReportingSend, ReportSlot
-from starlette.testclient import TestClient
 
 RESULT = {
     "budget": 256,
@@ -30,7 +31,7 @@ PUBLIC = {key: value for key, value in RESULT.items() if key not in ("page_size"
 
 
 class FakeEngine:
-    """Yields three outputs; the last carries what the engine reports. Remembers whether it was closed early."""
+    """Yields three outputs; the last carries the engine's report. Remembers whether it was closed early."""
 
     def __init__(self, params: dict[str, Any] | None) -> None:
         self.params = params
@@ -169,7 +170,7 @@ def test_closing_the_stream_reaches_the_engine() -> None:
 
 
 def test_chunks_pass_untouched_until_the_report_is_there() -> None:
-    """On the hot path a message goes on as the same object; a held chunk is never lost at the end of a body."""
+    """On the hot path a message goes on as the same object; a held chunk is never lost at a body's end."""
     import asyncio
 
     sent: list[Any] = []
