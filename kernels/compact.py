@@ -17,6 +17,7 @@ import triton.language as tl
 from .part import Part, slot_offsets
 
 _TOKENS = 64  # tokens a step
+_WARPS = 8
 STAGED_COLUMNS = 16
 """Elements of a token row that go through scratch memory together."""
 
@@ -184,7 +185,7 @@ def compact(part: Part, *, window: int) -> None:
         BLOCK_WIDTH=triton.next_power_of_2(width),
         PAGE_SIZE=kv.page_size,
         TOKENS=_TOKENS if width * kv.dtype.itemsize <= 512 else _TOKENS // 4,
-        num_warps=8,
+        num_warps=_WARPS,
     )
     for request in batch.staged:
         local_request = request - part.first_request

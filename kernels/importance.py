@@ -1,6 +1,6 @@
 """First walk over the keys: the softmax statistics of importance, and what redundancy needs of each key.
 
-One program walks all pages of one (layer, request, KV head) once. Formulas: rkv_spec 1.3 (importance) and
+One program reads some tokens of one (layer, request, KV head). Formulas: rkv_spec 1.3 (importance) and
 4.4 B (the sum of the normalised keys); reference: ``naive.importance``.
 """
 
@@ -13,9 +13,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .part import Part, inverse_norm, slot_offsets
+from .part import LINK_SCALE, Part, inverse_norm, slot_offsets
 
-_BLOCK = 128  # tokens a step
+NO_LOGIT = tl.constexpr(-3.0e38)
+"""Logit of what is no candidate: finite, so that a block without candidates needs no special case."""
+
+_BLOCK = 64  # tokens a program
+_WARPS = 4
 
 
 @triton.jit
@@ -48,7 +52,7 @@ def window_logits(
     return tl.max(tl.reshape(products, (WINDOW_PAD, GROUP_PAD, BLOCK)), axis=1) * scale
 
 
-@triton.jit(do_not_specialize=["stride_pages", "first_layer", "first_request", "requests"])
+@triton.jit(do_not_specialize=["stride_pages", "first_layer", "first_request", "requests", "stat_blocks"])
 def _survey_kernel(
     kv,
     layer_offsets,
@@ -75,6 +79,8 @@ def _survey_kernel(
     first_request,
     requests,
     capacity,
+    stat_blocks,
+    HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -84,49 +90,71 @@ def _survey_kernel(
     PAGE_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    head = tl.program_id(0)
-    request = first_request + tl.program_id(1)
+    block = tl.program_id(0)
+    head = tl.program_id(1) % HEADS
+    local_request = tl.program_id(1) // HEADS
+    request = first_request + local_request
     layer = first_layer + tl.program_id(2)
-    owner = (tl.program_id(2) * requests + tl.program_id(1)) * tl.num_programs(0) + head
-    table = owner.to(tl.int64) * capacity
     length = tl.load(lengths + request)
-    candidates = length - WINDOW
+    if block * BLOCK >= length:
+        return
+    owner = ((tl.program_id(2) * requests + local_request) * HEADS + head).to(tl.int64)
+    table = owner * capacity
     pages = source_pages + request * stride_pages
     kv += tl.multiple_of(tl.load(layer_offsets + layer), 16) + head.to(tl.int64) * stride_kv_head
+
+    slots = block * BLOCK + tl.arange(0, BLOCK)
+    inside = slots < length
+    d = tl.arange(0, BLOCK_D)
+    offsets = slot_offsets(pages, slots, inside, stride_page, stride_slot, PAGE_SIZE)
+    mask = inside[:, None] & (d < HEAD_SIZE)[None, :]
+    keys = tl.load(kv + offsets[:, None] + d[None, :], mask=mask, other=0.0)
+
+    inverse = inverse_norm(keys)
+    direction = tl.sum(keys.to(tl.float32) * inverse[:, None], axis=0)
+    exact = (direction * LINK_SCALE).to(tl.int64)
+    tl.atomic_add(directions + owner * HEAD_SIZE + d, exact, mask=d < HEAD_SIZE, sem="relaxed")
+    tl.store(weights + table + slots, inverse, mask=inside)
+    tl.store(slots_table + table + slots, tl.zeros((BLOCK,), tl.int32), mask=inside)
+    tl.store(links + table + slots, tl.zeros((BLOCK,), tl.int64), mask=inside)
 
     ring_row = tl.load(query_rows + request).to(tl.int64)
     queries += layer.to(tl.int64) * stride_layer + ring_row * stride_ring + head * GROUP * stride_head
     window = load_queries(
         queries, stride_window, stride_head, GROUP, GROUP_PAD, WINDOW, WINDOW_PAD, HEAD_SIZE, BLOCK_D
     )
-
-    d = tl.arange(0, BLOCK_D)
-    peak = tl.full((WINDOW_PAD,), float("-inf"), tl.float32)
-    total = tl.zeros((WINDOW_PAD,), tl.float32)
-    direction = tl.zeros((BLOCK_D,), tl.float32)
-    for start in range(0, length, BLOCK):
-        slots = start + tl.arange(0, BLOCK)
-        inside = slots < length
-        offsets = slot_offsets(pages, slots, inside, stride_page, stride_slot, PAGE_SIZE)
-        mask = inside[:, None] & (d < HEAD_SIZE)[None, :]
-        keys = tl.load(kv + offsets[:, None] + d[None, :], mask=mask, other=0.0)
-
-        inverse = inverse_norm(keys)
-        direction += tl.sum(keys.to(tl.float32) * inverse[:, None], axis=0)
-        tl.store(weights + table + slots, inverse, mask=inside)
-        tl.store(slots_table + table + slots, tl.zeros((BLOCK,), tl.int32), mask=inside)
-        tl.store(links + table + slots, tl.zeros((BLOCK,), tl.int64), mask=inside)
-
-        logits = window_logits(window, keys, scale, GROUP_PAD, WINDOW_PAD, BLOCK)
-        logits = tl.where((slots < candidates)[None, :], logits, float("-inf"))
-        higher = tl.maximum(peak, tl.max(logits, axis=1))
-        total = total * tl.exp(peak - higher) + tl.sum(tl.exp(logits - higher[:, None]), axis=1)
-        peak = higher
-
+    logits = window_logits(window, keys, scale, GROUP_PAD, WINDOW_PAD, BLOCK)
+    logits = tl.where((slots < length - WINDOW)[None, :], logits, NO_LOGIT)
+    peak = tl.max(logits, axis=1)
+    total = tl.sum(tl.exp(logits - peak[:, None]), axis=1)
     row = tl.arange(0, WINDOW_PAD)
-    tl.store(peaks + owner * WINDOW + row, peak, mask=row < WINDOW)
-    tl.store(totals + owner * WINDOW + row, total, mask=row < WINDOW)
-    tl.store(directions + owner * HEAD_SIZE + d, direction, mask=d < HEAD_SIZE)
+    statistics = (owner * stat_blocks + block) * WINDOW + row
+    tl.store(peaks + statistics, peak, mask=row < WINDOW)
+    tl.store(totals + statistics, total, mask=row < WINDOW)
+
+
+@triton.jit
+def merged_statistics(peaks, totals, blocks, WINDOW: tl.constexpr, WINDOW_PAD: tl.constexpr):
+    """Softmax statistics [WINDOW_PAD] of all candidates from those of each block of them."""
+    row = tl.arange(0, WINDOW_PAD)
+    peak = tl.full((WINDOW_PAD,), NO_LOGIT, tl.float32)
+    total = tl.zeros((WINDOW_PAD,), tl.float32)
+    for start in range(0, blocks, 64):
+        index = start + tl.arange(0, 64)
+        inside = (index < blocks)[:, None] & (row < WINDOW)[None, :]
+        entries = index[:, None] * WINDOW + row[None, :]
+        some_peaks = tl.load(peaks + entries, mask=inside, other=NO_LOGIT)
+        some_totals = tl.load(totals + entries, mask=inside, other=0.0)
+        higher = tl.maximum(peak, tl.max(some_peaks, axis=0))
+        total = total * tl.exp(peak - higher)
+        total += tl.sum(some_totals * tl.exp(some_peaks - higher[None, :]), axis=0)
+        peak = higher
+    return peak, total
+
+
+def tokens_a_program(part: Part) -> int:
+    """Tokens that one program of the first walk reads: one block of its statistics."""
+    return _BLOCK if part.kv.dtype.itemsize == 2 and part.kv.head_size <= 128 else 32
 
 
 def survey(part: Part, queries: torch.Tensor, *, window: int, scale: float) -> None:
@@ -141,7 +169,9 @@ def survey(part: Part, queries: torch.Tensor, *, window: int, scale: float) -> N
     kv, batch = part.kv, part.batch
     group = queries.shape[3] // kv.num_heads
     window_pad = triton.next_power_of_2(window)
-    _survey_kernel[(kv.num_heads, part.requests, part.layers)](
+    block = tokens_a_program(part)
+    part.directions.zero_()
+    _survey_kernel[(-(-part.longest // block), part.requests * kv.num_heads, part.layers)](
         kv.layers[0],
         kv.layer_offsets,
         *kv.layers[0].stride()[:3],
@@ -162,6 +192,8 @@ def survey(part: Part, queries: torch.Tensor, *, window: int, scale: float) -> N
         part.first_request,
         part.requests,
         part.capacity,
+        part.blocks,
+        HEADS=kv.num_heads,
         GROUP=group,
         GROUP_PAD=max(triton.next_power_of_2(group), 16 // window_pad),
         WINDOW=window,
@@ -169,7 +201,6 @@ def survey(part: Part, queries: torch.Tensor, *, window: int, scale: float) -> N
         HEAD_SIZE=kv.head_size,
         BLOCK_D=triton.next_power_of_2(kv.head_size),
         PAGE_SIZE=kv.page_size,
-        BLOCK=_BLOCK if kv.dtype.itemsize == 2 and kv.head_size <= 128 else _BLOCK // 4,
-        num_warps=8,
-        num_stages=2,
+        BLOCK=block,
+        num_warps=_WARPS,
     )

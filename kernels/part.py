@@ -37,11 +37,11 @@ class Part:
         weights: float32 table: inverse key norms until the matches are found, then window attention.
         links: int64 table: sum of a key's similarities in units of 1 / LINK_SCALE.
         scores: float32 table: joint scores.
-        peaks: float32 [layers * requests * H * window]: largest logit of each window row.
-        totals: float32 [layers * requests * H * window]: sum of exponentials of each window row.
-        directions: float32 [layers * requests * H * D]: sum of the normalised keys.
-        reached: int32 table of the search for matches, ``row_blocks`` entries a (layer, request, head).
-        row_blocks: blocks of rows that ``capacity`` tokens make.
+        peaks: float32 [layers * requests * H * blocks * window]: largest logit of each window row in a block.
+        totals: float32, as ``peaks``: sum of exponentials of each window row in a block.
+        directions: int64 [layers * requests * H * D]: sum of the normalised keys in units of 1 / LINK_SCALE.
+        reached: int32 [layers * requests * H * blocks]: where each block's search for newer matches ended.
+        blocks: most blocks into which a kernel may split a request's tokens.
         staging: flat, in the cache's dtype: all of the scratch memory but ``slots``, free once slots are
             selected.
     """
@@ -62,15 +62,16 @@ class Part:
     totals: torch.Tensor
     directions: torch.Tensor
     reached: torch.Tensor
-    row_blocks: int
+    blocks: int
     staging: torch.Tensor
 
 
 @triton.jit
 def slot_offsets(pages, slots, inside, stride_page, stride_slot, PAGE_SIZE: tl.constexpr):
     """Element offsets of token slots within one KV head of one layer."""
+    slots = slots.to(tl.uint32)  # never negative; without a sign, division by the page size is a shift
     page = tl.load(pages + slots // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
-    return page * stride_page + (slots % PAGE_SIZE) * stride_slot
+    return page * stride_page + (slots % PAGE_SIZE).to(tl.int32) * stride_slot
 
 
 @triton.jit

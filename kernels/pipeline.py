@@ -14,10 +14,10 @@ from .importance import survey
 from .paged import CompactionBatch, PagedKV
 from .part import Part
 from .redundancy import newest_matches, sums
-from .select import select
+from .select import SELECT_LENGTHS, select
 
 _ROUNDING = 128  # per-token tables hold a multiple of this many tokens
-_ROW_BLOCK = 32  # smallest block of rows in the search for matches
+_BLOCK = 32  # fewest tokens of which a kernel keeps a record
 _TOKEN_BYTES = 4 + 4 + 8 + 4  # weights, slots, links, scores
 
 
@@ -180,6 +180,9 @@ class RkvRound:
         self.page_scores(queries, batch, lam)
         for each in (batch, staged):
             self.run(queries, each, lam)
+        part = next(self._parts(batch))
+        for longest in SELECT_LENGTHS:
+            select(dataclasses.replace(part, longest=longest), self._own_scores(part), window=self.window)
 
     def _score(
         self,
@@ -226,7 +229,9 @@ class RkvRound:
 
     def _head_bytes(self, longest: int) -> int:
         capacity = -(-longest // _ROUNDING) * _ROUNDING
-        return capacity * _TOKEN_BYTES + 4 * (2 * self.window + self.kv.head_size + capacity // _ROW_BLOCK)
+        return (
+            capacity * _TOKEN_BYTES + 8 * self.kv.head_size + capacity // _BLOCK * 4 * (2 * self.window + 1)
+        )
 
     def _part(
         self,
@@ -239,7 +244,7 @@ class RkvRound:
     ) -> Part:
         capacity = -(-longest // _ROUNDING) * _ROUNDING
         owners = layers * requests * self.kv.num_heads
-        row_blocks = capacity // _ROW_BLOCK
+        blocks = capacity // _BLOCK
         position = 0
 
         def take(count: int, dtype: torch.dtype) -> torch.Tensor:
@@ -262,11 +267,11 @@ class RkvRound:
             weights=take(owners * capacity, torch.float32),
             links=take(owners * capacity, torch.int64),
             scores=take(owners * capacity, torch.float32),
-            peaks=take(owners * self.window, torch.float32),
-            totals=take(owners * self.window, torch.float32),
-            directions=take(owners * self.kv.head_size, torch.float32),
-            reached=take(owners * row_blocks, torch.int32),
-            row_blocks=row_blocks,
+            peaks=take(owners * blocks * self.window, torch.float32),
+            totals=take(owners * blocks * self.window, torch.float32),
+            directions=take(owners * self.kv.head_size, torch.int64),
+            reached=take(owners * blocks, torch.int32),
+            blocks=blocks,
             staging=staging,
         )
 

@@ -20,9 +20,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .importance import load_queries, window_logits
+from .importance import load_queries, merged_statistics, tokens_a_program, window_logits
 from .part import LINK_SCALE, Part, inverse_norm, slot_offsets
 
+_SUMS_BLOCK = 32  # tokens a program of the second walk
+_SUMS_WARPS = 4
 _MATCHED = tl.constexpr(0x7FFFFFFF)  # for rows behind the last token: newer than any match
 
 
@@ -33,9 +35,10 @@ class MatchTiles:
     Attributes:
         rows: keys a program owns.
         columns: keys it compares them with at a time; a divisor of ``rows``.
-        span: column tiles between two checks whether all rows have their match.
+        span: column tiles, at most 32, between two checks whether all rows have their match.
         warps: warps a program.
         stages: depth of the pipeline of loads.
+        registers: upper bound a thread, so that enough programs fit on a multiprocessor; None for no bound.
     """
 
     rows: int
@@ -43,6 +46,7 @@ class MatchTiles:
     span: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 def match_tiles(head_size: int, dtype: torch.dtype) -> MatchTiles:
@@ -67,10 +71,9 @@ def _load_keys(
 
 
 @triton.jit
-def _similar(
+def _excess(
     own,
     bound,
-    rows,
     columns,
     kv,
     pages,
@@ -81,16 +84,17 @@ def _similar(
     HEAD_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
-    DIAGONAL: tl.constexpr,
 ):
-    """Which of a tile's pairs exceed the threshold; ``bound`` is the threshold times the norm of each row."""
+    """By how much each pair [column, row] of a tile exceeds the threshold times the row's norm.
+
+    A pair is a match if that is above zero. Every comparison goes through this one expression, so that a pair
+    within rounding of the threshold is the same everywhere. The columns, which change from tile to tile, are
+    the outer axis: a thread then holds few of them, and what it keeps of the rows stays in registers.
+    """
     other = _load_keys(kv, pages, columns, length, stride_page, stride_slot, HEAD_SIZE, BLOCK_D, PAGE_SIZE)
     inverse = tl.load(inverse_norms + columns, mask=columns < length, other=0.0)
-    products = tl.dot(own, tl.trans(other), input_precision="ieee")
-    similar = products * inverse[None, :] > bound[:, None]
-    if DIAGONAL:
-        similar = similar & (rows[:, None] != columns[None, :])
-    return similar
+    products = tl.dot(other, tl.trans(own), input_precision="ieee")
+    return products * inverse[:, None] - bound[None, :]
 
 
 @triton.jit
@@ -99,7 +103,50 @@ def _bounds(inverse_norms, rows, length, threshold):
     return tl.where(rows < length, threshold / inverse, float("inf"))
 
 
-@triton.jit(do_not_specialize=["stride_pages", "first_layer", "first_request", "requests", "row_blocks"])
+@triton.jit
+def _either(left, right):
+    return left | right
+
+
+@triton.jit
+def _visit(
+    own,
+    bound,
+    best,
+    rows,
+    columns,
+    newest,
+    kv,
+    pages,
+    inverse_norms,
+    length,
+    stride_page,
+    stride_slot,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+):
+    """Take a tile's matches over: newer ones for the rows (returned), older ones for the columns."""
+    excess = _excess(
+        own,
+        bound,
+        columns,
+        kv,
+        pages,
+        inverse_norms,
+        length,
+        stride_page,
+        stride_slot,
+        HEAD_SIZE,
+        BLOCK_D,
+        PAGE_SIZE,
+    )
+    older = tl.max(tl.where(excess > 0.0, rows[None, :], -1), axis=1)
+    tl.atomic_max(newest + columns, older, mask=older > 0, sem="relaxed")
+    return tl.maximum(best, tl.max(tl.where(excess > 0.0, columns[:, None], -1), axis=0))
+
+
+@triton.jit(do_not_specialize=["stride_pages", "first_layer", "first_request", "requests", "blocks"])
 def _newer_matches_kernel(
     kv,
     layer_offsets,
@@ -118,7 +165,7 @@ def _newer_matches_kernel(
     first_request,
     requests,
     capacity,
-    row_blocks,
+    blocks,
     HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -127,7 +174,8 @@ def _newer_matches_kernel(
     COLUMNS: tl.constexpr,
     SPAN: tl.constexpr,
 ):
-    block = tl.program_id(0)
+    # The newest rows first: what they find spares the older rows' programs work.
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1) % HEADS
     local_request = tl.program_id(1) // HEADS
     request = first_request + local_request
@@ -150,14 +198,37 @@ def _newer_matches_kernel(
     newer_tile = own_tile + ROWS // COLUMNS
     last_tile = (length - 1) // COLUMNS
     end = last_tile + 1  # tiles from here on are done
+    if end > newer_tile:  # the newest tile serves most rows, where keys are alike
+        end -= 1
+        columns = end * COLUMNS + tl.arange(0, COLUMNS)
+        best = _visit(
+            own,
+            bound,
+            best,
+            rows,
+            columns,
+            newest,
+            kv,
+            pages,
+            inverse_norms,
+            length,
+            stride_page,
+            stride_slot,
+            HEAD_SIZE,
+            BLOCK_D,
+            PAGE_SIZE,
+        )
     while (end > newer_tile) & (tl.min(best, axis=0) < 0):
         start = tl.maximum(end - SPAN, newer_tile)
-        for tile in range(start, end):
-            columns = tile * COLUMNS + tl.arange(0, COLUMNS)
-            similar = _similar(
+        # Most tiles tell nothing new: a row with a newer match and a column with one need no other. First
+        # find the tiles that do, one bit each. An outdated newest match of a column only costs time.
+        row_done = tl.where(best < 0, 0.0, float("inf"))
+        worth = tl.zeros((COLUMNS,), tl.int32)
+        for step in range(0, end - start):
+            columns = (end - 1 - step) * COLUMNS + tl.arange(0, COLUMNS)
+            excess = _excess(
                 own,
                 bound,
-                rows,
                 columns,
                 kv,
                 pages,
@@ -168,19 +239,39 @@ def _newer_matches_kernel(
                 HEAD_SIZE,
                 BLOCK_D,
                 PAGE_SIZE,
-                False,
             )
-            best = tl.maximum(best, tl.max(tl.where(similar, columns[None, :], -1), axis=1))
-            older = tl.max(tl.where(similar, rows[:, None], -1), axis=0)
-            tl.atomic_max(newest + columns, older, mask=older > 0, sem="relaxed")
+            known = tl.load(newest + columns, mask=columns < length, other=_MATCHED)
+            column_done = tl.where(known < (block + 1) * ROWS, 0.0, float("inf"))
+            useful = excess - tl.minimum(column_done[:, None], row_done[None, :])
+            worth |= (tl.max(useful, axis=1) > 0.0).to(tl.int32) << step
+        tiles = tl.reduce(worth, 0, _either)
+        for step in range(0, end - start):
+            if (tiles >> step) & 1 > 0:
+                columns = (end - 1 - step) * COLUMNS + tl.arange(0, COLUMNS)
+                best = _visit(
+                    own,
+                    bound,
+                    best,
+                    rows,
+                    columns,
+                    newest,
+                    kv,
+                    pages,
+                    inverse_norms,
+                    length,
+                    stride_page,
+                    stride_slot,
+                    HEAD_SIZE,
+                    BLOCK_D,
+                    PAGE_SIZE,
+                )
         end = start
     if tl.min(best, axis=0) < 0:
         for tile in range(own_tile, tl.minimum(newer_tile, last_tile + 1)):
             columns = tile * COLUMNS + tl.arange(0, COLUMNS)
-            similar = _similar(
+            excess = _excess(
                 own,
                 bound,
-                rows,
                 columns,
                 kv,
                 pages,
@@ -191,14 +282,14 @@ def _newer_matches_kernel(
                 HEAD_SIZE,
                 BLOCK_D,
                 PAGE_SIZE,
-                True,
             )
-            best = tl.maximum(best, tl.max(tl.where(similar, columns[None, :], -1), axis=1))
-    tl.store(reached + owner * row_blocks + block, end)
+            match = (excess > 0.0) & (columns[:, None] != rows[None, :])
+            best = tl.maximum(best, tl.max(tl.where(match, columns[:, None], -1), axis=0))
+    tl.store(reached + owner * blocks + block, end)
     tl.atomic_max(newest + rows, best, mask=(rows < length) & (best > 0), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["stride_pages", "first_layer", "first_request", "requests", "row_blocks"])
+@triton.jit(do_not_specialize=["stride_pages", "first_layer", "first_request", "requests", "blocks"])
 def _older_matches_kernel(
     kv,
     layer_offsets,
@@ -217,7 +308,7 @@ def _older_matches_kernel(
     first_request,
     requests,
     capacity,
-    row_blocks,
+    blocks,
     HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -236,7 +327,7 @@ def _older_matches_kernel(
     owner = ((tl.program_id(2) * requests + local_request) * HEADS + head).to(tl.int64)
     inverse_norms += owner * capacity
     newest += owner * capacity
-    reached += owner * row_blocks
+    reached += owner * blocks
     pages = source_pages + request * stride_pages
     kv += tl.multiple_of(tl.load(layer_offsets + layer), 16) + head.to(tl.int64) * stride_kv_head
 
@@ -250,10 +341,9 @@ def _older_matches_kernel(
             bound = _bounds(inverse_norms, rows, length, threshold)
             for tile in range(older * (ROWS // COLUMNS), (older + 1) * (ROWS // COLUMNS)):
                 columns = tile * COLUMNS + tl.arange(0, COLUMNS)
-                similar = _similar(
+                excess = _excess(
                     own,
                     bound,
-                    rows,
                     columns,
                     kv,
                     pages,
@@ -264,14 +354,13 @@ def _older_matches_kernel(
                     HEAD_SIZE,
                     BLOCK_D,
                     PAGE_SIZE,
-                    False,
                 )
-                best = tl.maximum(best, tl.max(tl.where(similar, columns[None, :], 0), axis=1))
+                best = tl.maximum(best, tl.max(tl.where(excess > 0.0, columns[:, None], 0), axis=0))
         older -= 1
     tl.store(newest + rows, best, mask=rows < length)
 
 
-@triton.jit(do_not_specialize=["stride_pages", "first_layer", "first_request", "requests"])
+@triton.jit(do_not_specialize=["stride_pages", "first_layer", "first_request", "requests", "blocks"])
 def _sums_kernel(
     kv,
     layer_offsets,
@@ -299,6 +388,7 @@ def _sums_kernel(
     first_request,
     requests,
     capacity,
+    blocks,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr,
@@ -308,6 +398,7 @@ def _sums_kernel(
     BLOCK_D: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    STATISTICS_BLOCK: tl.constexpr,
 ):
     head = tl.program_id(1) % HEADS
     local_request = tl.program_id(1) // HEADS
@@ -331,15 +422,18 @@ def _sums_kernel(
     )
     logits = window_logits(window, keys, scale, GROUP_PAD, WINDOW_PAD, BLOCK)
     row = tl.arange(0, WINDOW_PAD)
-    peak = tl.load(peaks + owner * WINDOW + row, mask=row < WINDOW, other=0.0)
-    total = tl.load(totals + owner * WINDOW + row, mask=row < WINDOW, other=1.0)
+    statistics = owner * blocks * WINDOW
+    peak, total = merged_statistics(
+        peaks + statistics, totals + statistics, tl.cdiv(length, STATISTICS_BLOCK), WINDOW, WINDOW_PAD
+    )
     chance = tl.exp(logits - peak[:, None]) / total[:, None]
     mean = tl.sum(tl.where((row < WINDOW)[:, None], chance, 0.0), axis=0) / WINDOW
     tl.store(attention + table + slots, mean, mask=slots < length - WINDOW)
 
     if tl.load(lam + request) < 1.0:
         unit = keys.to(tl.float32) * inverse_norm(keys)[:, None]
-        direction = tl.load(directions + owner * HEAD_SIZE + d, mask=d < HEAD_SIZE, other=0.0)
+        exact = tl.load(directions + owner * HEAD_SIZE + d, mask=d < HEAD_SIZE, other=0)
+        direction = exact.to(tl.float32) * (1.0 / LINK_SCALE)
         both = tl.sum(unit * (direction[None, :] - unit), axis=1)  # all similarities, less the key's own
         match = tl.load(newest + table + slots, mask=slots < length, other=0)
         partner = _load_keys(
@@ -365,8 +459,7 @@ def newest_matches(
     """
     kv, batch = part.kv, part.batch
     tiles = tiles or match_tiles(kv.head_size, kv.dtype)
-    row_blocks = -(-part.longest // tiles.rows)
-    grid = (row_blocks, part.requests * kv.num_heads, part.layers)
+    grid = (-(-part.longest // tiles.rows), part.requests * kv.num_heads, part.layers)
     arguments = (
         kv.layers[0],
         kv.layer_offsets,
@@ -383,7 +476,7 @@ def newest_matches(
         part.first_request,
         part.requests,
         part.capacity,
-        part.row_blocks,
+        part.blocks,
     )
     constants = {
         "HEADS": kv.num_heads,
@@ -394,6 +487,7 @@ def newest_matches(
         "COLUMNS": tiles.columns,
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
+        "maxnreg": tiles.registers,
     }
     _newer_matches_kernel[grid](*arguments, SPAN=tiles.span, **constants)
     _older_matches_kernel[grid](*arguments, **constants)
@@ -412,7 +506,7 @@ def sums(part: Part, queries: torch.Tensor, lam: torch.Tensor, *, window: int, s
     kv, batch = part.kv, part.batch
     group = queries.shape[3] // kv.num_heads
     window_pad = triton.next_power_of_2(window)
-    block = 64 if kv.dtype.itemsize == 2 and kv.head_size <= 128 else 32
+    block = _SUMS_BLOCK
     _sums_kernel[(-(-part.longest // block), part.requests * kv.num_heads, part.layers)](
         kv.layers[0],
         kv.layer_offsets,
@@ -435,6 +529,7 @@ def sums(part: Part, queries: torch.Tensor, lam: torch.Tensor, *, window: int, s
         part.first_request,
         part.requests,
         part.capacity,
+        part.blocks,
         HEADS=kv.num_heads,
         GROUP=group,
         GROUP_PAD=max(triton.next_power_of_2(group), 16 // window_pad),
@@ -444,6 +539,7 @@ def sums(part: Part, queries: torch.Tensor, lam: torch.Tensor, *, window: int, s
         BLOCK_D=triton.next_power_of_2(kv.head_size),
         PAGE_SIZE=kv.page_size,
         BLOCK=block,
-        num_warps=4,
+        STATISTICS_BLOCK=tokens_a_program(part),
+        num_warps=_SUMS_WARPS,
         num_stages=2,
     )

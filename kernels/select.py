@@ -1,8 +1,8 @@
 """Selection of the highest scores of each (layer, request, KV head), in ascending order of the slots.
 
-No sort: the score at the cut is found bit by bit on an order-preserving integer view of float32, each bit
-with one count over the scores; one more walk writes the slots above the cut and, lowest first, as many at
-the cut as there is room for. Formula: rkv_spec 1.5; reference: ``naive.select``.
+No sort: the score at the cut is found two bits at a time on an order-preserving integer view of float32,
+each time with one count over the scores; one more walk writes the slots above the cut and, lowest first, as
+many at the cut as there is room for. Formula: rkv_spec 1.5; reference: ``naive.select``.
 """
 
 # Triton reads its kernels' arguments without types.
@@ -16,7 +16,9 @@ import triton.language as tl
 
 from .part import Part
 
-_BLOCK = 2048  # tokens a step
+_BLOCKS = (2048, 8192)  # tokens that a program keeps in registers
+SELECT_LENGTHS = (2048, 8192, 8193)
+"""One length, in tokens, for each variant of the kernel."""
 
 
 @triton.jit
@@ -30,13 +32,12 @@ def _ordered(scores, slots, candidates):
 
 
 @triton.jit
-def _count_from(scores, candidates, cut, BLOCK: tl.constexpr):
-    """Number of candidates at or above a cut; the cut must be above 0."""
-    count = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, candidates, BLOCK):
-        slots = start + tl.arange(0, BLOCK)
-        count += (_ordered(scores, slots, candidates) >= cut).to(tl.int32)
-    return tl.sum(count, axis=0)
+def _three_counts(ordered, cut, shift):
+    """Whether a score reaches the cut with its next two bits at 1, 2 and 3: one 20-bit field each."""
+    one = (ordered >= (cut | (tl.full((), 1, tl.uint32) << shift))).to(tl.int64)
+    two = (ordered >= (cut | (tl.full((), 2, tl.uint32) << shift))).to(tl.int64)
+    three = (ordered >= (cut | (tl.full((), 3, tl.uint32) << shift))).to(tl.int64)
+    return one | (two << 20) | (three << 40)
 
 
 @triton.jit(
@@ -56,6 +57,7 @@ def _select_kernel(
     capacity,
     WINDOW: tl.constexpr,
     BLOCK: tl.constexpr,
+    RESIDENT: tl.constexpr,
 ):
     head = tl.program_id(0)
     request = first_request + tl.program_id(1)
@@ -67,11 +69,23 @@ def _select_kernel(
     count = tl.load(keeps + request) - WINDOW
 
     cut = tl.full((), 0, tl.uint32)
-    for position in range(0, 32):
-        higher = cut | (tl.full((), 0x80000000, tl.uint32) >> position)
-        if _count_from(scores, candidates, higher, BLOCK) >= count:
-            cut = higher
-    room = count - _count_from(scores, candidates, cut + 1, BLOCK)
+    resident = _ordered(scores, tl.arange(0, BLOCK), candidates)
+    for position in range(0, 16):
+        shift = 30 - 2 * position
+        counts = _three_counts(resident, cut, shift)
+        if not RESIDENT:
+            for start in range(BLOCK, candidates, BLOCK):
+                counts += _three_counts(_ordered(scores, start + tl.arange(0, BLOCK), candidates), cut, shift)
+        total = tl.sum(counts, axis=0)
+        digit = ((total & 0xFFFFF) >= count).to(tl.uint32)
+        digit += (((total >> 20) & 0xFFFFF) >= count).to(tl.uint32)
+        digit += ((total >> 40) >= count).to(tl.uint32)
+        cut |= digit << shift
+    above = (resident > cut).to(tl.int32)
+    if not RESIDENT:
+        for start in range(BLOCK, candidates, BLOCK):
+            above += (_ordered(scores, start + tl.arange(0, BLOCK), candidates) > cut).to(tl.int32)
+    room = count - tl.sum(above, axis=0)
 
     written = 0
     for start in range(0, candidates, BLOCK):
@@ -96,6 +110,7 @@ def select(part: Part, scores: torch.Tensor, *, window: int) -> None:
         window: number of newest tokens, which are kept without a score.
     """
     batch = part.batch
+    block = next((size for size in _BLOCKS if part.longest <= size), _BLOCKS[-1])
     _select_kernel[(part.kv.num_heads, part.requests, part.layers)](
         batch.lengths_on_device,
         batch.keeps_on_device,
@@ -106,6 +121,7 @@ def select(part: Part, scores: torch.Tensor, *, window: int) -> None:
         part.requests,
         part.capacity,
         WINDOW=window,
-        BLOCK=_BLOCK,
+        BLOCK=block,
+        RESIDENT=part.longest <= block,
         num_warps=8,
     )

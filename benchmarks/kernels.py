@@ -1,0 +1,268 @@
+"""Time one compaction round on a GPU, stage by stage, beside its floor and beside plain torch.
+
+The default is DeepSeek-R1-Distill-Llama-8B in bfloat16 (32 layers, 8 KV heads, 32 query heads, head size
+128), pages of 16 tokens, eight requests a round. Times are medians of CUDA events, with the work enqueued
+ahead, divided by the number of requests. Three kinds of keys are timed, since the search for matches ends
+early where it can:
+
+* independent: random directions; no key has a match, the search visits half of all pairs. The worst case.
+* some matches: a common direction makes a mean similarity of 0.36, below the threshold.
+* alike: mean similarity 0.8; nearly every pair is a match.
+
+The floor of a stage is what it must compute over the rate of the tensor cores, or the bytes that it must
+read and write once over the bandwidth; a round's floor is the sum of its stages' floors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+import triton
+
+from rkv_vllm.kernels import tiled
+from rkv_vllm.kernels.combine import combine
+from rkv_vllm.kernels.compact import compact
+from rkv_vllm.kernels.importance import survey
+from rkv_vllm.kernels.paged import CompactionBatch, PagedKV
+from rkv_vllm.kernels.pipeline import RkvRound
+from rkv_vllm.kernels.redundancy import newest_matches, sums
+from rkv_vllm.kernels.select import select
+
+STAGES = ("survey", "matches", "sums", "combine", "select", "move")
+SHIFTS = {"independent": 0.0, "some matches": 0.75, "alike": 2.0}
+WINDOW, THRESHOLD, POOL, LAM = 8, 0.5, 7, 0.1
+
+
+class Setup:
+    """A cache with requests of one length, scattered over its pages; survivors go to other pages.
+
+    Other pages, so that every repetition scores the same keys.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, length: int, keep: int, shift: float) -> None:
+        self.arguments, self.length, self.keep = arguments, length, keep
+        layers, heads, size = arguments.layers, arguments.kv_heads, arguments.head_size
+        page_size, requests = arguments.page_size, arguments.requests
+        source, target = -(-length // page_size), -(-keep // page_size)
+        pages = requests * (source + target)
+        generator = torch.Generator(device="cuda").manual_seed(0)
+        shape = (layers, pages, heads, page_size, 2 * size)
+        buffer = torch.randn(shape, dtype=torch.bfloat16, device="cuda", generator=generator)
+        common = torch.randn((layers, 1, heads, 1, size), device="cuda", generator=generator)
+        for layer in range(layers):
+            buffer[layer, ..., :size] += (shift * common[layer]).bfloat16()
+        self.kv = PagedKV(list(buffer.unbind()))
+        order = torch.randperm(pages, generator=torch.Generator().manual_seed(0)).tolist()
+        self.batch = CompactionBatch.build(
+            lengths=[length] * requests,
+            keeps=[keep] * requests,
+            source_pages=[order[index * source : (index + 1) * source] for index in range(requests)],
+            target_pages=[order[(index + 1) * -target :][:target] for index in range(requests)],
+            query_rows=list(range(requests)),
+            page_size=page_size,
+            device="cuda",
+        )
+        ring = (layers, requests, WINDOW, arguments.query_heads, size)
+        self.queries = torch.randn(ring, dtype=torch.bfloat16, device="cuda", generator=generator)
+        self.lam = torch.full((requests,), LAM, device="cuda")
+        self.round = RkvRound(self.kv, window=WINDOW, threshold=THRESHOLD, pool_kernel=POOL)
+
+    def stages(self) -> dict[str, list[Callable[[], None]]]:
+        """The round's stages, one call a part of the batch, in the order of ``RkvRound.run``."""
+        calls: dict[str, list[Callable[[], None]]] = {stage: [] for stage in STAGES}
+        walk = {"window": WINDOW, "scale": self.round.scale}
+        for part in self.round._parts(self.batch):
+            scores = self.round._own_scores(part)
+            calls["survey"].append(partial(survey, part, self.queries, **walk))
+            calls["matches"].append(partial(newest_matches, part, self.lam, threshold=THRESHOLD))
+            calls["sums"].append(partial(sums, part, self.queries, self.lam, **walk))
+            calls["combine"].append(partial(combine, part, self.lam, scores, window=WINDOW, pool_kernel=POOL))
+            calls["select"].append(partial(select, part, scores, window=WINDOW))
+            calls["move"].append(partial(compact, part, window=WINDOW))
+        return calls
+
+    def floors(self) -> dict[str, float]:
+        """Milliseconds a request below which no implementation of a stage can be."""
+        arguments = self.arguments
+        heads = arguments.layers * arguments.kv_heads
+        key_bytes = heads * self.length * arguments.head_size * 2
+        products = heads * self.length**2 * arguments.head_size  # symmetric: half of 2 N^2 D
+        moved = 2 * heads * self.keep * 2 * arguments.head_size * 2
+        bandwidth, rate = arguments.terabytes * 1e9, arguments.teraflops * 1e9  # a millisecond
+        return {
+            "survey": key_bytes / bandwidth,
+            "matches": products / rate,
+            "sums": key_bytes / bandwidth,
+            "combine": heads * self.length * 16 / bandwidth,
+            "select": heads * self.length * 8 / bandwidth,
+            "move": moved / bandwidth,
+        }
+
+    def torch_round(self, request: int) -> None:
+        """The same round for one request in plain torch, on gathered keys."""
+        size, page_size = self.arguments.head_size, self.arguments.page_size
+        source = self.batch.source_pages[request].long()
+        target = self.batch.target_pages[request].long()
+        gathered = torch.stack([layer[source] for layer in self.kv.layers])  # [L, pages, H, page size, 2 D]
+        tokens = gathered.transpose(1, 2).flatten(2, 3)[:, :, : self.length]
+        scores = tiled.rkv_scores(
+            self.queries[:, request].transpose(1, 2),
+            tokens[..., :size],
+            window=WINDOW,
+            lam=LAM,
+            threshold=THRESHOLD,
+            pool_kernel=POOL,
+        )
+        chosen = tiled.select(scores, self.keep - WINDOW)
+        tail = torch.arange(self.length - WINDOW, self.length, device="cuda").expand(
+            *chosen.shape[:2], WINDOW
+        )
+        kept = torch.cat([chosen, tail], dim=-1).unsqueeze(-1).expand(-1, -1, -1, 2 * size)
+        moved = tokens.gather(2, kept).unflatten(2, (-1, page_size)).transpose(1, 2)
+        for layer, data in zip(self.kv.layers, moved, strict=True):
+            layer[target] = data
+
+
+def event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)
+
+
+def time_stages(setup: Setup, repetitions: int) -> dict[str, float]:
+    """Median milliseconds a request of each stage and of the whole round."""
+    calls = setup.stages()
+    parts = len(calls["survey"])
+    samples: dict[str, list[float]] = {stage: [] for stage in (*STAGES, "round")}
+    for repetition in range(repetitions + 2):
+        marks = [[event() for _ in range(len(STAGES) + 1)] for _ in range(parts)]
+        torch.cuda._sleep(4_000_000)  # the host enqueues everything in the meantime
+        for part in range(parts):
+            marks[part][0].record()
+            for index, stage in enumerate(STAGES):
+                calls[stage][part]()
+                marks[part][index + 1].record()
+        torch.cuda.synchronize()
+        if repetition < 2:
+            continue
+        for index, stage in enumerate(STAGES):
+            samples[stage].append(sum(mark[index].elapsed_time(mark[index + 1]) for mark in marks))
+        samples["round"].append(sum(mark[0].elapsed_time(mark[-1]) for mark in marks))
+    requests = setup.batch.num_requests
+    return {stage: statistics.median(values) / requests for stage, values in samples.items()}
+
+
+def time_call(call: Callable[[], None], repetitions: int) -> float:
+    """Median milliseconds of a call on the device."""
+    samples = []
+    for repetition in range(repetitions + 1):
+        start, end = event(), event()
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        if repetition:
+            samples.append(start.elapsed_time(end))
+    return statistics.median(samples)
+
+
+def measure(arguments: argparse.Namespace, length: int, keep: int) -> list[dict[str, object]]:
+    """One row a kind of keys for one length."""
+    rows: list[dict[str, object]] = []
+    for keys, shift in SHIFTS.items():
+        setup = Setup(arguments, length, keep, shift)
+        setup.round.warm_up(setup.queries)
+        setup.round.run(setup.queries, setup.batch, setup.lam)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        setup.round.run(setup.queries, setup.batch, setup.lam)
+        torch.cuda.synchronize()
+        beyond_scratch = torch.cuda.max_memory_allocated() - before
+        whole = time_call(partial(setup.round.run, setup.queries, setup.batch, setup.lam), 5)
+        times, floors = time_stages(setup, arguments.repetitions), setup.floors()
+        plain = time_call(partial(setup.torch_round, 0), 2) if keys == "independent" else None
+        rows.append(
+            {
+                "length": length,
+                "keep": keep,
+                "keys": keys,
+                "milliseconds_per_request": times,
+                "call_milliseconds_per_request": whole / arguments.requests,
+                "floor_milliseconds_per_request": floors,
+                "floor_of_round": sum(floors.values()),
+                "ratio_to_floor": times["round"] / sum(floors.values()),
+                "parts": len(setup.stages()["survey"]),
+                "scratch_bytes": setup.round._scratch.numel(),
+                "bytes_beyond_scratch": beyond_scratch,
+                "torch_milliseconds_per_request": plain,
+            }
+        )
+        del setup
+        torch.cuda.empty_cache()
+    return rows
+
+
+def show(row: dict[str, object]) -> None:
+    times, floors = row["milliseconds_per_request"], row["floor_milliseconds_per_request"]
+    assert isinstance(times, dict) and isinstance(floors, dict)
+    stages = "  ".join(f"{stage} {times[stage]:.3f} ({floors[stage]:.3f})" for stage in STAGES)
+    print(
+        f"N {row['length']:>5} keep {row['keep']:>5} {row['keys']:<13} "
+        f"round {times['round']:.3f} ms a request, floor {row['floor_of_round']:.3f}, "
+        f"ratio {row['ratio_to_floor']:.2f}, call {row['call_milliseconds_per_request']:.3f}, "
+        f"torch {row['torch_milliseconds_per_request']}\n    {stages}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--query-heads", type=int, default=32)
+    parser.add_argument("--head-size", type=int, default=128)
+    parser.add_argument("--page-size", type=int, default=16)
+    parser.add_argument("--requests", type=int, default=8)
+    parser.add_argument(
+        "--lengths", default="1152:1024,2176:2048,4224:4096", help="length:keep, comma separated"
+    )
+    parser.add_argument("--repetitions", type=int, default=20)
+    parser.add_argument("--teraflops", type=float, default=790.0, help="bf16 tensor-core rate for the floor")
+    parser.add_argument(
+        "--terabytes", type=float, default=4.3, help="memory bandwidth a second for the floor"
+    )
+    parser.add_argument("--json", type=Path, help="where to write the raw numbers")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("this benchmark needs a CUDA device")
+    rows = []
+    for pair in arguments.lengths.split(","):
+        length, keep = map(int, pair.split(":"))
+        for row in measure(arguments, length, keep):
+            show(row)
+            rows.append(row)
+    if arguments.json:
+        report = {
+            "command": shlex.join(["python", *sys.argv]),
+            "device": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "settings": {
+                name: value for name, value in vars(arguments).items() if name not in ("json", "lengths")
+            },
+            "rows": rows,
+        }
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
