@@ -31,9 +31,10 @@ class RequestLengths:
     def is_due(self, logical: int) -> bool:
         return logical >= self.next_due
 
-    def needs_recording(self, logical_after_step: int) -> bool:
-        """Whether a step that ends at this length computes queries that the next compaction looks at."""
-        return logical_after_step > self.next_due - WINDOW
+    @property
+    def recorded_from(self) -> int:
+        """Position of the first token whose query the next compaction looks at."""
+        return max(self.next_due - WINDOW, 0)
 
     def end_of_chunk(self, logical: int, num_new_tokens: int) -> int:
         """How many of `num_new_tokens` may be computed before the next compaction has to come.
@@ -41,14 +42,7 @@ class RequestLengths:
         A resumed request recomputes its own output in chunks that end where its compactions were, so that
         they see, and evict, what they saw and evicted the first time.
         """
-        if self.is_due(logical):  # deferred: go on as in decode
-            return min(num_new_tokens, 1)
         return min(num_new_tokens, self.next_due - logical)
-
-    @property
-    def longest_prefix_hit(self) -> int:
-        """Cached tokens that may be adopted; the ones after them are computed here, for their queries."""
-        return max(self.next_due - WINDOW, 0)
 
     @property
     def most_slots(self) -> int:

@@ -6,7 +6,7 @@ compaction, so that rows are lent then and taken back when the compaction ran.
 
 from __future__ import annotations
 
-#: Bound on the window's memory. Beyond it, the few requests that find no row are compacted some tokens later.
+#: Bound on the window's memory. A request that finds no row waits for one, some steps before its compaction.
 MOST_ROWS = 256
 
 
@@ -23,12 +23,20 @@ class QueryRows:
         self._free = list(reversed(range(num_rows)))
         self._held: dict[str, int] = {}
 
-    def hold(self, request_id: str) -> int | None:
-        """The request's row, lent now if it has none; None where all rows are out."""
+    def held(self) -> list[tuple[str, int]]:
+        """Request and row of each row that is lent."""
+        return list(self._held.items())
+
+    def hold(self, request_id: str) -> bool:
+        """Lends the request a row if it has none; False where all rows are out."""
         if request_id not in self._held:
             if not self._free:
-                return None
+                return False
             self._held[request_id] = self._free.pop()
+        return True
+
+    def row_of(self, request_id: str) -> int:
+        """The row that the request holds."""
         return self._held[request_id]
 
     def release(self, request_id: str) -> None:

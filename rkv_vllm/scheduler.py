@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,12 +13,13 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from rkv_vllm.block_manager import CompactingManager, PageMove, register_compacting_spec
 from rkv_vllm.compatibility import refuse_unsupported
-from rkv_vllm.config import WINDOW, BudgetRequest, RequestBudget, RkvConfig
+from rkv_vllm.config import BudgetRequest, RequestBudget, RkvConfig
 from rkv_vllm.lengths import RequestLengths
 from rkv_vllm.plan import Compaction, CompactionPlan, attach_plan
 from rkv_vllm.query_rows import QueryRows, num_query_rows
@@ -36,12 +38,10 @@ logger = init_logger(__name__)
 class TrackedRequest:
     """A request that is compacted, and what its result will say.
 
-    `recorded_from` is the logical length at which its queries began to be recorded for the next compaction;
     `rounds` counts compactions since it last started from nothing.
     """
 
     lengths: RequestLengths
-    recorded_from: int | None = None
     rounds: int = 0
     compactions: int = 0
     evicted_tokens: int = 0
@@ -51,14 +51,8 @@ class TrackedRequest:
     def budget(self) -> RequestBudget:
         return self.lengths.budget
 
-    def has_queries(self, logical: int) -> bool:
-        if not self.budget.needs_queries:
-            return True
-        return self.recorded_from is not None and logical - self.recorded_from >= WINDOW
-
     def compact(self, logical: int) -> None:
         self.lengths.compact(logical)
-        self.recorded_from = None
         self.rounds += 1
         # Kept at their highest, so that a request which ends while preempted still says what happened to it.
         self.compactions = max(self.compactions, self.rounds)
@@ -66,7 +60,6 @@ class TrackedRequest:
 
     def restart(self) -> None:
         self.lengths.restart()
-        self.recorded_from = None
         self.rounds = 0
 
 
@@ -143,7 +136,8 @@ class CompactingSchedulerMixin(_Scheduler):
     def _result(self, request: Request) -> CompactionResult:
         tracked = self._tracked.get(request.request_id)
         page_size = self._manager.block_size
-        pages_without = cdiv(request.num_computed_tokens, page_size)
+        # Not `num_computed_tokens`: it runs ahead of the last token, and is 0 for one that ends while preempted.
+        pages_without = cdiv(request.num_tokens - 1, page_size)
         if tracked is None:
             return CompactionResult(
                 budget=None,
@@ -151,7 +145,7 @@ class CompactingSchedulerMixin(_Scheduler):
                 policy=None,
                 compactions=0,
                 evicted_tokens=0,
-                peak_pages=self._manager.num_pages(request.request_id),
+                peak_pages=pages_without,
                 pages_without_compaction=pages_without,
                 page_size=page_size,
                 reason="full cache",
@@ -164,7 +158,7 @@ class CompactingSchedulerMixin(_Scheduler):
             compactions=tracked.compactions,
             evicted_tokens=tracked.evicted_tokens,
             peak_pages=tracked.peak_pages,
-            pages_without_compaction=max(pages_without, tracked.peak_pages),
+            pages_without_compaction=pages_without,
             page_size=page_size,
             reason=None if tracked.compactions else "shorter than budget + buffer",
         )
@@ -178,9 +172,9 @@ class CompactingSchedulerMixin(_Scheduler):
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         plan = CompactionPlan()
         moves: list[PageMove] = []
-        for request in self.running:
+        for request in list(self.running):
             tracked = self._tracked.get(request.request_id)
-            if tracked is not None and self._may_compact(request, tracked):
+            if tracked is not None and self._is_due(request, tracked) and self._make_room(request, tracked):
                 compaction, move = self._compact(request, tracked)
                 plan.compactions.append(compaction)
                 moves.append(move)
@@ -189,27 +183,36 @@ class CompactingSchedulerMixin(_Scheduler):
         if output.preempted_req_ids:
             # Preempted after it was planned: its pages may have a new owner in this very step.
             plan.compactions = [c for c in plan.compactions if c.request_id not in output.preempted_req_ids]
-        for request_id in output.num_scheduled_tokens:
-            tracked = self._tracked.get(request_id)
-            if tracked is not None:
-                self._record_if_needed(self.requests[request_id], tracked, output, plan)
+        plan.recordings = self._recordings(output)
         attach_plan(output, plan)
         return output
 
-    def _may_compact(self, request: Request, tracked: TrackedRequest) -> bool:
+    def _is_due(self, request: Request, tracked: TrackedRequest) -> bool:
         # Logical; the steps that compute these tokens are all enqueued, whether their output is known or not.
-        logical = request.num_computed_tokens
-        return (
-            tracked.lengths.is_due(logical)
-            and tracked.has_queries(logical)
-            and self._manager.can_compact(request.request_id, tracked.budget.budget)
-        )
+        return request.status == RequestStatus.RUNNING and tracked.lengths.is_due(request.num_computed_tokens)
+
+    def _make_room(self, request: Request, tracked: TrackedRequest) -> bool:
+        """Preempts, as vLLM does where slots run out, until there are pages to compact into.
+
+        Waiting for pages instead would move this compaction, and all later ones, to other tokens. It ends: a
+        request that runs alone shares no page. Returns False where the request itself had to go.
+        """
+        while not self._manager.can_compact(request.request_id, tracked.budget.budget):
+            if self.policy == SchedulingPolicy.PRIORITY:
+                victim = max(self.running, key=lambda running: (running.priority, running.arrival_time))
+            else:
+                victim = self.running[-1]
+            self.running.remove(victim)
+            self._preempt_request(victim, time.monotonic())
+            if victim is request:
+                return False
+        return True
 
     def _compact(self, request: Request, tracked: TrackedRequest) -> tuple[Compaction, PageMove]:
         request_id, logical = request.request_id, request.num_computed_tokens
         self._note_pages(tracked, request)
         length = tracked.lengths.physical(logical)
-        row = self._query_rows.hold(request_id) if tracked.budget.needs_queries else None
+        row = self._query_rows.row_of(request_id) if tracked.budget.needs_queries else -1
         self._query_rows.release(request_id)
         tracked.compact(logical)
         move = self._manager.compact(request_id, tracked.budget.budget, tracked.lengths.evicted)
@@ -221,22 +224,20 @@ class CompactingSchedulerMixin(_Scheduler):
             keep=tracked.budget.budget,
             evicted=tracked.lengths.evicted,
             policy=tracked.budget.policy,
-            query_row=-1 if row is None else row,
+            query_row=row,
         )
         return compaction, move
 
-    def _record_if_needed(
-        self, request: Request, tracked: TrackedRequest, output: SchedulerOutput, plan: CompactionPlan
-    ) -> None:
-        logical = request.num_computed_tokens  # advanced past this step already
-        if not (tracked.budget.needs_queries and tracked.lengths.needs_recording(logical)):
-            return
-        row = self._query_rows.hold(request.request_id)
-        if row is None:
-            return  # the compaction waits until enough steps were recorded
-        if tracked.recorded_from is None:
-            tracked.recorded_from = logical - output.num_scheduled_tokens[request.request_id]
-        plan.recordings[request.request_id] = row
+    def _recordings(self, output: SchedulerOutput) -> dict[str, int]:
+        """Whose queries to record in this step, and in which row: those that took one to be scheduled."""
+        recordings = {}
+        for request_id, row in self._query_rows.held():
+            if request_id in output.num_scheduled_tokens:
+                recordings[request_id] = row
+            elif self.requests[request_id].status != RequestStatus.RUNNING:
+                # Tried, and not admitted for want of pages: those that run must not wait for its row.
+                self._query_rows.release(request_id)
+        return recordings
 
     # -- where chunks end ----------------------------------------------------------------------------------
 
@@ -247,6 +248,14 @@ class CompactingSchedulerMixin(_Scheduler):
         tracked = self._tracked.get(request.request_id)
         if tracked is not None:
             num_new_tokens = tracked.lengths.end_of_chunk(num_computed_tokens, num_new_tokens)
+            first = tracked.lengths.recorded_from
+            if (
+                tracked.budget.needs_queries
+                and num_computed_tokens + num_new_tokens > first
+                and not self._query_rows.hold(request.request_id)
+            ):
+                # Without a row it stays before the window, and waits there for one.
+                num_new_tokens = max(first - num_computed_tokens, 0)
         return super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
@@ -254,7 +263,7 @@ class CompactingSchedulerMixin(_Scheduler):
         tracked = self._tracked.get(request.request_id)
         if tracked is not None:
             page_size = self._manager.block_size
-            most = tracked.lengths.longest_prefix_hit // page_size * page_size
+            most = tracked.lengths.recorded_from // page_size * page_size
             if num_hit_tokens > most:
                 blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, most)
                 num_hit_tokens = most
