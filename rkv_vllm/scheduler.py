@@ -136,7 +136,7 @@ class CompactingSchedulerMixin(_Scheduler):
     def _result(self, request: Request) -> CompactionResult:
         tracked = self._tracked.get(request.request_id)
         page_size = self._manager.block_size
-        # Not `num_computed_tokens`: it runs ahead of the last token, and is 0 for one that ends while preempted.
+        # Not `num_computed_tokens`, which is 0 for a request that ends while preempted.
         pages_without = cdiv(request.num_tokens - 1, page_size)
         if tracked is None:
             return CompactionResult(
@@ -158,7 +158,8 @@ class CompactingSchedulerMixin(_Scheduler):
             compactions=tracked.compactions,
             evicted_tokens=tracked.evicted_tokens,
             peak_pages=tracked.peak_pages,
-            pages_without_compaction=pages_without,
+            # A step that was scheduled ahead may have taken one page more.
+            pages_without_compaction=max(pages_without, tracked.peak_pages),
             page_size=page_size,
             reason=None if tracked.compactions else "shorter than budget + buffer",
         )
