@@ -93,6 +93,7 @@ class CompactingRunnerV2(GPUModelRunner):
     def warm_up_compaction(self) -> None:
         """Compiles the kernels, which would otherwise stall the first request that is due."""
         self._compactor.warm_up()
+        self._query_window.warm_up()
 
     # -- a step --------------------------------------------------------------------------------------------
 
@@ -110,6 +111,7 @@ class CompactingRunnerV2(GPUModelRunner):
             slot = slot_of[compaction.request_id]
             lengths.evicted.np[slot] = compaction.evicted
             self.block_tables.append_block_ids(slot, (list(compaction.target_pages),), overwrite=True)
+        self._query_window.active = bool(plan.recordings)
         lengths.query_rows.np.fill(_NOT_RECORDED)
         for request_id, row in plan.recordings.items():
             lengths.query_rows.np[slot_of[request_id]] = row

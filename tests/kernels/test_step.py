@@ -1,0 +1,75 @@
+"""Physical lengths and the query ring's write, against plain Python."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from rkv_vllm.kernels.physical import prepare_physical
+from rkv_vllm.kernels.record import record
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WINDOW = 8
+MAX_REQUESTS, MAX_TOKENS = 7, 3000
+
+
+def _int32(values: list[int]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+@pytest.mark.parametrize("counts", [[1, 1, 1], [1, 2500, 3, 1], [5]])
+def test_physical_lengths_and_places_are_those_of_each_request(counts: list[int]) -> None:
+    """Each token gets its slot and ring place by its own request's counts, and what lies behind is blanked."""
+    slots = [4, 0, 6, 2][: len(counts)]
+    evicted = [0, 1000, 50, 0, 300, 9, 77]
+    rows = [-1, 3, 2, -1, 5, 1, -1]
+    logical = [count + evicted[slot] + 13 * slot for count, slot in zip(counts, slots, strict=True)]
+    starts = [sum(counts[:i]) for i in range(len(counts) + 1)]
+    seq_lens = torch.full((MAX_REQUESTS,), -5, dtype=torch.int32, device=DEVICE)
+    positions = torch.full((MAX_TOKENS,), -5, dtype=torch.int64, device=DEVICE)
+    places = torch.full((MAX_TOKENS,), 99, dtype=torch.int32, device=DEVICE)
+
+    prepare_physical(
+        torch.tensor(slots, device=DEVICE),
+        _int32(starts),
+        _int32(logical),
+        _int32(evicted),
+        _int32(rows),
+        physical_seq_lens=seq_lens,
+        physical_positions=positions,
+        places=places,
+        window=WINDOW,
+    )
+
+    padding = [0] * (MAX_REQUESTS - len(counts))
+    assert seq_lens.tolist() == [n - evicted[s] for n, s in zip(logical, slots, strict=True)] + padding
+    expected_positions, expected_places = [], []
+    for count, slot, length in zip(counts, slots, logical, strict=True):
+        for position in range(length - count, length):
+            expected_positions.append(position - evicted[slot])
+            recorded = rows[slot] >= 0 and position >= length - WINDOW
+            expected_places.append(rows[slot] * WINDOW + position % WINDOW if recorded else -1)
+    assert positions[: sum(counts)].tolist() == expected_positions
+    assert places.tolist() == expected_places + [-1] * (MAX_TOKENS - sum(counts))
+
+
+@pytest.mark.parametrize(("heads", "size"), [(3, 80), (4, 64), (1, 16)])
+def test_only_the_chosen_queries_are_written(heads: int, size: int) -> None:
+    """A token with a place lands there, unchanged and alone; tokens without one, and all other places, stay."""
+    tokens = torch.randn(11, heads, 2 * size, device=DEVICE)[..., :size].contiguous()
+    ring = torch.full((4, WINDOW, heads, size), 7.0, device=DEVICE)
+    places = [-1] * 11
+    places[2], places[5], places[10] = 31, 0, 12
+
+    record(tokens, _int32([*places, 3, 3]), ring)  # places behind the batch are not looked at
+
+    expected = torch.full((4 * WINDOW, heads, size), 7.0, device=DEVICE)
+    for token, place in enumerate(places):
+        if place >= 0:
+            expected[place] = tokens[token]
+    assert torch.equal(ring.flatten(0, 1), expected)
