@@ -24,7 +24,7 @@ def _int32(values: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("counts", [[1, 1, 1], [1, 2500, 3, 1], [5]])
 def test_physical_lengths_and_places_are_those_of_each_request(counts: list[int]) -> None:
-    """Each token gets its slot and ring place by its own request's counts, and what lies behind is blanked."""
+    """Each token gets slot and ring place by its own request's counts; what lies behind is blanked."""
     slots = [4, 0, 6, 2][: len(counts)]
     evicted = [0, 1000, 50, 0, 300, 9, 77]
     rows = [-1, 3, 2, -1, 5, 1, -1]
@@ -60,7 +60,7 @@ def test_physical_lengths_and_places_are_those_of_each_request(counts: list[int]
 
 @pytest.mark.parametrize(("heads", "size"), [(3, 80), (4, 64), (1, 16)])
 def test_only_the_chosen_queries_are_written(heads: int, size: int) -> None:
-    """A token with a place lands there, unchanged and alone; tokens without one, and all other places, stay."""
+    """A token with a place lands there, unchanged; tokens without one are not written anywhere."""
     tokens = torch.randn(11, heads, 2 * size, device=DEVICE)[..., :size].contiguous()
     ring = torch.full((4, WINDOW, heads, size), 7.0, device=DEVICE)
     places = [-1] * 11
