@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from contextlib import redirect_stdout
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -83,11 +84,10 @@ def demo(
     log: Annotated[Path | None, typer.Option(help="File for the server's output.")] = None,
 ) -> None:
     """Serve a small model on this machine's CPU and stream four answers with different KV budgets."""
-    try:
-        import openai  # noqa: F401
-        import vllm  # noqa: F401
-    except ImportError as error:
-        raise typer.BadParameter(f"the demo needs vLLM and the extra `demo`: {error}") from None
+    if missing := [name for name in ("vllm", "openai") if find_spec(name) is None]:
+        raise typer.BadParameter(
+            f"the demo needs vLLM and the extra `demo`; not installed: {', '.join(missing)}"
+        )
     from rich.console import Console
 
     from rkv_vllm.demo.run import describe, run

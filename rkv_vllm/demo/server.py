@@ -23,6 +23,7 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # allows the executor `uni`
     "VLLM_NO_USAGE_STATS": "1",
 }
+MOST_THREADS = 8
 
 
 class ServerError(Exception):
@@ -53,7 +54,7 @@ def serving(
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
-            env={**os.environ, **ENVIRONMENT},
+            env={**threads(), **os.environ, **ENVIRONMENT},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -68,6 +69,16 @@ def serving(
         raise
     if (code := stop(process)) != 0:
         raise ServerError(f"the server ended with status {code}\n{tail(log)}")
+
+
+def threads() -> dict[str, str]:
+    """Threads for the model, unless the caller's environment says otherwise.
+
+    They sleep while they wait for each other: on few cores, a spinning thread keeps the very thread that it
+    waits for off its core.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"OMP_NUM_THREADS": str(min(cores, MOST_THREADS)), "OMP_WAIT_POLICY": "passive"}
 
 
 def free_port() -> int:
