@@ -1,0 +1,338 @@
+"""Runs a workload through a real compacting scheduler and the symbolic worker; checks both at each step."""
+
+from __future__ import annotations
+
+import functools
+import json
+import pickle
+import random
+import tempfile
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from request_model import STOP_TOKEN, VOCABULARY, RequestModel, unshortened
+from symbolic_worker import Memory, SymbolicRunner
+from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_block_hash, get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+
+from rkv_vllm.block_manager import CompactingSpec
+from rkv_vllm.config import BudgetRequest, RequestBudget, RkvConfig
+from rkv_vllm.plan import plan_of
+from rkv_vllm.query_rows import num_query_rows
+from rkv_vllm.result import RESULT_KEY, CompactionResult
+from rkv_vllm.scheduler import CompactingAsyncScheduler, CompactingScheduler
+
+MAX_MODEL_LEN = 1024
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request, and what its client does. `extra_args` are as over the API."""
+
+    request_id: str
+    prompt: tuple[int, ...]
+    max_tokens: int
+    extra_args: dict[str, Any] | None = None
+    at_step: int = 0
+    abort_after_tokens: int | None = None
+    abort_at_step: int | None = None
+    priority: int = 0
+
+    def budget(self, config: RkvConfig) -> RequestBudget | None:
+        return config.resolve(BudgetRequest.from_extra_args(self.extra_args))
+
+    def most_slots(self, config: RkvConfig) -> int:
+        """Slots that it needs at once when it is alone."""
+        budget = self.budget(config)
+        if budget is None:
+            return len(self.prompt) + self.max_tokens
+        return min(max(len(self.prompt), budget.threshold), len(self.prompt) + self.max_tokens)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """An engine. `depth` is the number of steps in flight: 1 for the sync scheduler."""
+
+    num_pages: int
+    page_size: int = 16
+    depth: int = 1
+    max_num_seqs: int = 8
+    max_num_batched_tokens: int = 128
+    prefix_caching: bool = True
+    priorities: bool = False
+    v2_runner: bool = False
+    config: RkvConfig = field(default_factory=RkvConfig)
+    reset_at_steps: frozenset[int] = frozenset()
+    seed: int = 0
+
+
+@dataclass
+class Outcome:
+    """What came of a workload; `points` are the logical lengths at which each request was compacted."""
+
+    tokens: dict[str, list[int]]
+    points: dict[str, list[int]]
+    counts: Counter[str]
+
+
+@functools.cache
+def model_config() -> ModelConfig:
+    """Of a model that exists as a configuration file only."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": VOCABULARY,
+            "max_position_embeddings": MAX_MODEL_LEN,
+            "torch_dtype": "float32",
+        }
+        Path(folder, "config.json").write_text(json.dumps(settings))
+        init_none_hash(sha256)
+        return ModelConfig(
+            model=folder,
+            tokenizer=folder,
+            skip_tokenizer_init=True,
+            dtype="float32",
+            max_model_len=MAX_MODEL_LEN,
+        )
+
+
+def make_scheduler(setup: Setup) -> CompactingScheduler | CompactingAsyncScheduler:
+    is_async = setup.depth > 1
+    cache_config = CacheConfig(block_size=setup.page_size, enable_prefix_caching=setup.prefix_caching)
+    vllm_config = VllmConfig(
+        model_config=model_config(),
+        cache_config=cache_config,
+        scheduler_config=SchedulerConfig(
+            max_num_seqs=setup.max_num_seqs,
+            max_num_batched_tokens=setup.max_num_batched_tokens,
+            max_model_len=MAX_MODEL_LEN,
+            is_encoder_decoder=False,
+            enable_chunked_prefill=True,
+            policy="priority" if setup.priorities else "fcfs",
+        ),
+        additional_config={"rkv": setup.config.model_dump(exclude_unset=True)},
+    )
+    # The CPU platform turns this off; the protocol is the same for all.
+    vllm_config.scheduler_config.async_scheduling = is_async
+    cache_config.num_gpu_blocks = setup.num_pages
+    spec = CompactingSpec(block_size=setup.page_size, num_kv_heads=1, head_size=8, dtype=torch.float32)
+    scheduler_class = CompactingAsyncScheduler if is_async else CompactingScheduler
+    scheduler = scheduler_class(
+        vllm_config=vllm_config,
+        kv_cache_config=KVCacheConfig(
+            num_blocks=setup.num_pages,
+            kv_cache_tensors=[],
+            kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
+        ),
+        structured_output_manager=StructuredOutputManager(vllm_config),
+        block_size=setup.page_size,
+    )
+    scheduler.use_v2_model_runner = setup.v2_runner
+    return scheduler
+
+
+class Engine:
+    """vLLM's engine core in small: a scheduler, up to `depth` steps in flight, and clients."""
+
+    def __init__(self, setup: Setup, arrivals: list[Arrival]) -> None:
+        self.setup = setup
+        self.scheduler = make_scheduler(setup)
+        self.models = {
+            arrival.request_id: RequestModel(len(arrival.prompt), arrival.budget(setup.config))
+            for arrival in arrivals
+        }
+        self.arrivals = {arrival.request_id: arrival for arrival in arrivals}
+        self.memory = Memory(setup.num_pages, setup.page_size, num_query_rows(setup.max_num_seqs))
+        self.runner = SymbolicRunner(self.memory, self.models, runs_ahead=setup.depth > 1)
+        self.requests: dict[str, Request] = {}
+        self.tokens: dict[str, list[int]] = {arrival.request_id: [] for arrival in arrivals}
+        self.results: dict[str, CompactionResult] = {}
+        self.peak_pages: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
+        self._random = random.Random(setup.seed)
+        self._step = 0
+        self._in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
+
+    # -- the loop ------------------------------------------------------------------------------------------
+
+    def run(self, most_steps: int = 20_000) -> Outcome:
+        """To the end of all requests.
+
+        Raises: AssertionError where anything is not as it should be, at the step in which it shows.
+        """
+        to_come = deque(sorted(self.arrivals.values(), key=lambda arrival: arrival.at_step))
+        while to_come or self.scheduler.has_requests() or self._in_flight:
+            assert self._step < most_steps, "the engine does not come to an end"
+            while to_come and to_come[0].at_step <= self._step:
+                self._add(to_come.popleft())
+            self._clients_and_operator()
+            self._one_step()
+            self._step += 1
+        self._check_end()
+        return Outcome(
+            tokens=self.tokens,
+            points={request_id: self._settled_points(request_id) for request_id in self.models},
+            counts=self.counts,
+        )
+
+    def _add(self, arrival: Arrival) -> None:
+        request = Request(
+            request_id=arrival.request_id,
+            prompt_token_ids=list(arrival.prompt),
+            sampling_params=SamplingParams(
+                max_tokens=arrival.max_tokens, stop_token_ids=[STOP_TOKEN], extra_args=arrival.extra_args
+            ),
+            pooling_params=None,
+            arrival_time=float(len(self.requests)),
+            priority=arrival.priority,
+            block_hasher=get_request_block_hasher(self.setup.page_size, sha256),
+        )
+        self.requests[arrival.request_id] = request
+        self.scheduler.add_request(request)
+
+    def _clients_and_operator(self) -> None:
+        for request_id in [r for r in self.requests if self.arrivals[r].abort_at_step == self._step]:
+            self._abort(request_id)
+        if self._step in self.setup.reset_at_steps:
+            self.scheduler.reset_prefix_cache(reset_running_requests=self._random.random() < 0.7)
+            self.counts["resets"] += 1
+            self.check_pages()
+
+    def _abort(self, request_id: str) -> None:
+        self.counts["aborts"] += len(
+            self.scheduler.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
+        )
+
+    def _one_step(self) -> None:
+        """As `EngineCore.step_with_batch_queue`: fill the queue first, then wait for its oldest."""
+        if self.scheduler.has_requests():
+            output = self.schedule()
+            self._in_flight.append((output, self.runner.execute(output)))
+            scheduled = output.total_num_scheduled_tokens > 0
+            if len(self._in_flight) < self.setup.depth and (scheduled or self.scheduler.has_requests()):
+                return
+        if self._in_flight:
+            self._update(*self._in_flight.popleft())
+
+    def schedule(self) -> SchedulerOutput:
+        due = [request.request_id for request in self.scheduler.running if self._is_due(request)]
+        output = self.scheduler.schedule()
+        plan = plan_of(output)
+        preempted = output.preempted_req_ids or set()
+        planned = {compaction.request_id for compaction in plan.compactions}
+        assert planned == set(due) - preempted, (
+            f"{due} were due, {planned} are planned, {preempted} preempted"
+        )
+        self.counts["schedules"] += 1
+        self.counts["preemptions"] += len(preempted)
+        self.counts["compactions"] += len(plan.compactions)
+        self.counts["dropped compactions"] += len(set(due) & preempted)
+        for compaction in plan.compactions:
+            heads = zip(compaction.source_pages, compaction.target_pages, strict=False)
+            self.counts["copied pages"] += sum(source != target for source, target in heads)
+        self.check_pages()
+        if self._step % 16 == 0:  # as it travels to a worker in another process
+            output = pickle.loads(pickle.dumps(output))
+        return output
+
+    def _is_due(self, request: Request) -> bool:
+        """Whether the definition says that the request is compacted in the coming step."""
+        due = self.models[request.request_id].due
+        return due is not None and request.num_computed_tokens >= due
+
+    def _update(self, output: SchedulerOutput, model_output: ModelRunnerOutput) -> None:
+        for client in self.scheduler.update_from_output(output, model_output).values():
+            for answer in client.outputs:
+                request_id = answer.request_id
+                self.tokens[request_id] += answer.new_token_ids
+                if answer.finish_reason is not None:
+                    assert answer.kv_transfer_params is not None
+                    self.results[request_id] = answer.kv_transfer_params[RESULT_KEY]
+                elif len(self.tokens[request_id]) == self.arrivals[request_id].abort_after_tokens:
+                    self._abort(request_id)
+        self.check_pages()
+
+    # -- checks --------------------------------------------------------------------------------------------
+
+    def check_pages(self) -> None:
+        """Every page is in exactly one place, and counted by exactly its owners."""
+        self.scheduler.check_integrity()
+        manager = self.scheduler.kv_cache_manager.coordinator.single_type_managers[0]
+        pool = self.scheduler.kv_cache_manager.block_pool
+        owners: Counter[int] = Counter()
+        for request_id, pages in manager.req_to_blocks.items():
+            ids = [page.block_id for page in pages]
+            assert len(set(ids)) == len(ids), f"{request_id} holds a page twice"
+            owners.update(ids)
+            self.peak_pages[request_id] = max(self.peak_pages[request_id], len(ids))
+        free = [page.block_id for page in pool.free_block_queue.get_all_free_blocks()]
+        assert len(set(free)) == len(free) == pool.get_num_free_blocks(), "a page is free twice"
+        assert not owners.keys() & set(free), "a page is free and owned"
+        null = pool.null_block.block_id
+        assert owners.keys() | set(free) | {null} == set(range(self.setup.num_pages)), "a page is lost"
+        for page in pool.blocks:
+            if not page.is_null:
+                assert page.ref_cnt == owners[page.block_id], (
+                    f"page {page.block_id} has {page.ref_cnt} references"
+                )
+
+    def check_cached_pages(self) -> None:
+        """Every page that the prefix cache offers holds what its hash promises."""
+        size = self.setup.page_size
+        promised: dict[bytes, list[int]] = {}
+        for request in self.requests.values():
+            symbols = unshortened(request.all_token_ids)
+            for index, block_hash in enumerate(request.block_hashes):
+                promised[block_hash] = symbols[index * size : (index + 1) * size]
+        for page in self.scheduler.kv_cache_manager.block_pool.blocks:
+            if page.block_hash is not None:
+                found = self.memory.read([page.block_id], size)
+                assert found == promised[get_block_hash(page.block_hash)], "a cached page was overwritten"
+                self.counts["cached pages checked"] += 1
+
+    def _settled_points(self, request_id: str) -> list[int]:
+        """Without those in steps that were scheduled before it was known that the request had ended."""
+        arrival = self.arrivals[request_id]
+        last = len(arrival.prompt) + len(self.tokens[request_id]) - 2
+        return [point for point in self.models[request_id].reached() if point <= last]
+
+    def _check_end(self) -> None:
+        self.check_pages()
+        self.check_cached_pages()
+        pool = self.scheduler.kv_cache_manager.block_pool
+        assert pool.get_num_free_blocks() == self.setup.num_pages - 1, "the pool is not whole again"
+        assert not self.scheduler.requests and not self.scheduler._tracked
+        assert not self.scheduler._manager._evicted and not self.scheduler._manager._most_slots
+        rows = self.scheduler._query_rows
+        assert len(rows._free) == rows.num_rows, "a query row was not given back"
+        for model in self.models.values():
+            self.counts["replayed compactions"] += sum(len(life) for life in model.lives[1:])
+        for request_id, result in self.results.items():
+            self._check_result(request_id, result)
+
+    def _check_result(self, request_id: str, result: CompactionResult) -> None:
+        model = self.models[request_id]
+        points = model.reached()
+        budget = model.budget
+        assert result["budget"] == (budget.budget if budget else None)
+        assert result["compactions"] == len(points)
+        assert result["evicted_tokens"] == (points[-1] - budget.budget if budget and points else 0)
+        assert (result["reason"] is None) == (result["compactions"] > 0)
+        if budget is not None:
+            assert result["peak_pages"] == self.peak_pages[request_id]

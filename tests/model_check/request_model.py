@@ -1,0 +1,114 @@
+"""What a request's cache has to hold, worked out from its tokens alone: no pages, no scheduler, no others.
+
+A token's KV is one number, its symbol: a hash of the token, its logical position and all that it attended
+to. Two caches with equal symbols were therefore built from equal contents in equal order, and prefix sharing
+is legal exactly where symbols agree. The next token is a hash of the same, so that a single wrong slot
+anywhere changes what the request says from there on.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from rkv_vllm.config import WINDOW, RequestBudget
+
+VOCABULARY = 97
+#: Sampled like any other token, and ends a request that does not ignore it.
+STOP_TOKEN = 0
+#: The attention state of an empty cache.
+NOTHING = 1
+
+
+def symbol_of(token: int, position: int, attended: int) -> int:
+    return hash((token, position, attended))
+
+
+def attend(attended: int, symbol: int) -> int:
+    """The attention state after one more slot."""
+    return hash((attended, symbol))
+
+
+def attend_all(symbols: Sequence[int]) -> int:
+    attended = NOTHING
+    for symbol in symbols:
+        attended = attend(attended, symbol)
+    return attended
+
+
+def sampled_token(attended: int) -> int:
+    return attended % VOCABULARY
+
+
+def survivors(symbols: Sequence[int], queries: Sequence[int] | None, keep: int) -> list[int]:
+    """Slots that stay, ascending: candidates chosen by all contents and queries, and the window."""
+    length = len(symbols)
+    chooser = random.Random(hash((tuple(symbols), None if queries is None else tuple(queries))))
+    chosen = sorted(chooser.sample(range(length - WINDOW), keep - WINDOW))
+    return chosen + list(range(length - WINDOW, length))
+
+
+def unshortened(tokens: Sequence[int]) -> list[int]:
+    """The symbols of tokens that were computed with nothing evicted, as the prefix cache holds them."""
+    symbols: list[int] = []
+    attended = NOTHING
+    for position, token in enumerate(tokens):
+        symbols.append(symbol_of(token, position, attended))
+        attended = attend(attended, symbols[-1])
+    return symbols
+
+
+@dataclass
+class RequestModel:
+    """One request from its start, or its last preemption, on.
+
+    `symbols` are the slots in order; `points` the logical lengths at which it was compacted since it last
+    started from nothing, the last of its `lives`.
+    """
+
+    num_prompt_tokens: int
+    budget: RequestBudget | None
+    symbols: list[int] = field(default_factory=list)
+    logical: int = 0
+    attended: int = NOTHING
+    points: list[int] = field(default_factory=list)
+    lives: list[list[int]] = field(default_factory=list)
+
+    @property
+    def due(self) -> int | None:
+        """Logical length of the next compaction, straight from the definition."""
+        if self.budget is None:
+            return None
+        evicted = self.logical - len(self.symbols)
+        return max(self.num_prompt_tokens, evicted + self.budget.budget + self.budget.buffer)
+
+    def start(self, cached: Sequence[int]) -> None:
+        """From nothing, with these tokens adopted from the prefix cache."""
+        self.symbols = unshortened(cached)
+        self.logical = len(cached)
+        self.attended = attend_all(self.symbols)
+        self.lives.append([])
+        self.points = self.lives[-1]
+
+    def compute(self, tokens: Sequence[int]) -> None:
+        for token in tokens:
+            self.symbols.append(symbol_of(token, self.logical, self.attended))
+            self.attended = attend(self.attended, self.symbols[-1])
+            self.logical += 1
+
+    def compact(self) -> None:
+        assert self.budget is not None
+        assert self.logical == self.due, f"compacted at {self.logical}, but it was due at {self.due}"
+        self.points.append(self.logical)
+        queries = self.symbols[-WINDOW:] if self.budget.needs_queries else None
+        kept = survivors(self.symbols, queries, self.budget.budget)
+        self.symbols = [self.symbols[slot] for slot in kept]
+        self.attended = attend_all(self.symbols)
+
+    def reached(self) -> list[int]:
+        """The compaction points of all its lives, each of which began as the longest one did."""
+        longest = max(self.lives, key=len, default=[])
+        for life in self.lives:
+            assert life == longest[: len(life)], f"a replay compacted at {life}, the first time at {longest}"
+        return longest

@@ -1,0 +1,318 @@
+"""A worker without a model: vLLM's bookkeeping of the V1 runner, rkv-vllm's own adapter, and symbols for KV.
+
+Each step is run when it is scheduled, in the order in which a device would run it: this is what the stream
+sees, however far ahead the scheduler is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import CellType, FunctionType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from request_model import RequestModel, sampled_token, survivors
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.outputs import ModelRunnerOutput
+
+from rkv_vllm.config import WINDOW
+from rkv_vllm.plan import Compaction
+from rkv_vllm.runner_v1 import CompactingCpuRunner
+
+#: In a slot or query place that nobody wrote.
+UNWRITTEN = -1
+
+
+class Memory:
+    """The pages of one layer, and the rows of the query window."""
+
+    def __init__(self, num_pages: int, page_size: int, num_query_rows: int) -> None:
+        self.page_size = page_size
+        self.slots = [UNWRITTEN] * (num_pages * page_size)
+        self.queries = [UNWRITTEN] * (num_query_rows * WINDOW)
+
+    def read(self, pages: list[int] | tuple[int, ...], length: int) -> list[int]:
+        contents: list[int] = []
+        for page in pages:
+            contents += self.slots[page * self.page_size : (page + 1) * self.page_size]
+        assert length <= len(contents), f"{length} tokens do not fit on pages {pages}"
+        return contents[:length]
+
+    def write(self, pages: tuple[int, ...], symbols: list[int]) -> None:
+        for index, symbol in enumerate(symbols):
+            self.slots[pages[index // self.page_size] * self.page_size + index % self.page_size] = symbol
+
+
+class SymbolicQueryWindow:
+    """Stands for `QueryWindow`: a token's query is its symbol."""
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+        self._tokens: list[int] = []
+        self._places: list[int] = []
+
+    def begin_step(self, tokens: list[int], places: list[int]) -> None:
+        assert len(set(places)) == len(places), "two queries for one place"
+        self._tokens, self._places = tokens, places
+
+    def record(self, queries: list[int]) -> None:
+        for token, place in zip(self._tokens, self._places, strict=True):
+            self._memory.queries[place] = queries[token]
+        self._tokens, self._places = [], []
+
+
+class SymbolicCompactor:
+    """Stands for the compactor, and compares what it finds with the request's model."""
+
+    def __init__(self, memory: Memory, models: dict[str, RequestModel]) -> None:
+        self._memory = memory
+        self._models = models
+
+    def run(self, compactions: list[Compaction]) -> None:
+        """Newest first, to show that the order does not matter: a device runs them side by side."""
+        self._check_apart(compactions)
+        for compaction in reversed(compactions):
+            model = self._models[compaction.request_id]
+            who = f"{compaction.request_id} at logical length {model.logical}"
+            assert compaction.logical_length == model.logical, f"{who}: {compaction}"
+            assert model.budget is not None and compaction.policy == model.budget.policy
+            symbols = self._memory.read(compaction.source_pages, compaction.length)
+            assert symbols == model.symbols, f"{who}: the plan's source pages hold something else"
+            queries = self._queries(compaction, model, who) if model.budget.needs_queries else None
+            kept = survivors(symbols, queries, compaction.keep)
+            self._memory.write(compaction.target_pages, [symbols[slot] for slot in kept])
+            model.compact()
+
+    @staticmethod
+    def _check_apart(compactions: list[Compaction]) -> None:
+        for one in compactions:
+            for other in compactions:
+                if one is not other:
+                    both = set(one.target_pages) & set(other.source_pages + other.target_pages)
+                    assert not both, f"{one.request_id} writes pages {both} of {other.request_id}"
+
+    def _queries(self, compaction: Compaction, model: RequestModel, who: str) -> list[int]:
+        """The window's queries, oldest first, found where position modulo `WINDOW` says."""
+        assert compaction.query_row >= 0, f"{who}: no query row"
+        newest = range(model.logical - WINDOW, model.logical)
+        queries = [self._memory.queries[compaction.query_row * WINDOW + p % WINDOW] for p in newest]
+        assert queries == model.symbols[-WINDOW:], f"{who}: the query row does not hold its newest queries"
+        return queries
+
+
+class BlockTable:
+    """vLLM's block table in lists: rows follow the batch, as they do in `MultiGroupBlockTable`."""
+
+    def __init__(self, page_size: int) -> None:
+        self._page_size = page_size
+        self.rows: list[list[int]] = []
+        self.slot_mapping: list[int] = []
+
+    def add_row(self, block_ids: tuple[list[int], ...], row_idx: int) -> None:
+        self.rows[row_idx] = list(block_ids[0])
+
+    def append_row(self, block_ids: tuple[list[int], ...], row_idx: int) -> None:
+        self.rows[row_idx] += block_ids[0]
+
+    def compute_slot_mapping(
+        self, num_reqs: int, query_start_loc: torch.Tensor, positions: torch.Tensor
+    ) -> None:
+        starts, where = query_start_loc.tolist(), positions.tolist()
+        self.slot_mapping = []
+        for row in range(num_reqs):
+            for position in where[starts[row] : starts[row + 1]]:
+                page, offset = divmod(position, self._page_size)
+                # Before it is made physical, a position may lie behind the request's pages.
+                pages = self.rows[row]
+                self.slot_mapping.append(
+                    pages[page] * self._page_size + offset if page < len(pages) else UNWRITTEN
+                )
+
+
+@dataclass
+class RequestState:
+    """`tokens` are those that the worker knows: the ones it was sent, and the ones it sampled since."""
+
+    tokens: list[int]
+    block_ids: tuple[list[int], ...]
+    num_computed_tokens: int
+
+
+class HostRunner:
+    """What vLLM's V1 runner does about requests, rows and lengths, and in which order."""
+
+    def __init__(self, page_size: int, runs_ahead: bool) -> None:
+        self._runs_ahead = runs_ahead
+        self.requests: dict[str, RequestState] = {}
+        self.input_batch = SimpleNamespace(
+            req_ids=[], req_id_to_index={}, num_computed_tokens_cpu=[], block_table=BlockTable(page_size)
+        )
+
+    def _update_states(self, scheduler_output: SchedulerOutput) -> None:
+        for request_id in scheduler_output.finished_req_ids:
+            self.requests.pop(request_id, None)
+        assert not scheduler_output.kv_cache_block_copies and not scheduler_output.new_block_ids_to_zero
+        cached = scheduler_output.scheduled_cached_reqs
+        staying = scheduler_output.num_scheduled_tokens.keys() - cached.resumed_req_ids
+        staying -= {new.req_id for new in scheduler_output.scheduled_new_reqs}
+        self._keep_in_batch(staying)
+
+        to_add: list[str] = []
+        for new in scheduler_output.scheduled_new_reqs:
+            assert new.prompt_token_ids is not None
+            # Under the V2 runner a resumed request comes back as a new one.
+            tokens = new.prefill_token_ids or new.prompt_token_ids
+            self.requests[new.req_id] = RequestState(list(tokens), new.block_ids, new.num_computed_tokens)
+            to_add.append(new.req_id)
+        for index, request_id in enumerate(cached.req_ids):
+            state = self.requests[request_id]
+            state.num_computed_tokens = cached.num_computed_tokens[index]
+            new_block_ids = cached.new_block_ids[index]
+            row = self.input_batch.req_id_to_index.get(request_id)
+            if request_id in cached.resumed_req_ids:
+                assert row is None and new_block_ids is not None
+                state.block_ids = new_block_ids
+                if self._runs_ahead or request_id in cached.all_token_ids:
+                    state.tokens = list(cached.all_token_ids[request_id])
+            elif new_block_ids is not None:
+                for block_ids, new_ids in zip(state.block_ids, new_block_ids, strict=True):
+                    block_ids.extend(new_ids)
+            if row is None:
+                to_add.append(request_id)
+            elif new_block_ids is not None:
+                self.input_batch.block_table.append_row(new_block_ids, row)
+        for request_id in to_add:
+            self._add_to_batch(request_id)
+
+    def _keep_in_batch(self, staying: set[str]) -> None:
+        """Removes all others and moves rows of the end into the gaps."""
+        batch, rows = self.input_batch, self.input_batch.block_table.rows
+        row = 0
+        while row < len(batch.req_ids):
+            if batch.req_ids[row] in staying:
+                row += 1
+                continue
+            last_id, last_row = batch.req_ids.pop(), rows.pop()
+            if row < len(batch.req_ids):
+                batch.req_ids[row], rows[row] = last_id, last_row
+        batch.req_id_to_index = {request_id: row for row, request_id in enumerate(batch.req_ids)}
+
+    def _add_to_batch(self, request_id: str) -> None:
+        batch = self.input_batch
+        batch.req_id_to_index[request_id] = len(batch.req_ids)
+        batch.req_ids.append(request_id)
+        batch.block_table.rows.append([])
+        batch.block_table.add_row(self.requests[request_id].block_ids, len(batch.req_ids) - 1)
+
+    def _prepare_inputs(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray) -> None:
+        states = [self.requests[request_id] for request_id in self.input_batch.req_ids]
+        counts = num_scheduled_tokens.tolist()
+        self.input_batch.num_computed_tokens_cpu = [state.num_computed_tokens for state in states]
+        starts = np.concatenate(([0], num_scheduled_tokens.cumsum())).astype(np.int32)
+        self.query_start_loc = SimpleNamespace(np=starts, gpu=torch.from_numpy(starts))
+        self.seq_lens = torch.tensor(
+            [state.num_computed_tokens + n for state, n in zip(states, counts, strict=True)],
+            dtype=torch.int32,
+        )
+        self.optimistic_seq_lens_cpu = self.seq_lens.clone()
+        self.positions = torch.tensor(
+            [
+                state.num_computed_tokens + i
+                for state, n in zip(states, counts, strict=True)
+                for i in range(n)
+            ],
+            dtype=torch.int64,
+        )
+        self.input_batch.block_table.compute_slot_mapping(
+            len(states), self.query_start_loc.gpu, self.positions
+        )
+
+
+def over(host: type, adapter: type) -> type:
+    """The adapter's methods on top of another class: what `super()` finds hangs on their `__class__` cell."""
+    cell = CellType()
+    methods: dict[str, Any] = {}
+    for name, member in vars(adapter).items():
+        if isinstance(member, FunctionType):
+            closure = member.__closure__ and tuple(
+                cell if variable == "__class__" else old
+                for variable, old in zip(member.__code__.co_freevars, member.__closure__, strict=True)
+            )
+            methods[name] = FunctionType(
+                member.__code__, member.__globals__, name, member.__defaults__, closure
+            )
+    cell.cell_contents = type(adapter.__name__, (host,), methods)
+    return cell.cell_contents
+
+
+class SymbolicRunner(over(HostRunner, CompactingCpuRunner)):  # type: ignore[misc]
+    """rkv-vllm's adapter, as it stands, over `HostRunner`."""
+
+    def __init__(self, memory: Memory, models: dict[str, RequestModel], runs_ahead: bool) -> None:
+        HostRunner.__init__(self, memory.page_size, runs_ahead)
+        self._evicted = {}
+        self._memory = memory
+        self._models = models
+        self._query_window: Any = SymbolicQueryWindow(memory)
+        self._compactor: Any = SymbolicCompactor(memory, models)
+
+    def execute(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput:
+        self._update_states(scheduler_output)
+        for new in scheduler_output.scheduled_new_reqs:
+            self._start_model(new.req_id)
+        for request_id in scheduler_output.scheduled_cached_reqs.resumed_req_ids:
+            self._start_model(request_id)
+        request_ids = self.input_batch.req_ids
+        if not request_ids:
+            return ModelRunnerOutput(req_ids=[], req_id_to_index={})
+        counts = [scheduler_output.num_scheduled_tokens[request_id] for request_id in request_ids]
+        self._prepare_inputs(scheduler_output, np.array(counts, dtype=np.int32))
+        return ModelRunnerOutput(
+            req_ids=list(request_ids),
+            req_id_to_index=dict(self.input_batch.req_id_to_index),
+            sampled_token_ids=self._forward(counts),
+        )
+
+    def _start_model(self, request_id: str) -> None:
+        state = self.requests[request_id]
+        self._models[request_id].start(state.tokens[: state.num_computed_tokens])
+
+    def _forward(self, counts: list[int]) -> list[list[int]]:
+        """Writes each scheduled token at its slot, then reads every slot of every request."""
+        request_ids, starts = self.input_batch.req_ids, self.query_start_loc.np.tolist()
+        positions, mapping = self.positions.tolist(), self.input_batch.block_table.slot_mapping
+        queries: list[int] = []
+        for row, request_id in enumerate(request_ids):
+            state, model = self.requests[request_id], self._models[request_id]
+            first = state.num_computed_tokens
+            assert first == model.logical, f"{request_id} is at {model.logical}, the scheduler at {first}"
+            model.compute(state.tokens[first : first + counts[row]])
+            new = model.symbols[len(model.symbols) - counts[row] :]
+            assert len(new) == counts[row] and positions[starts[row]] == first
+            for symbol, slot in zip(new, mapping[starts[row] : starts[row + 1]], strict=True):
+                assert slot != UNWRITTEN, f"{request_id}: a token lies behind its pages"
+                self._memory.slots[slot] = symbol
+            queries += new
+        self._query_window.record(queries)
+
+        sampled: list[list[int]] = []
+        lengths, tables = self.seq_lens.tolist(), self.input_batch.block_table.rows
+        assert lengths == self.optimistic_seq_lens_cpu.tolist()
+        for row, request_id in enumerate(request_ids):
+            state, model = self.requests[request_id], self._models[request_id]
+            assert state.block_ids[0] == tables[row], f"{request_id}: the batch and its state disagree"
+            found = self._memory.read(tables[row], lengths[row])
+            wrong = [
+                slot
+                for slot, pair in enumerate(zip(found, model.symbols, strict=False))
+                if pair[0] != pair[1]
+            ]
+            assert found == model.symbols, (
+                f"{request_id}: wrong KV at slots {wrong}; {len(found)} slots, {len(model.symbols)} expected"
+            )
+            sampled.append([])
+            if model.logical == len(state.tokens):  # no prefill chunk
+                sampled[-1].append(sampled_token(model.attended))
+                state.tokens.append(sampled[-1][0])
+        return sampled

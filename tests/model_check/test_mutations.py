@@ -1,0 +1,172 @@
+"""The model check itself: with one rule of the protocol broken, it must raise."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import symbolic_worker
+from engine import Engine
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from workload import random_arrivals, random_setup
+
+from rkv_vllm.block_manager import CompactingManager
+from rkv_vllm.config import WINDOW
+from rkv_vllm.lengths import RequestLengths
+from rkv_vllm.query_rows import QueryRows
+from rkv_vllm.scheduler import CompactingSchedulerMixin, TrackedRequest
+
+Break = Callable[[pytest.MonkeyPatch], None]
+MOST_RUNS = 30
+
+
+def _write_shared_pages(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(BlockPool, "is_block_writable", lambda pool, page: not page.is_null)
+
+
+def _write_cached_pages(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(BlockPool, "is_block_writable", lambda pool, page: page.ref_cnt == 1)
+
+
+def _keep_the_past_of_a_preempted_request(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(TrackedRequest, "restart", lambda tracked: None)
+
+
+def _keep_evicted_of_freed_pages(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(CompactingManager, "pop_blocks_for_free", FullAttentionManager.pop_blocks_for_free)
+
+
+def _cache_compacted_pages(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(CompactingManager, "cache_blocks", FullAttentionManager.cache_blocks)
+
+
+def _allocate_by_logical_length(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(CompactingManager, "allocate_new_blocks", FullAttentionManager.allocate_new_blocks)
+
+
+def _release_pages_between_compactions(patch: pytest.MonkeyPatch) -> None:
+    compact, release = CompactingManager.compact, CompactingManager.release
+
+    def compact_and_release(manager: CompactingManager, *args: Any) -> Any:
+        move = compact(manager, *args)
+        release(manager, [move])
+        return move
+
+    patch.setattr(CompactingManager, "compact", compact_and_release)
+    patch.setattr(CompactingManager, "release", lambda manager, moves: None)
+
+
+def _forget_to_release_pages(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(CompactingManager, "release", lambda manager, moves: None)
+
+
+def _replay_in_any_chunks(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(RequestLengths, "end_of_chunk", lambda lengths, logical, num_new_tokens: num_new_tokens)
+
+
+def _adopt_a_prefix_into_the_window(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(
+        CompactingSchedulerMixin, "_get_local_prefix_cache_hit", Scheduler._get_local_prefix_cache_hit
+    )
+
+
+def _record_one_query_too_few(patch: pytest.MonkeyPatch) -> None:
+    late = property(lambda lengths: max(lengths.next_due - WINDOW + 1, 0))
+    patch.setattr(RequestLengths, "recorded_from", late)
+
+
+def _compact_a_buffer_too_late(patch: pytest.MonkeyPatch) -> None:
+    late = property(
+        lambda lengths: max(lengths.num_prompt_tokens, lengths.evicted + lengths.budget.threshold + 1)
+    )
+    patch.setattr(RequestLengths, "next_due", late)
+
+
+def _give_up_where_no_page_is_free(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(
+        CompactingSchedulerMixin,
+        "_make_room",
+        lambda scheduler, request, tracked: scheduler._manager.can_compact(
+            request.request_id, tracked.budget.budget
+        ),
+    )
+
+
+def _keep_query_rows(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(QueryRows, "release", lambda rows, request_id: None)
+
+
+def _share_query_rows(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(QueryRows, "row_of", lambda rows, request_id: 0)
+
+
+def _plan_with_a_stale_length(patch: pytest.MonkeyPatch) -> None:
+    compact = CompactingSchedulerMixin._compact
+
+    def compact_with_a_stale_length(scheduler: Any, request: Any, tracked: Any) -> Any:
+        compaction, move = compact(scheduler, request, tracked)
+        return replace(compaction, length=compaction.length - 1), move
+
+    patch.setattr(CompactingSchedulerMixin, "_compact", compact_with_a_stale_length)
+
+
+def _record_the_wrong_tokens(patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(
+        symbolic_worker.SymbolicRunner._record_queries.__globals__,
+        "window_positions",
+        lambda first, count: range(first, min(first + count, first + 8)),
+    )
+
+
+def _write_slots_by_logical_position(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(symbolic_worker.SymbolicRunner, "_make_physical", lambda *args: None)
+
+
+def _leave_the_batch_row_as_it_was(patch: pytest.MonkeyPatch) -> None:
+    def shorten(runner: Any, compaction: Any) -> None:
+        runner._evicted[compaction.request_id] = compaction.evicted
+
+    patch.setattr(symbolic_worker.SymbolicRunner, "_shorten", shorten)
+
+
+def _compact_after_the_pages_were_given_away(patch: pytest.MonkeyPatch) -> None:
+    execute = symbolic_worker.SymbolicRunner.execute
+
+    def execute_late(runner: Any, scheduler_output: Any) -> Any:
+        run, held = runner._compactor.run, []
+        runner._compactor.run = held.extend
+        answer = execute(runner, scheduler_output)
+        runner._compactor.run = run
+        run(held)
+        return answer
+
+    patch.setattr(symbolic_worker.SymbolicRunner, "execute", execute_late)
+
+
+BREAKS: tuple[Break, ...] = tuple(
+    breaks
+    for name, breaks in list(globals().items())
+    if name.startswith("_") and callable(breaks) and getattr(breaks, "__module__", None) == __name__
+)
+
+
+def _runs() -> int:
+    for seed in range(MOST_RUNS):
+        chance = random.Random(seed)
+        arrivals = random_arrivals(chance, count=8)
+        setup = replace(random_setup(chance, arrivals), depth=1 + seed % 3)
+        Engine(setup, arrivals).run(most_steps=2_000)
+    return MOST_RUNS
+
+
+@pytest.mark.parametrize("breaks", BREAKS, ids=lambda breaks: breaks.__name__.strip("_"))
+def test_a_broken_rule_is_noticed(breaks: Break, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves that the check fails when the protocol is broken in this way, within a few random runs."""
+    breaks(monkeypatch)
+    with pytest.raises((AssertionError, ValueError, KeyError, IndexError)):
+        _runs()

@@ -1,0 +1,134 @@
+"""The scheduler's protocol against a model of each request: no slot wrong, no page lost, same answers."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from engine import Arrival, Engine, Outcome, Setup, make_scheduler
+from request_model import VOCABULARY
+from vllm.sampling_params import SamplingParams
+from vllm.v1.request import Request
+from workload import random_arrivals, random_setup, smallest_pool
+
+from rkv_vllm import scheduler as scheduler_module
+from rkv_vllm.config import RkvConfig
+
+RUNS_PER_TEST = 8
+
+
+@pytest.mark.parametrize("first_seed", range(0, 72, RUNS_PER_TEST))
+def test_every_slot_holds_what_it_should(first_seed: int, totals: Counter[str]) -> None:
+    """Proves on random small engines of depth 1 to 3 that no step reads wrong KV, queries or cached pages."""
+    seen: Counter[str] = Counter()
+    for seed in range(first_seed, first_seed + RUNS_PER_TEST):
+        chance = random.Random(seed)
+        arrivals = random_arrivals(chance, count=chance.randrange(4, 14), by_step=True)
+        setup = replace(
+            random_setup(chance, arrivals),
+            depth=1 + seed % 3,
+            reset_at_steps=frozenset(chance.sample(range(200), chance.choice((0, 0, 2)))),
+        )
+        seen += Engine(setup, arrivals).run().counts
+    totals.update(seen, runs=RUNS_PER_TEST)
+    assert all(seen[what] for what in ("compactions", "copied pages", "preemptions", "replayed compactions"))
+
+
+def alone(setup: Setup, arrival: Arrival) -> Outcome:
+    """The request in an engine of its own, with room for everything."""
+    setup = replace(setup, num_pages=100, depth=1, prefix_caching=False, priorities=False)
+    return Engine(setup, [replace(arrival, at_step=0)]).run()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_answers_are_those_of_the_request_alone(seed: int, totals: Counter[str]) -> None:
+    """Proves that tokens and compaction points depend on no neighbour, pool, preemption, reset or depth."""
+    chance = random.Random(1000 + seed)
+    arrivals = random_arrivals(chance, count=8)
+    setup = random_setup(chance, arrivals)
+    expected = [alone(setup, arrival) for arrival in arrivals]
+    tokens = {request_id: said for outcome in expected for request_id, said in outcome.tokens.items()}
+    points = {request_id: at for outcome in expected for request_id, at in outcome.points.items()}
+    roomy, small = 400, smallest_pool(setup, arrivals) + 1
+    resets = frozenset(chance.sample(range(10, 150), 3))
+    variants = [
+        *(replace(setup, num_pages=roomy, depth=depth, prefix_caching=True) for depth in (1, 2, 3)),
+        *(replace(setup, num_pages=small, depth=depth, prefix_caching=False) for depth in (1, 2, 3)),
+        *(replace(setup, num_pages=small, depth=depth, prefix_caching=True) for depth in (1, 2, 3)),
+        *(replace(setup, num_pages=small, depth=depth, reset_at_steps=resets) for depth in (1, 3)),
+        replace(setup, num_pages=roomy, max_num_batched_tokens=16, max_num_seqs=3),
+    ]
+    for variant in variants:
+        outcome = Engine(variant, arrivals).run()
+        totals.update(outcome.counts, runs=1)
+        assert outcome.tokens == tokens, variant
+        assert outcome.points == points, variant
+
+
+def test_compaction_points_follow_from_the_definition() -> None:
+    """Proves that a request is compacted at its prompt's end or budget + buffer, then each buffer tokens."""
+    for length, first in ((10, 48), (48, 48), (90, 90)):
+        arrival = Arrival(
+            "one", tuple(range(1, length + 1)), 100, {"rkv_budget": 32, "rkv_buffer": 16, "rkv_policy": "rkv"}
+        )
+        outcome = Engine(Setup(num_pages=40, max_num_batched_tokens=32), [arrival]).run()
+        last = length + len(outcome.tokens["one"]) - 2
+        assert outcome.points["one"] == list(range(first, last + 1, 16))
+
+
+def prompt(length: int, start: int = 1) -> tuple[int, ...]:
+    return tuple(1 + (start * 31 + 7 * index) % (VOCABULARY - 1) for index in range(length))
+
+
+def test_a_request_outgrows_the_pool() -> None:
+    """Proves that a compacted request runs to its end with fewer slots than tokens, and leaves none."""
+    arrivals = [Arrival(f"{i}", prompt(20, i), 240, {"rkv_budget": 24, "rkv_buffer": 8}) for i in range(4)]
+    setup = Setup(num_pages=3, config=RkvConfig(policy="keydiff"))
+    outcome = Engine(setup, arrivals).run()
+    assert max(map(len, outcome.tokens.values())) > 3 * setup.page_size
+    assert outcome.counts["preemptions"] == 0
+
+
+def test_sharers_of_a_full_pool_are_compacted_when_they_are_due() -> None:
+    """Proves that a compaction without a page to copy into takes one from a neighbour and does not wait."""
+    budget = {"rkv_budget": 56, "rkv_buffer": 8, "rkv_policy": "recency"}
+    twins = [Arrival(name, prompt(64), 40, budget) for name in ("first", "second")]
+    roomy, full = (Engine(Setup(num_pages=pages), twins).run() for pages in (100, 6))
+    assert full.counts["preemptions"] > 0 and roomy.counts["preemptions"] == 0
+    assert full.points == roomy.points and full.tokens == roomy.tokens
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_too_few_query_rows_change_no_answer(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves that a request without a query row waits before its window, and is compacted where it is due."""
+    budget = {"rkv_budget": 24, "rkv_buffer": 8, "rkv_policy": "rkv"}
+    arrivals = [Arrival(f"{i}", prompt(20, i), 90, budget) for i in range(6)]
+    setup = Setup(num_pages=60, depth=depth)
+    enough = Engine(setup, arrivals).run()
+    monkeypatch.setattr(scheduler_module, "num_query_rows", lambda max_num_seqs: 2)
+    too_few = Engine(setup, arrivals).run()
+    assert too_few.counts["schedules"] > enough.counts["schedules"]
+    assert too_few.tokens == enough.tokens and too_few.points == enough.points
+
+
+@pytest.mark.parametrize("priorities", [True, False])
+def test_waiting_requests_do_not_keep_query_rows(priorities: bool) -> None:
+    """Proves that requests which find no pages leave the query rows to the running ones."""
+    small = {"rkv_budget": 16, "rkv_buffer": 8}
+    arrivals = [Arrival("running", prompt(96), 60, {"rkv_budget": 64, "rkv_buffer": 48})] + [
+        Arrival(f"waiting-{i}", prompt(40, 2 + i), 20, small, at_step=1 + i, priority=3 - i) for i in range(2)
+    ]
+    setup = Setup(num_pages=8, max_num_seqs=2, priorities=priorities, prefix_caching=False)
+    Engine(setup, arrivals).run(most_steps=2_000)
+
+
+def test_a_wrong_setting_falls_back_to_the_default() -> None:
+    """Proves that a bad per-request value that comes past the front end does not stop the engine."""
+    scheduler = make_scheduler(Setup(num_pages=10, config=RkvConfig(budget=40)))
+    for request_id, extra_args in (("bad", {"rkv_budget": "many"}), ("good", {"rkv_budget": 20})):
+        params = SamplingParams(max_tokens=4, extra_args=extra_args)
+        scheduler.add_request(Request(request_id, [1, 2, 3], params, None))
+    budgets = {request_id: tracked.budget.budget for request_id, tracked in scheduler._tracked.items()}
+    assert budgets == {"bad": 40, "good": 20}

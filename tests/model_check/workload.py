@@ -1,0 +1,93 @@
+"""Random workloads: shared prefixes, mixed budgets, aborts, small pools."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+from engine import Arrival, Setup
+from request_model import VOCABULARY
+from vllm.utils.math_utils import cdiv
+
+from rkv_vllm.config import RkvConfig
+
+POLICIES = ("rkv", "snapkv", "keydiff", "recency", "random")
+
+
+def random_arrivals(chance: random.Random, count: int, by_step: bool = False) -> list[Arrival]:
+    """Some requests; `by_step` lets clients hang up at a step, which depends on the engine's depth.
+
+    In half of the workloads every request is compacted, so that the smallest pool is small for all of them.
+    """
+    all_compacted = chance.random() < 0.5
+    stems = [_tokens(chance, chance.randrange(20, 140)) for _ in range(2)]
+    arrivals: list[Arrival] = []
+    for index in range(count):
+        if arrivals and chance.random() < 0.25:  # another sample of the same prompt
+            arrivals.append(replace(arrivals[-1], request_id=f"request-{index}"))
+            continue
+        stem = chance.choice(stems)
+        own = _tokens(chance, chance.choice((1, 5, 16, 40)))
+        prompt = chance.choice((stem, stem[: chance.randrange(8, len(stem))] + own, own, stem + own))
+        at_step = chance.randrange(0, 120) if chance.random() < 0.7 else 0
+        arrivals.append(
+            Arrival(
+                request_id=f"request-{index}",
+                prompt=prompt,
+                max_tokens=chance.choice((1, 3, 40, 90, 160, 240)),
+                extra_args=_budget(chance) if all_compacted else _extra_args(chance),
+                at_step=at_step,
+                abort_after_tokens=chance.randrange(1, 120) if chance.random() < 0.15 else None,
+                abort_at_step=at_step + chance.randrange(1, 150)
+                if by_step and chance.random() < 0.15
+                else None,
+                priority=chance.randrange(3),
+            )
+        )
+    return arrivals
+
+
+def random_setup(chance: random.Random, arrivals: list[Arrival]) -> Setup:
+    config = RkvConfig(
+        budget=chance.choice((None, 24, 32, 50, 64)),
+        buffer=chance.choice((8, 16, 24, 50)),
+        policy=chance.choice(POLICIES),
+    )
+    setup = Setup(
+        num_pages=0,
+        page_size=chance.choice((8, 16, 16, 32)),
+        max_num_seqs=chance.choice((2, 4, 8, 12)),
+        max_num_batched_tokens=chance.choice((16, 32, 64, 256)),
+        prefix_caching=chance.random() < 0.75,
+        priorities=chance.random() < 0.25,
+        v2_runner=chance.random() < 0.5,
+        config=config,
+        seed=chance.randrange(1 << 30),
+    )
+    return replace(setup, num_pages=smallest_pool(setup, arrivals) + chance.choice((0, 0, 1, 2, 4, 8)))
+
+
+def smallest_pool(setup: Setup, arrivals: list[Arrival]) -> int:
+    """Pages with which each request can finish when it is alone, and the null page."""
+    return max(cdiv(arrival.most_slots(setup.config), setup.page_size) for arrival in arrivals) + 1
+
+
+def _tokens(chance: random.Random, count: int) -> tuple[int, ...]:
+    return tuple(chance.randrange(1, VOCABULARY) for _ in range(count))
+
+
+def _extra_args(chance: random.Random) -> dict[str, Any] | None:
+    kind = chance.random()
+    if kind < 0.35:
+        return None
+    return {"rkv_budget": 0} if kind < 0.5 else _budget(chance)
+
+
+def _budget(chance: random.Random) -> dict[str, Any]:
+    return {
+        "rkv_budget": chance.choice((9, 16, 24, 32, 48, 72)),
+        "rkv_buffer": chance.choice((8, 9, 16, 32, 64)),
+        "rkv_policy": chance.choice(POLICIES),
+        "another": "argument",
+    }
