@@ -205,7 +205,7 @@ class CompactingSchedulerMixin(_Scheduler):
                 victim = self.running[-1]
             self.running.remove(victim)
             self._preempt_request(victim, time.monotonic())
-            # It may come back in this very step; the V1 runner is sent its tokens only if it did not run last.
+            # Should it come back in this very step, the V1 runner needs its tokens, as after any pause.
             self.prev_step_scheduled_req_ids.discard(victim.request_id)
             if victim is request:
                 return False
