@@ -7,32 +7,33 @@ and what it prints names the real files.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
-import tempfile
 import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+TREE = ROOT / ".cache" / "types"  # always the same place: mypy remembers paths between runs
 
 
 def main() -> int:
     mapping = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
-    with tempfile.TemporaryDirectory() as scratch:
-        for package, folder in sorted(mapping.items()):
-            link_modules(Path(scratch, *package.split(".")), ROOT / folder)
-        result = subprocess.run(
-            [sys.executable, "-m", "mypy", "--package", "rkv_vllm", *sys.argv[1:]],
-            cwd=ROOT,
-            env={**os.environ, "MYPYPATH": scratch},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        output = result.stdout
-        for package, folder in sorted(mapping.items(), reverse=True):  # the inner packages first
-            tree = Path(scratch, *package.split("."))
-            output = output.replace(os.path.relpath(tree, ROOT), folder).replace(str(tree), folder)
+    shutil.rmtree(TREE, ignore_errors=True)
+    TREE.mkdir(parents=True)
+    for package, folder in sorted(mapping.items()):
+        link_modules(TREE.joinpath(*package.split(".")), ROOT / folder)
+    result = subprocess.run(
+        [sys.executable, "-m", "mypy", "--package", "rkv_vllm", *sys.argv[1:]],
+        cwd=ROOT,
+        env={**os.environ, "MYPYPATH": str(TREE)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    output = result.stdout
+    for package, folder in sorted(mapping.items(), reverse=True):  # the inner packages first
+        output = output.replace(str(TREE.joinpath(*package.split(".")).relative_to(ROOT)), folder)
     print(output, end="")
     return result.returncode
 
