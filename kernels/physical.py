@@ -1,5 +1,7 @@
 """Physical lengths and positions of a batch, and the places in the query ring, in one launch a step."""
 
+# mypy: allow-untyped-defs, allow-untyped-calls
+
 from __future__ import annotations
 
 import torch

@@ -27,7 +27,7 @@ from rkv_vllm.result import RESULT_KEY, CompactionResult
 
 # The mixin is put before either of vLLM's schedulers; the type checker is told of what they share.
 if TYPE_CHECKING:
-    _Scheduler = Scheduler
+    from vllm.v1.core.sched.scheduler import Scheduler as _Scheduler
 else:
     _Scheduler = object
 

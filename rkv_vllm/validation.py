@@ -1,8 +1,8 @@
 """Refuses a request with wrong R-KV settings at the front end, before the engine sees it.
 
 vLLM asks the classes named in `--logits-processors` to validate each request's parameters, and answers a
-ValueError with HTTP 400 (or raises it from `LLM.generate`). That is all this class is there for: it changes
-no logits. It implements the interfaces of both model runners.
+ValueError with HTTP 400; `LLM.generate` raises VLLMValidationError. That is all this class is there for: it
+changes no logits. It implements the interfaces of both model runners.
 """
 
 from __future__ import annotations
