@@ -112,7 +112,7 @@ def combine(
     pool_kernel: int,
     masses: torch.Tensor | None = None,
 ) -> None:
-    """Joint score of each candidate, given ``part.weights`` (window attention) and ``part.links``.
+    """Joint score of each candidate, given ``part.slots`` (window attention) and ``part.links``.
 
     Args:
         part: requests and layers, after ``sums``.
@@ -128,7 +128,7 @@ def combine(
     _combine_kernel[(kv.num_heads, part.requests, part.layers)](
         batch.lengths_on_device,
         lam,
-        part.weights,
+        part.slots.view(torch.float32),
         part.links,
         scores,
         *scores.stride()[:3],

@@ -19,7 +19,7 @@ NO_LOGIT = tl.constexpr(-3.0e38)
 """Logit of what is no candidate: finite, so that a block without candidates needs no special case."""
 
 _BLOCK = 64  # tokens a program
-_WARPS = 4
+_WARPS = 2
 
 
 @triton.jit
@@ -69,7 +69,6 @@ def _survey_kernel(
     stride_pages,
     lengths,
     weights,
-    slots_table,
     links,
     peaks,
     totals,
@@ -115,7 +114,6 @@ def _survey_kernel(
     exact = (direction * LINK_SCALE).to(tl.int64)
     tl.atomic_add(directions + owner * HEAD_SIZE + d, exact, mask=d < HEAD_SIZE, sem="relaxed")
     tl.store(weights + table + slots, inverse, mask=inside)
-    tl.store(slots_table + table + slots, tl.zeros((BLOCK,), tl.int32), mask=inside)
     tl.store(links + table + slots, tl.zeros((BLOCK,), tl.int64), mask=inside)
 
     ring_row = tl.load(query_rows + request).to(tl.int64)
@@ -133,15 +131,29 @@ def _survey_kernel(
     tl.store(totals + statistics, total, mask=row < WINDOW)
 
 
-@triton.jit
-def merged_statistics(peaks, totals, blocks, WINDOW: tl.constexpr, WINDOW_PAD: tl.constexpr):
-    """Softmax statistics [WINDOW_PAD] of all candidates from those of each block of them."""
+@triton.jit(do_not_specialize=["first_request", "requests", "blocks"])
+def _merge_kernel(
+    peaks,
+    totals,
+    lengths,
+    first_request,
+    requests,
+    blocks,
+    WINDOW: tl.constexpr,
+    WINDOW_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Softmax statistics of all candidates from those of each block of them, into the first block's place."""
+    owner = (tl.program_id(2) * requests + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+    peaks += owner.to(tl.int64) * blocks * WINDOW
+    totals += owner.to(tl.int64) * blocks * WINDOW
+    used = tl.cdiv(tl.load(lengths + first_request + tl.program_id(1)), BLOCK)
     row = tl.arange(0, WINDOW_PAD)
     peak = tl.full((WINDOW_PAD,), NO_LOGIT, tl.float32)
     total = tl.zeros((WINDOW_PAD,), tl.float32)
-    for start in range(0, blocks, 64):
+    for start in range(0, used, 64):
         index = start + tl.arange(0, 64)
-        inside = (index < blocks)[:, None] & (row < WINDOW)[None, :]
+        inside = (index < used)[:, None] & (row < WINDOW)[None, :]
         entries = index[:, None] * WINDOW + row[None, :]
         some_peaks = tl.load(peaks + entries, mask=inside, other=NO_LOGIT)
         some_totals = tl.load(totals + entries, mask=inside, other=0.0)
@@ -149,16 +161,13 @@ def merged_statistics(peaks, totals, blocks, WINDOW: tl.constexpr, WINDOW_PAD: t
         total = total * tl.exp(peak - higher)
         total += tl.sum(some_totals * tl.exp(some_peaks - higher[None, :]), axis=0)
         peak = higher
-    return peak, total
-
-
-def tokens_a_program(part: Part) -> int:
-    """Tokens that one program of the first walk reads: one block of its statistics."""
-    return _BLOCK if part.kv.dtype.itemsize == 2 and part.kv.head_size <= 128 else 32
+    tl.debug_barrier()  # every thread has read before the first block's place is overwritten
+    tl.store(peaks + row, peak, mask=row < WINDOW)
+    tl.store(totals + row, total, mask=row < WINDOW)
 
 
 def survey(part: Part, queries: torch.Tensor, *, window: int, scale: float) -> None:
-    """Fill ``weights`` (inverse norms), ``peaks``, ``totals``, ``directions``; zero ``slots`` and ``links``.
+    """Fill ``weights`` (inverse norms), ``peaks``, ``totals``, ``directions``; zero ``links``.
 
     Args:
         part: requests and layers, with scratch memory.
@@ -169,7 +178,7 @@ def survey(part: Part, queries: torch.Tensor, *, window: int, scale: float) -> N
     kv, batch = part.kv, part.batch
     group = queries.shape[3] // kv.num_heads
     window_pad = triton.next_power_of_2(window)
-    block = tokens_a_program(part)
+    block = _BLOCK if kv.dtype.itemsize == 2 and kv.head_size <= 128 else 32
     part.directions.zero_()
     _survey_kernel[(-(-part.longest // block), part.requests * kv.num_heads, part.layers)](
         kv.layers[0],
@@ -182,7 +191,6 @@ def survey(part: Part, queries: torch.Tensor, *, window: int, scale: float) -> N
         batch.source_pages.stride(0),
         batch.lengths_on_device,
         part.weights,
-        part.slots,
         part.links,
         part.peaks,
         part.totals,
@@ -202,5 +210,17 @@ def survey(part: Part, queries: torch.Tensor, *, window: int, scale: float) -> N
         BLOCK_D=triton.next_power_of_2(kv.head_size),
         PAGE_SIZE=kv.page_size,
         BLOCK=block,
-        num_warps=_WARPS,
+        num_warps=_WARPS if block == _BLOCK else 8,
+    )
+    _merge_kernel[(kv.num_heads, part.requests, part.layers)](
+        part.peaks,
+        part.totals,
+        batch.lengths_on_device,
+        part.first_request,
+        part.requests,
+        part.blocks,
+        WINDOW=window,
+        WINDOW_PAD=window_pad,
+        BLOCK=block,
+        num_warps=1,
     )

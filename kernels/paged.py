@@ -57,8 +57,8 @@ class PagedKV:
             raise ValueError(
                 f"strides {first.stride()[:3]} and head size {self.head_size} must be multiples of 16"
             )
-        if first.shape[2] * first.stride(2) >= 2**31:
-            raise ValueError(f"the slots of a page lie too far apart: stride {first.stride(2)}")
+        if max(first.stride(0), first.shape[2] * first.stride(2)) >= 2**31:
+            raise ValueError(f"pages or slots lie too far apart for 32-bit strides: {first.stride()}")
         starts = [offset // first.element_size() for offset in offsets]
         table = torch.tensor(starts, dtype=torch.int64, device=first.device)
         object.__setattr__(self, "layer_offsets", table)

@@ -33,14 +33,13 @@ class Part:
         requests: number of requests.
         longest: largest physical length among the requests, in tokens.
         capacity: entries a (layer, request, head) in the per-token tables; a multiple of 128.
-        slots: int32 table: each key's newest match, then the kept slots.
-        weights: float32 table: inverse key norms until the matches are found, then window attention.
+        slots: int32 table: each key's newest match, then its window attention (float32), then the kept slots.
+        weights: float32 table: inverse norm of each key.
         links: int64 table: sum of a key's similarities in units of 1 / LINK_SCALE.
         scores: float32 table: joint scores.
         peaks: float32 [layers * requests * H * blocks * window]: largest logit of each window row in a block.
         totals: float32, as ``peaks``: sum of exponentials of each window row in a block.
         directions: int64 [layers * requests * H * D]: sum of the normalised keys in units of 1 / LINK_SCALE.
-        reached: int32 [layers * requests * H * blocks]: where each block's search for newer matches ended.
         blocks: most blocks into which a kernel may split a request's tokens.
         staging: flat, in the cache's dtype: all of the scratch memory but ``slots``, free once slots are
             selected.
@@ -61,7 +60,6 @@ class Part:
     peaks: torch.Tensor
     totals: torch.Tensor
     directions: torch.Tensor
-    reached: torch.Tensor
     blocks: int
     staging: torch.Tensor
 
@@ -70,8 +68,9 @@ class Part:
 def slot_offsets(pages, slots, inside, stride_page, stride_slot, PAGE_SIZE: tl.constexpr):
     """Element offsets of token slots within one KV head of one layer."""
     slots = slots.to(tl.uint32)  # never negative; without a sign, division by the page size is a shift
-    page = tl.load(pages + slots // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
-    return page * stride_page + (slots % PAGE_SIZE).to(tl.int32) * stride_slot
+    page = tl.load(pages + slots // PAGE_SIZE, mask=inside, other=0).to(tl.uint32)
+    page_offset = page.to(tl.uint64) * tl.cast(stride_page, tl.uint32).to(tl.uint64)  # one wide product
+    return page_offset.to(tl.int64) + (slots % PAGE_SIZE).to(tl.int32) * stride_slot
 
 
 @triton.jit

@@ -229,9 +229,7 @@ class RkvRound:
 
     def _head_bytes(self, longest: int) -> int:
         capacity = -(-longest // _ROUNDING) * _ROUNDING
-        return (
-            capacity * _TOKEN_BYTES + 8 * self.kv.head_size + capacity // _BLOCK * 4 * (2 * self.window + 1)
-        )
+        return capacity * _TOKEN_BYTES + 8 * self.kv.head_size + capacity // _BLOCK * 8 * self.window
 
     def _part(
         self,
@@ -270,7 +268,6 @@ class RkvRound:
             peaks=take(owners * blocks * self.window, torch.float32),
             totals=take(owners * blocks * self.window, torch.float32),
             directions=take(owners * self.kv.head_size, torch.int64),
-            reached=take(owners * blocks, torch.int32),
             blocks=blocks,
             staging=staging,
         )

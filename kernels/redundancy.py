@@ -1,10 +1,12 @@
 """Redundancy of keys: each key's newest match, then the sums of similarities without the cut links.
 
-The similarity matrix is symmetric and never leaves the chip. A program owns a block of rows and visits the
-tiles of columns from the newest on; each tile serves both sides (a newer match for its own rows, an older
-one for the columns), so at most half of the matrix is computed, and a program stops once all of its rows
-have a newer match. Tiles that were skipped so are visited by a second pass, only for rows that still need
-an older match. The sums themselves follow from the sum of the normalised keys (rkv_spec 4.4 B), in O(N D).
+The similarity matrix never leaves the chip. A program owns a block of rows, visits the tiles of columns from
+the newest on, and stops once all of its rows have a match. It keeps one number a row: the newest column above
+the threshold. The sums themselves follow from the sum of the normalised keys (rkv_spec 4.4 B), in O(N D), so
+that memory stays O(N).
+
+The matrix is symmetric, but computing half of it was measured to be no faster: what a tile tells its columns
+then has to cross warps and go through memory, and programs can no longer stop early on their own.
 
 Formulas: rkv_spec 1.4 and 4.4 B and C; reference: ``naive.redundancy``.
 """
@@ -20,12 +22,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .importance import load_queries, merged_statistics, tokens_a_program, window_logits
-from .part import LINK_SCALE, Part, inverse_norm, slot_offsets
+from .importance import load_queries, window_logits
+from .part import LINK_SCALE, Part, slot_offsets
 
-_SUMS_BLOCK = 32  # tokens a program of the second walk
+_SUMS_BLOCK = 128  # tokens a program of the second walk
 _SUMS_WARPS = 4
-_MATCHED = tl.constexpr(0x7FFFFFFF)  # for rows behind the last token: newer than any match
+_MATCH = tl.constexpr(0x80000000)  # the bit that marks a match
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,9 @@ class MatchTiles:
     Attributes:
         rows: keys a program owns.
         columns: keys it compares them with at a time; a divisor of ``rows``.
-        span: column tiles, at most 32, between two checks whether all rows have their match.
+        span: column tiles between two checks whether all rows have their match.
         warps: warps a program.
         stages: depth of the pipeline of loads.
-        registers: upper bound a thread, so that enough programs fit on a multiprocessor; None for no bound.
     """
 
     rows: int
@@ -46,7 +47,6 @@ class MatchTiles:
     span: int
     warps: int
     stages: int
-    registers: int | None = None
 
 
 def match_tiles(head_size: int, dtype: torch.dtype) -> MatchTiles:
@@ -54,7 +54,7 @@ def match_tiles(head_size: int, dtype: torch.dtype) -> MatchTiles:
     if dtype.itemsize == 4:
         return MatchTiles(rows=32, columns=32, span=2, warps=4, stages=2)
     if head_size <= 128:
-        return MatchTiles(rows=128, columns=128, span=4, warps=8, stages=2)
+        return MatchTiles(rows=128, columns=128, span=8, warps=4, stages=3)
     return MatchTiles(rows=64, columns=64, span=4, warps=4, stages=2)
 
 
@@ -71,9 +71,10 @@ def _load_keys(
 
 
 @triton.jit
-def _excess(
+def _newest_in_tile(
     own,
     bound,
+    rows,
     columns,
     kv,
     pages,
@@ -84,17 +85,21 @@ def _excess(
     HEAD_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    DIAGONAL: tl.constexpr,
 ):
-    """By how much each pair [column, row] of a tile exceeds the threshold times the row's norm.
+    """Newest match of each row among a tile's columns, with the top bit set; less than that without a match.
 
-    A pair is a match if that is above zero. Every comparison goes through this one expression, so that a pair
-    within rounding of the threshold is the same everywhere. The columns, which change from tile to tile, are
-    the outer axis: a thread then holds few of them, and what it keeps of the rows stays in registers.
+    ``bound`` is the threshold times each row's norm. A pair is a match if its product exceeds it: then the
+    difference is negative, and its sign becomes the top bit of the column's number.
     """
     other = _load_keys(kv, pages, columns, length, stride_page, stride_slot, HEAD_SIZE, BLOCK_D, PAGE_SIZE)
     inverse = tl.load(inverse_norms + columns, mask=columns < length, other=0.0)
-    products = tl.dot(other, tl.trans(own), input_precision="ieee")
-    return products * inverse[:, None] - bound[None, :]
+    products = tl.dot(own, tl.trans(other), input_precision="ieee")
+    missing = products * -inverse[None, :] + bound[:, None]
+    if DIAGONAL:
+        missing = tl.where(rows[:, None] == columns[None, :], 1.0, missing)
+    sign = missing.to(tl.uint32, bitcast=True) & 0x80000000
+    return tl.max(sign | columns[None, :].to(tl.uint32), axis=1)
 
 
 @triton.jit
@@ -103,51 +108,8 @@ def _bounds(inverse_norms, rows, length, threshold):
     return tl.where(rows < length, threshold / inverse, float("inf"))
 
 
-@triton.jit
-def _either(left, right):
-    return left | right
-
-
-@triton.jit
-def _visit(
-    own,
-    bound,
-    best,
-    rows,
-    columns,
-    newest,
-    kv,
-    pages,
-    inverse_norms,
-    length,
-    stride_page,
-    stride_slot,
-    HEAD_SIZE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-):
-    """Take a tile's matches over: newer ones for the rows (returned), older ones for the columns."""
-    excess = _excess(
-        own,
-        bound,
-        columns,
-        kv,
-        pages,
-        inverse_norms,
-        length,
-        stride_page,
-        stride_slot,
-        HEAD_SIZE,
-        BLOCK_D,
-        PAGE_SIZE,
-    )
-    older = tl.max(tl.where(excess > 0.0, rows[None, :], -1), axis=1)
-    tl.atomic_max(newest + columns, older, mask=older > 0, sem="relaxed")
-    return tl.maximum(best, tl.max(tl.where(excess > 0.0, columns[:, None], -1), axis=0))
-
-
-@triton.jit(do_not_specialize=["stride_pages", "first_layer", "first_request", "requests", "blocks"])
-def _newer_matches_kernel(
+@triton.jit(do_not_specialize=["stride_pages", "first_layer", "first_request", "requests"])
+def _matches_kernel(
     kv,
     layer_offsets,
     stride_page,
@@ -159,13 +121,11 @@ def _newer_matches_kernel(
     lam,
     inverse_norms,
     newest,
-    reached,
     threshold,
     first_layer,
     first_request,
     requests,
     capacity,
-    blocks,
     HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -174,8 +134,7 @@ def _newer_matches_kernel(
     COLUMNS: tl.constexpr,
     SPAN: tl.constexpr,
 ):
-    # The newest rows first: what they find spares the older rows' programs work.
-    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    block = tl.program_id(0)
     head = tl.program_id(1) % HEADS
     local_request = tl.program_id(1) // HEADS
     request = first_request + local_request
@@ -192,86 +151,21 @@ def _newer_matches_kernel(
     rows = block * ROWS + tl.arange(0, ROWS)
     own = _load_keys(kv, pages, rows, length, stride_page, stride_slot, HEAD_SIZE, BLOCK_D, PAGE_SIZE)
     bound = _bounds(inverse_norms, rows, length, threshold)
-    best = tl.where(rows < length, -1, _MATCHED)
+    best = tl.where(rows < length, 0, -1).to(tl.uint32, bitcast=True)
 
     own_tile = block * (ROWS // COLUMNS)
     newer_tile = own_tile + ROWS // COLUMNS
-    last_tile = (length - 1) // COLUMNS
-    end = last_tile + 1  # tiles from here on are done
-    if end > newer_tile:  # the newest tile serves most rows, where keys are alike
-        end -= 1
-        columns = end * COLUMNS + tl.arange(0, COLUMNS)
-        best = _visit(
-            own,
-            bound,
-            best,
-            rows,
-            columns,
-            newest,
-            kv,
-            pages,
-            inverse_norms,
-            length,
-            stride_page,
-            stride_slot,
-            HEAD_SIZE,
-            BLOCK_D,
-            PAGE_SIZE,
-        )
-    while (end > newer_tile) & (tl.min(best, axis=0) < 0):
-        start = tl.maximum(end - SPAN, newer_tile)
-        # Most tiles tell nothing new: a row with a newer match and a column with one need no other. First
-        # find the tiles that do, one bit each. An outdated newest match of a column only costs time.
-        row_done = tl.where(best < 0, 0.0, float("inf"))
-        worth = tl.zeros((COLUMNS,), tl.int32)
-        for step in range(0, end - start):
-            columns = (end - 1 - step) * COLUMNS + tl.arange(0, COLUMNS)
-            excess = _excess(
-                own,
-                bound,
-                columns,
-                kv,
-                pages,
-                inverse_norms,
-                length,
-                stride_page,
-                stride_slot,
-                HEAD_SIZE,
-                BLOCK_D,
-                PAGE_SIZE,
-            )
-            known = tl.load(newest + columns, mask=columns < length, other=_MATCHED)
-            column_done = tl.where(known < (block + 1) * ROWS, 0.0, float("inf"))
-            useful = excess - tl.minimum(column_done[:, None], row_done[None, :])
-            worth |= (tl.max(useful, axis=1) > 0.0).to(tl.int32) << step
-        tiles = tl.reduce(worth, 0, _either)
-        for step in range(0, end - start):
-            if (tiles >> step) & 1 > 0:
-                columns = (end - 1 - step) * COLUMNS + tl.arange(0, COLUMNS)
-                best = _visit(
-                    own,
-                    bound,
-                    best,
-                    rows,
-                    columns,
-                    newest,
-                    kv,
-                    pages,
-                    inverse_norms,
-                    length,
-                    stride_page,
-                    stride_slot,
-                    HEAD_SIZE,
-                    BLOCK_D,
-                    PAGE_SIZE,
-                )
-        end = start
-    if tl.min(best, axis=0) < 0:
-        for tile in range(own_tile, tl.minimum(newer_tile, last_tile + 1)):
+    end = tl.cdiv(length, COLUMNS)  # tiles from here on are done
+    span = 1  # the newest tile alone serves most rows, where keys are alike
+    while (end > newer_tile) & (tl.min(best, axis=0) < _MATCH):
+        start = tl.maximum(end - span, newer_tile)
+        span = SPAN
+        for tile in range(start, end):
             columns = tile * COLUMNS + tl.arange(0, COLUMNS)
-            excess = _excess(
+            newest_here = _newest_in_tile(
                 own,
                 bound,
+                rows,
                 columns,
                 kv,
                 pages,
@@ -282,82 +176,56 @@ def _newer_matches_kernel(
                 HEAD_SIZE,
                 BLOCK_D,
                 PAGE_SIZE,
+                False,
             )
-            match = (excess > 0.0) & (columns[:, None] != rows[None, :])
-            best = tl.maximum(best, tl.max(tl.where(match, columns[:, None], -1), axis=0))
-    tl.store(reached + owner * blocks + block, end)
-    tl.atomic_max(newest + rows, best, mask=(rows < length) & (best > 0), sem="relaxed")
-
-
-@triton.jit(do_not_specialize=["stride_pages", "first_layer", "first_request", "requests", "blocks"])
-def _older_matches_kernel(
-    kv,
-    layer_offsets,
-    stride_page,
-    stride_kv_head,
-    stride_slot,
-    source_pages,
-    stride_pages,
-    lengths,
-    lam,
-    inverse_norms,
-    newest,
-    reached,
-    threshold,
-    first_layer,
-    first_request,
-    requests,
-    capacity,
-    blocks,
-    HEADS: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    block = tl.program_id(0)
-    head = tl.program_id(1) % HEADS
-    local_request = tl.program_id(1) // HEADS
-    request = first_request + local_request
-    layer = first_layer + tl.program_id(2)
-    length = tl.load(lengths + request)
-    if (block * ROWS >= length) | (tl.load(lam + request) >= 1.0):
-        return
-    owner = ((tl.program_id(2) * requests + local_request) * HEADS + head).to(tl.int64)
-    inverse_norms += owner * capacity
-    newest += owner * capacity
-    reached += owner * blocks
-    pages = source_pages + request * stride_pages
-    kv += tl.multiple_of(tl.load(layer_offsets + layer), 16) + head.to(tl.int64) * stride_kv_head
-
-    rows = block * ROWS + tl.arange(0, ROWS)
-    best = tl.load(newest + rows, mask=rows < length, other=_MATCHED)
-    older = block - 1
-    while (older >= 0) & (tl.min(best, axis=0) < (older + 1) * ROWS):
-        # The older block's own program saw these rows unless it stopped at a newer tile.
-        if tl.load(reached + older) > block * (ROWS // COLUMNS):
-            own = _load_keys(kv, pages, rows, length, stride_page, stride_slot, HEAD_SIZE, BLOCK_D, PAGE_SIZE)
-            bound = _bounds(inverse_norms, rows, length, threshold)
-            for tile in range(older * (ROWS // COLUMNS), (older + 1) * (ROWS // COLUMNS)):
-                columns = tile * COLUMNS + tl.arange(0, COLUMNS)
-                excess = _excess(
-                    own,
-                    bound,
-                    columns,
-                    kv,
-                    pages,
-                    inverse_norms,
-                    length,
-                    stride_page,
-                    stride_slot,
-                    HEAD_SIZE,
-                    BLOCK_D,
-                    PAGE_SIZE,
-                )
-                best = tl.maximum(best, tl.max(tl.where(excess > 0.0, columns[:, None], 0), axis=0))
-        older -= 1
-    tl.store(newest + rows, best, mask=rows < length)
+            best = tl.maximum(best, newest_here)
+        end = start
+    if tl.min(best, axis=0) < _MATCH:
+        for tile in range(own_tile, tl.minimum(newer_tile, end)):
+            columns = tile * COLUMNS + tl.arange(0, COLUMNS)
+            newest_here = _newest_in_tile(
+                own,
+                bound,
+                rows,
+                columns,
+                kv,
+                pages,
+                inverse_norms,
+                length,
+                stride_page,
+                stride_slot,
+                HEAD_SIZE,
+                BLOCK_D,
+                PAGE_SIZE,
+                True,
+            )
+            best = tl.maximum(best, newest_here)
+    end = own_tile
+    while (end > 0) & (tl.min(best, axis=0) < _MATCH):
+        start = tl.maximum(end - span, 0)
+        span = SPAN
+        for tile in range(start, end):
+            columns = tile * COLUMNS + tl.arange(0, COLUMNS)
+            newest_here = _newest_in_tile(
+                own,
+                bound,
+                rows,
+                columns,
+                kv,
+                pages,
+                inverse_norms,
+                length,
+                stride_page,
+                stride_slot,
+                HEAD_SIZE,
+                BLOCK_D,
+                PAGE_SIZE,
+                False,
+            )
+            best = tl.maximum(best, newest_here)
+        end = start
+    found = tl.where(best < _MATCH, 0, best & 0x7FFFFFFF).to(tl.int32)
+    tl.store(newest + rows, found, mask=rows < length)
 
 
 @triton.jit(do_not_specialize=["stride_pages", "first_layer", "first_request", "requests", "blocks"])
@@ -377,8 +245,9 @@ def _sums_kernel(
     stride_pages,
     lengths,
     lam,
-    attention,
+    inverse_norms,
     newest,
+    attention,
     links,
     peaks,
     totals,
@@ -398,7 +267,6 @@ def _sums_kernel(
     BLOCK_D: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
-    STATISTICS_BLOCK: tl.constexpr,
 ):
     head = tl.program_id(1) % HEADS
     local_request = tl.program_id(1) // HEADS
@@ -413,6 +281,9 @@ def _sums_kernel(
     pages = source_pages + request * stride_pages
     kv += tl.multiple_of(tl.load(layer_offsets + layer), 16) + head.to(tl.int64) * stride_kv_head
     d = tl.arange(0, BLOCK_D)
+    inside = slots < length
+    match = tl.load(newest + table + slots, mask=inside, other=0)
+    tl.debug_barrier()  # attention goes where the matches were
     keys = _load_keys(kv, pages, slots, length, stride_page, stride_slot, HEAD_SIZE, BLOCK_D, PAGE_SIZE)
 
     ring_row = tl.load(query_rows + request).to(tl.int64)
@@ -422,26 +293,24 @@ def _sums_kernel(
     )
     logits = window_logits(window, keys, scale, GROUP_PAD, WINDOW_PAD, BLOCK)
     row = tl.arange(0, WINDOW_PAD)
-    statistics = owner * blocks * WINDOW
-    peak, total = merged_statistics(
-        peaks + statistics, totals + statistics, tl.cdiv(length, STATISTICS_BLOCK), WINDOW, WINDOW_PAD
-    )
+    statistics = owner * blocks * WINDOW + row
+    peak = tl.load(peaks + statistics, mask=row < WINDOW, other=0.0)
+    total = tl.load(totals + statistics, mask=row < WINDOW, other=1.0)
     chance = tl.exp(logits - peak[:, None]) / total[:, None]
     mean = tl.sum(tl.where((row < WINDOW)[:, None], chance, 0.0), axis=0) / WINDOW
     tl.store(attention + table + slots, mean, mask=slots < length - WINDOW)
 
     if tl.load(lam + request) < 1.0:
-        unit = keys.to(tl.float32) * inverse_norm(keys)[:, None]
+        unit = keys.to(tl.float32) * tl.load(inverse_norms + table + slots, mask=inside, other=0.0)[:, None]
         exact = tl.load(directions + owner * HEAD_SIZE + d, mask=d < HEAD_SIZE, other=0)
         direction = exact.to(tl.float32) * (1.0 / LINK_SCALE)
         both = tl.sum(unit * (direction[None, :] - unit), axis=1)  # all similarities, less the key's own
-        match = tl.load(newest + table + slots, mask=slots < length, other=0)
         partner = _load_keys(
             kv, pages, match, length, stride_page, stride_slot, HEAD_SIZE, BLOCK_D, PAGE_SIZE
         )
-        link = tl.sum(unit * partner.to(tl.float32), axis=1) * inverse_norm(partner)
+        link = tl.sum(unit * partner.to(tl.float32), axis=1)
+        link *= tl.load(inverse_norms + table + match, mask=inside, other=0.0)
         cut = tl.where(match == slots, 0.0, link)  # only slot 0 without a match: the diagonal is zero
-        inside = slots < length
         tl.atomic_add(links + table + slots, (both * LINK_SCALE).to(tl.int64), mask=inside, sem="relaxed")
         tl.atomic_add(links + table + match, (cut * -LINK_SCALE).to(tl.int64), mask=inside, sem="relaxed")
 
@@ -449,7 +318,7 @@ def _sums_kernel(
 def newest_matches(
     part: Part, lam: torch.Tensor, *, threshold: float, tiles: MatchTiles | None = None
 ) -> None:
-    """Raise ``part.slots`` (zeros) to each key's newest match, given the inverse norms in ``part.weights``.
+    """Write each key's newest match to ``part.slots``, given the inverse norms in ``part.weights``.
 
     Args:
         part: requests and layers, after ``survey``.
@@ -459,8 +328,7 @@ def newest_matches(
     """
     kv, batch = part.kv, part.batch
     tiles = tiles or match_tiles(kv.head_size, kv.dtype)
-    grid = (-(-part.longest // tiles.rows), part.requests * kv.num_heads, part.layers)
-    arguments = (
+    _matches_kernel[(-(-part.longest // tiles.rows), part.requests * kv.num_heads, part.layers)](
         kv.layers[0],
         kv.layer_offsets,
         *kv.layers[0].stride()[:3],
@@ -470,31 +338,25 @@ def newest_matches(
         lam,
         part.weights,
         part.slots,
-        part.reached,
         threshold,
         part.first_layer,
         part.first_request,
         part.requests,
         part.capacity,
-        part.blocks,
+        HEADS=kv.num_heads,
+        HEAD_SIZE=kv.head_size,
+        BLOCK_D=triton.next_power_of_2(kv.head_size),
+        PAGE_SIZE=kv.page_size,
+        ROWS=tiles.rows,
+        COLUMNS=tiles.columns,
+        SPAN=tiles.span,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
     )
-    constants = {
-        "HEADS": kv.num_heads,
-        "HEAD_SIZE": kv.head_size,
-        "BLOCK_D": triton.next_power_of_2(kv.head_size),
-        "PAGE_SIZE": kv.page_size,
-        "ROWS": tiles.rows,
-        "COLUMNS": tiles.columns,
-        "num_warps": tiles.warps,
-        "num_stages": tiles.stages,
-        "maxnreg": tiles.registers,
-    }
-    _newer_matches_kernel[grid](*arguments, SPAN=tiles.span, **constants)
-    _older_matches_kernel[grid](*arguments, **constants)
 
 
 def sums(part: Part, queries: torch.Tensor, lam: torch.Tensor, *, window: int, scale: float) -> None:
-    """Second walk over the keys: window attention into ``weights``, sums without cut links into ``links``.
+    """Second walk over the keys: window attention into ``slots``, sums without cut links into ``links``.
 
     Args:
         part: requests and layers, after ``newest_matches``.
@@ -506,7 +368,7 @@ def sums(part: Part, queries: torch.Tensor, lam: torch.Tensor, *, window: int, s
     kv, batch = part.kv, part.batch
     group = queries.shape[3] // kv.num_heads
     window_pad = triton.next_power_of_2(window)
-    block = _SUMS_BLOCK
+    block = _SUMS_BLOCK if kv.dtype.itemsize == 2 and kv.head_size <= 128 else 32
     _sums_kernel[(-(-part.longest // block), part.requests * kv.num_heads, part.layers)](
         kv.layers[0],
         kv.layer_offsets,
@@ -520,6 +382,7 @@ def sums(part: Part, queries: torch.Tensor, lam: torch.Tensor, *, window: int, s
         lam,
         part.weights,
         part.slots,
+        part.slots.view(torch.float32),
         part.links,
         part.peaks,
         part.totals,
@@ -539,7 +402,6 @@ def sums(part: Part, queries: torch.Tensor, lam: torch.Tensor, *, window: int, s
         BLOCK_D=triton.next_power_of_2(kv.head_size),
         PAGE_SIZE=kv.page_size,
         BLOCK=block,
-        STATISTICS_BLOCK=tokens_a_program(part),
         num_warps=_SUMS_WARPS,
         num_stages=2,
     )

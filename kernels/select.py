@@ -16,8 +16,8 @@ import triton.language as tl
 
 from .part import Part
 
-_BLOCKS = (2048, 8192)  # tokens that a program keeps in registers
-SELECT_LENGTHS = (2048, 8192, 8193)
+_BLOCKS = (2048, 4096, 8192)  # tokens that a program keeps in registers
+SELECT_LENGTHS = (2048, 4096, 8192, 8193)
 """One length, in tokens, for each variant of the kernel."""
 
 

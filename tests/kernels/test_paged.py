@@ -97,6 +97,7 @@ def test_layers_may_share_a_buffer_or_not() -> None:
         ([torch.zeros(4, 2, 16, 63)], "row width 63"),
         ([torch.zeros(4, 2, 64, 16).transpose(2, 3)], "must be contiguous"),
         ([torch.zeros(4, 2, 16, 40)], "head size 20"),
+        ([torch.empty_strided((1, 1, 16, 32), (2**31, 512, 32, 1), device="meta")], "too far apart"),
     ],
 )
 def test_wrong_layers_are_refused(layers: list[torch.Tensor], message: str) -> None:

@@ -228,7 +228,7 @@ def test_scores_with_few_and_with_many_matches(shift: float) -> None:
 
 
 def test_matches_that_only_older_tokens_offer() -> None:
-    """Proves the second pass right: old keys are matched by the newest one, newer keys only by old ones."""
+    """Proves matches found on both sides: old keys match the newest one, newer keys only old ones."""
     length = 2000 if GPU else 150
     cache = Cache([length], head_size=64, shift=0.0)
     keys = cache.layers[0][..., :64]
@@ -238,7 +238,7 @@ def test_matches_that_only_older_tokens_offer() -> None:
     for slot in [
         *range(length // 3),
         length - 1,
-    ]:  # all alike, so that their programs stop at the newest tile
+    ]:  # all alike: the newest tile is enough
         noise = 0.1 * torch.randn(64, generator=generator).to(DEVICE)
         keys[cache.source[0][slot // page_size], 0, slot % page_size] = common + noise
     for slot in range(length // 2, length - 20, 7):  # each the twin of one old key outside the common set
