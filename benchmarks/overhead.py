@@ -63,7 +63,7 @@ def main() -> None:
     args = parser.parse_args()
 
     stock = engine(args.model, 0.45)
-    # The second engine sees the first one's memory as used.
+
     ours = engine(args.model, 0.45, **rkv_engine_args())
     runs = {"stock": (stock, None), "off": (ours, 0), "rkv": (ours, args.budget)}
     for llm, budget in runs.values():  # warm-up
