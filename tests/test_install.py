@@ -31,7 +31,6 @@ def names(requirements: list[str]) -> set[str]:
 
 def test_vllm_comes_without_torch_and_its_companions(install_cpu: ModuleType) -> None:
     """Their CUDA builds break transformers beside a CPU torch; everything else vLLM asks for is kept."""
-    pytest.importorskip("vllm")
     required = names(install_cpu.vllm_requirements())
     assert not required & {"torch", "torchvision", "torchaudio", "torchcodec"}
     assert {"transformers", "fastapi", "xgrammar", "numba"} <= required

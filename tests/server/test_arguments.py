@@ -5,16 +5,12 @@ from __future__ import annotations
 from argparse import Namespace
 
 import pytest
-
-from rkv_vllm.config import RkvConfig
-from rkv_vllm.server.arguments import MIDDLEWARE, serve_arguments
-
-pytest.importorskip("vllm")
-
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from rkv_vllm.config import RkvConfig
 from rkv_vllm.engine_args import SCHEDULER, VALIDATOR, rkv_serve_flags
+from rkv_vllm.server.arguments import MIDDLEWARE, serve_arguments
 
 
 def parsed(*users: str) -> Namespace:

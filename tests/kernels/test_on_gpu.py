@@ -1,0 +1,34 @@
+"""What only a GPU can show of the kernels; `conftest.py` leaves this file out elsewhere."""
+
+from __future__ import annotations
+
+import torch
+
+from rkv_vllm.kernels.paged import CompactionBatch, PagedKV
+from rkv_vllm.kernels.pipeline import RkvRound
+
+
+def test_no_slow_growth_and_no_waiting() -> None:
+    """Proves that rounds leave allocated memory as it was and never wait for the device."""
+    layer = torch.randn(200, 2, 16, 128, dtype=torch.bfloat16, device="cuda")
+    queries = torch.randn(1, 2, 8, 4, 64, dtype=torch.bfloat16, device="cuda")
+    rounds = RkvRound(PagedKV([layer]))
+    rounds.warm_up(queries)
+    lam = torch.tensor([0.1, 1.0], device="cuda")
+    batch = CompactionBatch.build(
+        lengths=[1152, 700],
+        keeps=[1024, 600],
+        source_pages=[list(range(72)), list(range(72, 116))],
+        target_pages=[list(range(64)), list(range(72, 110))],
+        query_rows=[0, 1],
+        page_size=16,
+        device="cuda",
+    )
+    rounds.run(queries, batch, lam)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rounds.run(queries, batch, lam)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_allocated() == before
