@@ -44,7 +44,7 @@ def sampled_token(attended: int) -> int:
 def survivors(symbols: Sequence[int], queries: Sequence[int] | None, keep: int) -> list[int]:
     """Slots that stay, ascending: candidates chosen by all contents and queries, and the window."""
     length = len(symbols)
-    chooser = random.Random(hash((tuple(symbols), None if queries is None else tuple(queries))))
+    chooser = random.Random(hash((tuple(symbols), tuple(queries or ()))))
     chosen = sorted(chooser.sample(range(length - WINDOW), keep - WINDOW))
     return chosen + list(range(length - WINDOW, length))
 

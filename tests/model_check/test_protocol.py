@@ -19,7 +19,7 @@ from rkv_vllm.config import RkvConfig
 RUNS_PER_TEST = 8
 
 
-@pytest.mark.parametrize("first_seed", range(0, 72, RUNS_PER_TEST))
+@pytest.mark.parametrize("first_seed", range(0, 96, RUNS_PER_TEST))
 def test_every_slot_holds_what_it_should(first_seed: int, totals: Counter[str]) -> None:
     """Proves on random small engines of depth 1 to 3 that no step reads wrong KV, queries or cached pages."""
     seen: Counter[str] = Counter()

@@ -1,0 +1,133 @@
+"""The selection policies on small caches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rkv_vllm.config import (
+    POLICY_NAMES,
+    POOL_KERNEL,
+    QUERY_POLICIES,
+    SIMILARITY_THRESHOLD,
+    WINDOW,
+    PolicyName,
+    RkvConfig,
+)
+from rkv_vllm.kernels import naive, tiled
+from rkv_vllm.policies import ScoreInputs, make_policies
+from rkv_vllm.policies.recency import SINKS
+
+POLICIES = make_policies(RkvConfig(mix_lambda=0.3))
+HEADS, GROUP, SIZE = 2, 3, 16
+
+
+def inputs(
+    length: int, seed: int = 0, layer: int = 0, logical: int = 500, queries: bool = True
+) -> ScoreInputs:
+    generator = torch.Generator().manual_seed(seed)
+    common = torch.randn(HEADS, 1, SIZE, generator=generator)  # so that some keys resemble each other
+    return ScoreInputs(
+        keys=torch.randn(HEADS, length, SIZE, generator=generator) + common,
+        queries=torch.randn(HEADS * GROUP, WINDOW, SIZE, generator=generator) if queries else None,
+        scale=0.2,
+        layer=layer,
+        logical_length=logical,
+    )
+
+
+def test_every_name_has_a_policy() -> None:
+    """Proves that what a request may ask for is what there is."""
+    assert tuple(POLICIES) == POLICY_NAMES
+
+
+@pytest.mark.parametrize("name", POLICY_NAMES)
+@pytest.mark.parametrize("length", [WINDOW + 1, WINDOW + 3, 40, 257])
+def test_shape(name: PolicyName, length: int) -> None:
+    """Proves that each policy scores exactly the candidates, in float32, and needs no more than it says."""
+    case = inputs(length, queries=name in QUERY_POLICIES)
+    scores = POLICIES[name].scores(case)
+    assert scores.shape == (HEADS, length - WINDOW) == (HEADS, case.num_candidates)
+    assert scores.dtype == torch.float32 and not scores.isnan().any()
+
+
+@pytest.mark.parametrize("name", POLICY_NAMES)
+def test_bfloat16_keys(name: PolicyName) -> None:
+    """Proves that a cache in half precision is scored in float32, close to the same keys in full."""
+    case = inputs(64)
+    assert case.queries is not None
+    half = ScoreInputs(case.keys.bfloat16(), case.queries.bfloat16(), 0.2, 0, 500)
+    full = ScoreInputs(half.keys.float(), case.queries.bfloat16().float(), 0.2, 0, 500)
+    scores = POLICIES[name].scores(half)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, POLICIES[name].scores(full), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("keep", [SINKS, SINKS + 1, 20])
+def test_recency_keeps_sinks_and_the_newest(keep: int) -> None:
+    """Proves that recency keeps the first tokens and the newest candidates, in every head."""
+    chosen = tiled.select(POLICIES["recency"].scores(inputs(60)), keep)
+    candidates = 60 - WINDOW
+    expected = [*range(SINKS), *range(candidates - (keep - SINKS), candidates)]
+    assert chosen.tolist() == [expected] * HEADS
+
+
+def test_random_is_reproducible() -> None:
+    """Proves that a replayed compaction draws the same, and layers, lengths and heads draw differently."""
+    random = POLICIES["random"]
+    first = random.scores(inputs(60, seed=1, layer=3, logical=700))
+    assert torch.equal(first, random.scores(inputs(60, seed=2, layer=3, logical=700)))
+    assert not torch.equal(first, random.scores(inputs(60, layer=4, logical=700)))
+    assert not torch.equal(first, random.scores(inputs(60, layer=3, logical=701)))
+    assert not torch.equal(first[0], first[1])
+    assert first.min() >= 0 and first.max() < 1
+
+
+def test_random_does_not_touch_the_global_generator() -> None:
+    """Proves that compaction changes no sampled token by drawing from torch's own generator."""
+    torch.manual_seed(5)
+    expected = torch.rand(4)
+    torch.manual_seed(5)
+    POLICIES["random"].scores(inputs(60))
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_keydiff_is_its_formula() -> None:
+    """Proves that keydiff is the negative cosine to the mean direction of all keys, in float64."""
+    case = inputs(90)
+    directions = case.keys.double() / case.keys.double().norm(dim=-1, keepdim=True)
+    mean = directions.mean(dim=1)
+    expected = -torch.einsum("hnd,hd->hn", directions, mean)[:, :-WINDOW]
+    torch.testing.assert_close(POLICIES["keydiff"].scores(case).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "mix_lambda"), [("rkv", 0.3), ("snapkv", 1.0)])
+@pytest.mark.parametrize("length", [WINDOW + 1, 50, 300])
+def test_rkv_is_the_reference(name: PolicyName, mix_lambda: float, length: int) -> None:
+    """Proves that rkv, and snapkv as its one end, equal the literal float64 reference."""
+    case = inputs(length)
+    assert case.queries is not None
+    expected = naive.rkv_scores(
+        case.queries.double(),
+        case.keys.double(),
+        window=WINDOW,
+        lam=mix_lambda,
+        threshold=SIMILARITY_THRESHOLD,
+        pool_kernel=POOL_KERNEL,
+        scale=case.scale,
+    )
+    torch.testing.assert_close(POLICIES[name].scores(case).double(), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_order_of_queries_does_not_matter() -> None:
+    """Proves that the window may be handed over in ring order."""
+    case = inputs(80)
+    assert case.queries is not None
+    turned = ScoreInputs(case.keys, case.queries.roll(3, dims=1), case.scale, case.layer, case.logical_length)
+    torch.testing.assert_close(POLICIES["rkv"].scores(turned), POLICIES["rkv"].scores(case))
+
+
+def test_rkv_without_queries_is_an_error() -> None:
+    """Proves that a missing query window is noticed and not scored around."""
+    with pytest.raises(AssertionError, match="queries"):
+        POLICIES["rkv"].scores(inputs(60, queries=False))
