@@ -51,12 +51,11 @@ class TrackedRequest:
     def budget(self) -> RequestBudget:
         return self.lengths.budget
 
-    def compact(self, logical: int) -> None:
-        self.lengths.compact(logical)
+    def count(self, compaction: Compaction) -> None:
         self.rounds += 1
         # Kept at their highest, so that a request which ends while preempted still says what happened to it.
         self.compactions = max(self.compactions, self.rounds)
-        self.evicted_tokens = max(self.evicted_tokens, self.lengths.evicted)
+        self.evicted_tokens = max(self.evicted_tokens, compaction.evicted)
 
     def restart(self) -> None:
         self.lengths.restart()
@@ -184,6 +183,8 @@ class CompactingSchedulerMixin(_Scheduler):
         if output.preempted_req_ids:
             # Preempted after it was planned: its pages may have a new owner in this very step.
             plan.compactions = [c for c in plan.compactions if c.request_id not in output.preempted_req_ids]
+        for compaction in plan.compactions:
+            self._tracked[compaction.request_id].count(compaction)
         plan.recordings = self._recordings(output)
         attach_plan(output, plan)
         return output
@@ -217,7 +218,7 @@ class CompactingSchedulerMixin(_Scheduler):
         length = tracked.lengths.physical(logical)
         row = self._query_rows.row_of(request_id) if tracked.budget.needs_queries else -1
         self._query_rows.release(request_id)
-        tracked.compact(logical)
+        tracked.lengths.compact(logical)
         move = self._manager.compact(request_id, tracked.budget.budget, tracked.lengths.evicted)
         compaction = Compaction(
             request_id=request_id,
