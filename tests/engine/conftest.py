@@ -1,0 +1,95 @@
+"""Engines and prompts for tests on a real model."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+
+# The engine's process imports the modules beside this file by name.
+sys.path.insert(0, str(Path(__file__).parent))
+
+import texts
+from engine_process import Ask, Engine, Run, Settings
+
+from rkv_vllm.demo.model import prepare
+
+Encode = Callable[[str], list[int]]
+StartEngine = Callable[[Settings], Engine]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.engine)
+
+
+@pytest.fixture(scope="session")
+def model() -> Path:
+    """Directory of SmolLM2-135M-Instruct, made on first use."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    return prepare()
+
+
+@pytest.fixture(scope="session")
+def encode(model: Path) -> Encode:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model).encode
+
+
+@pytest.fixture(scope="session")
+def stock(model: Path) -> Iterator[Engine]:
+    """vLLM as it is, R-KV's classes absent."""
+    engine = Engine(model, Settings(rkv=False))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="session")
+def rkv(model: Path) -> Iterator[Engine]:
+    """vLLM with R-KV switched on and no default budget: each request brings its own."""
+    engine = Engine(model, Settings())
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="session")
+def long_ask(encode: Encode) -> Ask:
+    """2,097 tokens, 1,073 of them the prompt."""
+    prompt = encode(texts.squares(90))[:1073]
+    return Ask(prompt, 1024, {"rkv_budget": 512, "rkv_buffer": 128, "rkv_policy": "rkv"})
+
+
+@pytest.fixture(scope="session")
+def long_run(model: Path, long_ask: Ask) -> Iterator[Future[Run]]:
+    """`long_ask` on an engine of its own, which takes a minute or two beside the other tests."""
+    engine = Engine(model, Settings())
+    yield engine.submit([long_ask])
+    engine.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def start_long_run_first(request: pytest.FixtureRequest) -> None:
+    if any("long_run" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        request.getfixturevalue("long_run")
+
+
+@pytest.fixture(scope="module")
+def start_engine(model: Path) -> Iterator[StartEngine]:
+    """Starts engines that a test module needs besides the common two, and stops them after it."""
+    engines: dict[Settings, Engine] = {}
+
+    def start(settings: Settings) -> Engine:
+        if settings not in engines:
+            engines[settings] = Engine(model, settings)
+        return engines[settings]
+
+    yield start
+    for engine in engines.values():
+        engine.close()
