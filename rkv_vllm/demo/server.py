@@ -74,11 +74,11 @@ def serving(
 def threads() -> dict[str, str]:
     """Threads for the model, unless the caller's environment says otherwise.
 
-    They sleep while they wait for each other: on few cores, a spinning thread keeps the very thread that it
-    waits for off its core.
+    Waiting for each other they spin for some microseconds and then sleep: on few cores, one that spins for
+    ever keeps the very thread that it waits for off its core, and one that sleeps at once wakes up late.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {"OMP_NUM_THREADS": str(min(cores, MOST_THREADS)), "OMP_WAIT_POLICY": "passive"}
+    return {"OMP_NUM_THREADS": str(min(cores, MOST_THREADS)), "GOMP_SPINCOUNT": "30000"}
 
 
 def free_port() -> int:
