@@ -71,7 +71,6 @@ async def stream(
         messages=[{"role": "user", "content": PROMPT}],
         max_tokens=TOKENS,
         temperature=0.7,
-        seed=7,
         stream=True,
         stream_options={"include_usage": True},
         extra_body={"min_tokens": TOKENS, "vllm_xargs": {"rkv_budget": completion.budget}},
