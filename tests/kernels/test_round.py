@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
+from rkv_vllm.kernels import naive
+from rkv_vllm.kernels.paged import CompactionBatch, PagedKV
+from rkv_vllm.kernels.pipeline import RkvRound
+
 GPU = torch.cuda.is_available()
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
-
-from rkv_vllm.kernels import naive  # noqa: E402
-from rkv_vllm.kernels.paged import CompactionBatch, PagedKV  # noqa: E402
-from rkv_vllm.kernels.pipeline import RkvRound  # noqa: E402
-
 DEVICE = torch.device("cuda" if GPU else "cpu")
 WINDOW = 8
 THRESHOLD = 0.5
