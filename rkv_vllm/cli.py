@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -52,8 +53,10 @@ def serve(
         arguments = serve_arguments(context.args, rkv_serve_flags(config))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+    gc.disable()  # thousands of modules are imported, none of them garbage: a seventh of the time
     from rkv_vllm.server.launch import launch
 
+    gc.enable()
     launch(arguments)
 
 

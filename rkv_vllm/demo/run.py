@@ -39,7 +39,7 @@ SERVER_OPTIONS = [
         "--distributed-executor-backend",
         "uni",
     ),  # one process less: starts sooner, leaves both cores to the model
-    *("--stream-interval", "10"),  # tokens a chunk: fewer chunks leave more of two cores to the model
+    *("--stream-interval", "20"),  # tokens a chunk: fewer chunks leave more of two cores to the model
     "--enforce-eager",  # no compiler needed, and a quick start
     "--disable-log-stats",
     "--disable-uvicorn-access-log",

@@ -22,6 +22,9 @@ ENVIRONMENT = {
     "VLLM_DO_NOT_TRACK": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # allows the executor `uni`
     "VLLM_NO_USAGE_STATS": "1",
+    # The weights are read whole for every token: large pages save the look-ups of 130,000 small ones.
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=1073741824",
+    "THP_MEM_ALLOC_ENABLE": "1",
 }
 MOST_THREADS = 8
 
