@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
@@ -13,10 +14,25 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
+from rkv_vllm.config import BudgetRequest, RkvConfig
+
 
 @dataclass(frozen=True, kw_only=True)
 class CompactingSpec(FullAttentionSpec):
     """A full-attention layer whose pages are managed by `CompactingManager`; no field of its own."""
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        """Bytes of this layer that the pool has to hold, or vLLM refuses to start.
+
+        That is a request of max_model_len, unless the server lets max_model_len exceed the pool: then it is
+        a request at its default budget, and the scheduler refuses those that do not fit.
+        """
+        whole = super().max_memory_usage_bytes(vllm_config)
+        config = RkvConfig.from_additional_config(vllm_config.additional_config)
+        default = config.resolve(BudgetRequest())
+        if not config.max_model_len_beyond_pool or default is None:
+            return whole
+        return min(whole, cdiv(default.threshold, self.block_size) * self.page_size_bytes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,12 +40,21 @@ def serve(
     kv_buffer: Annotated[int | None, typer.Option(help=_field("buffer"))] = None,
     kv_policy: Annotated[PolicyName | None, typer.Option(help=_field("policy"))] = None,
     kv_mix_lambda: Annotated[float | None, typer.Option(help=_field("mix_lambda"))] = None,
+    kv_max_model_len_beyond_pool: Annotated[
+        bool, typer.Option("--kv-max-model-len-beyond-pool", help=_field("max_model_len_beyond_pool"))
+    ] = False,
 ) -> None:
     """Run vLLM's OpenAI server with R-KV on: `rkv-vllm serve MODEL` and any option of `vllm serve`.
 
     A request may choose its own settings in `vllm_xargs`: rkv_budget (0: full cache), rkv_buffer, rkv_policy.
     """
-    config = _config(budget=kv_budget, buffer=kv_buffer, policy=kv_policy, mix_lambda=kv_mix_lambda)
+    config = _config(
+        budget=kv_budget,
+        buffer=kv_buffer,
+        policy=kv_policy,
+        mix_lambda=kv_mix_lambda,
+        max_model_len_beyond_pool=kv_max_model_len_beyond_pool,
+    )
     from rkv_vllm.engine_args import rkv_serve_flags
     from rkv_vllm.server.arguments import serve_arguments
 
@@ -66,9 +75,18 @@ def args(
     buffer: Annotated[int | None, typer.Option(help=_field("buffer"))] = None,
     policy: Annotated[PolicyName | None, typer.Option(help=_field("policy"))] = None,
     mix_lambda: Annotated[float | None, typer.Option(help=_field("mix_lambda"))] = None,
+    max_model_len_beyond_pool: Annotated[
+        bool, typer.Option("--max-model-len-beyond-pool", help=_field("max_model_len_beyond_pool"))
+    ] = False,
 ) -> None:
     """Print the engine options that switch R-KV on: `vllm serve MODEL $(rkv-vllm args --budget 1024)`."""
-    config = _config(budget=budget, buffer=buffer, policy=policy, mix_lambda=mix_lambda)
+    config = _config(
+        budget=budget,
+        buffer=buffer,
+        policy=policy,
+        mix_lambda=mix_lambda,
+        max_model_len_beyond_pool=max_model_len_beyond_pool,
+    )
     # vLLM logs to standard output when imported, and what we print there goes onto a command line.
     os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"
     with redirect_stdout(sys.stderr):
@@ -76,6 +94,55 @@ def args(
 
         flags = rkv_serve_flags(config)
     typer.echo(" ".join(flags))
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="All other options are vLLM's own: see `vllm serve --help=all`.",
+)
+def doctor(
+    context: typer.Context,
+    kv_budget: Annotated[int | None, typer.Option(help=_field("budget"))] = None,
+    kv_buffer: Annotated[int | None, typer.Option(help=_field("buffer"))] = None,
+    kv_policy: Annotated[PolicyName | None, typer.Option(help=_field("policy"))] = None,
+    kv_mix_lambda: Annotated[float | None, typer.Option(help=_field("mix_lambda"))] = None,
+    kv_max_model_len_beyond_pool: Annotated[
+        bool,
+        typer.Option("--kv-max-model-len-beyond-pool", help=_field("max_model_len_beyond_pool")),
+    ] = False,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of a request, prompt and answer; default: max_model_len.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Say what `rkv-vllm serve MODEL ...` would meet: versions, what is refused, how many requests fit.
+
+    Takes the arguments of `rkv-vllm serve`, starts nothing, and exits with 1 where something is refused.
+    Without a MODEL it looks at the installation alone.
+    """
+    config = _config(
+        budget=kv_budget,
+        buffer=kv_buffer,
+        policy=kv_policy,
+        mix_lambda=kv_mix_lambda,
+        max_model_len_beyond_pool=kv_max_model_len_beyond_pool,
+    )
+    os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from rkv_vllm.doctor import diagnose, show
+
+    try:
+        with redirect_stdout(sys.stderr):
+            found = diagnose(context.args, config, length)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    if json:
+        typer.echo(found.model_dump_json(indent=2))
+    else:
+        from rich.console import Console
+
+        show(found, Console())
+    raise typer.Exit(1 if found.refused else 0)
 
 
 @app.command()
@@ -117,7 +184,10 @@ def _config(**settings: Any) -> RkvConfig:
     try:
         return RkvConfig(**{name: value for name, value in settings.items() if value is not None})
     except ValidationError as error:
-        lines = (f"{problem['loc'][0]}: {problem['msg']}" for problem in error.errors())
+        lines = (
+            f"{problem['loc'][0]}: {problem['msg'].removeprefix('Value error, ')}"
+            for problem in error.errors()
+        )
         raise typer.BadParameter("; ".join(lines)) from None
 
 

@@ -87,6 +87,13 @@ FEATURES: tuple[Feature, ...] = (
 )
 
 
+NEEDS_V1_RUNNER = "rkv-vllm needs the V1 model runner on a CPU; unset VLLM_USE_V2_MODEL_RUNNER"
+NEEDS_V2_RUNNER = (
+    "rkv-vllm needs Model Runner V2 on a GPU; vLLM chose V1 for this configuration (its log says why), or "
+    "VLLM_USE_V2_MODEL_RUNNER=0 is set"
+)
+
+
 def refuse_unsupported(vllm_config: VllmConfig, *contracts: Contract) -> None:
     """Checks everything that can be known before the model is loaded.
 
@@ -97,12 +104,23 @@ def refuse_unsupported(vllm_config: VllmConfig, *contracts: Contract) -> None:
     Raises: ValueError with every problem in it: features in use that are refused, and methods of vLLM that
     are not what rkv-vllm was written against.
     """
-    problems = [
+    _raise_if(unsupported_features(vllm_config) + contract_problems(CONTRACT, *contracts))
+
+
+def unsupported_features(vllm_config: VllmConfig) -> list[str]:
+    """The refused features that a configuration uses, one line each; empty where there are none."""
+    return [
         f"{feature.name} is not supported: {feature.remark}"
         for feature in FEATURES
         if feature.in_use is not None and feature.in_use(vllm_config)
     ]
-    _raise_if(problems + contract_problems(CONTRACT, *contracts))
+
+
+def wrong_runner(vllm_config: VllmConfig, on_cpu: bool) -> list[str]:
+    """What is wrong with the model runner that vLLM chose, one line; empty where it is the right one."""
+    if vllm_config.use_v2_model_runner != on_cpu:
+        return []
+    return [NEEDS_V1_RUNNER if on_cpu else NEEDS_V2_RUNNER]
 
 
 def refuse_unsupported_layers(layers: Mapping[str, Attention]) -> None:

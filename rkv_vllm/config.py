@@ -6,7 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 #: Newest tokens whose queries give importance; they are always kept (the paper's alpha).
 WINDOW = 8
@@ -72,6 +80,18 @@ class RkvConfig(BaseModel):
     mix_lambda: float = Field(
         default=0.1, ge=0.0, le=1.0, description="Weight of importance against redundancy in policy rkv."
     )
+    max_model_len_beyond_pool: bool = Field(
+        default=False,
+        description="Let max_model_len exceed what the pool holds; a request that cannot fit is refused.",
+    )
+
+    @field_validator("max_model_len_beyond_pool")
+    @classmethod
+    def _needs_budget(cls, beyond: bool, info: ValidationInfo) -> bool:
+        # Where the budget itself was refused it is not in `data`, and that is the error to show.
+        if beyond and info.data.get("budget", "refused") is None:
+            raise ValueError("needs a default budget: without one, long requests would keep their full cache")
+        return beyond
 
     @classmethod
     def from_additional_config(cls, additional_config: Mapping[str, Any]) -> RkvConfig:

@@ -9,7 +9,7 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from rkv_vllm.block_manager import register_compacting_spec, to_compacting_specs
-from rkv_vllm.compatibility import refuse_unsupported
+from rkv_vllm.compatibility import NEEDS_V1_RUNNER, refuse_unsupported
 from rkv_vllm.host_contract import CONTRACT_V1_RUNNER
 from rkv_vllm.layers import attention_layers
 from rkv_vllm.runner_v1 import CompactingCpuRunner
@@ -26,7 +26,7 @@ class CompactingCpuWorker(CPUWorker):
     def init_device(self) -> None:
         super().init_device()
         if type(self.model_runner) is not CPUModelRunner:
-            raise ValueError("rkv-vllm needs the V1 model runner on a CPU; unset VLLM_USE_V2_MODEL_RUNNER")
+            raise ValueError(NEEDS_V1_RUNNER)
         # vLLM has no factory for its CPU runner, so that the instance is re-typed.
         self.model_runner.__class__ = CompactingCpuRunner
 

@@ -8,7 +8,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.worker.gpu_worker import Worker
 
 from rkv_vllm.block_manager import register_compacting_spec, to_compacting_specs
-from rkv_vllm.compatibility import refuse_unsupported
+from rkv_vllm.compatibility import NEEDS_V2_RUNNER, refuse_unsupported
 from rkv_vllm.host_contract import CONTRACT_V2_RUNNER
 from rkv_vllm.layers import attention_layers
 from rkv_vllm.runner_v2 import CompactingRunnerV2
@@ -21,10 +21,7 @@ class CompactingGpuWorker(Worker):
         super().__init__(*args, **kwargs)
         refuse_unsupported(self.vllm_config, CONTRACT_V2_RUNNER)
         if not self.use_v2_model_runner:
-            raise ValueError(
-                "rkv-vllm needs Model Runner V2 on a GPU; vLLM chose V1 for this configuration (its log says "
-                "why), or VLLM_USE_V2_MODEL_RUNNER=0 is set"
-            )
+            raise ValueError(NEEDS_V2_RUNNER)
         register_compacting_spec()
 
     def _make_model_runner(self) -> CompactingRunnerV2:

@@ -37,6 +37,7 @@ CONTRACT: Contract = {
         "replay_boundaries",
     ),
     "vllm.v1.core.single_type_kv_cache_manager.FullAttentionManager.pop_blocks_for_free": ("request_id",),
+    "vllm.v1.kv_cache_interface.FullAttentionSpec.max_memory_usage_bytes": ("vllm_config",),
     "vllm.v1.core.block_pool.BlockPool.is_block_writable": ("block",),
     "vllm.v1.core.block_pool.BlockPool.get_new_blocks": ("num_blocks",),
     "vllm.v1.core.block_pool.BlockPool.free_blocks": ("ordered_blocks",),
@@ -47,6 +48,11 @@ CONTRACT: Contract = {
     ),
     "vllm.v1.core.sched.scheduler.Scheduler.schedule": ("throttle_prefills",),
     "vllm.v1.core.sched.scheduler.Scheduler.add_request": ("request",),
+    "vllm.v1.core.sched.scheduler.Scheduler.finish_requests": ("request_ids", "finished_status"),
+    "vllm.v1.core.sched.scheduler.Scheduler.update_from_output": (
+        "scheduler_output",
+        "model_runner_output",
+    ),
     "vllm.v1.core.sched.scheduler.Scheduler._preempt_request": (
         "request",
         "timestamp",

@@ -7,6 +7,9 @@ from typing import TypedDict
 #: Key of the result in `RequestOutput.kv_transfer_params`, vLLM's one free-form field on a finished request.
 RESULT_KEY = "rkv"
 
+#: Key, beside it, of why a request was refused that the whole pool cannot hold.
+REFUSAL_KEY = "rkv_refusal"
+
 
 class CompactionResult(TypedDict):
     """`pages_without_compaction` is what the request's logical length would fill; `reason` says why nothing

@@ -15,6 +15,8 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from rkv_vllm.block_manager import CompactingManager, PageMove, register_compacting_spec
@@ -23,7 +25,8 @@ from rkv_vllm.config import BudgetRequest, RequestBudget, RkvConfig
 from rkv_vllm.lengths import RequestLengths
 from rkv_vllm.plan import Compaction, CompactionPlan, attach_plan
 from rkv_vllm.query_rows import QueryRows, num_query_rows
-from rkv_vllm.result import RESULT_KEY, CompactionResult
+from rkv_vllm.result import REFUSAL_KEY, RESULT_KEY, CompactionResult
+from rkv_vllm.sizing import most_slots
 
 # The mixin is put before either of vLLM's schedulers; the type checker is told of what they share.
 if TYPE_CHECKING:
@@ -87,20 +90,63 @@ class CompactingSchedulerMixin(_Scheduler):
         self._manager = managers[0]
         self._query_rows = QueryRows(num_query_rows(vllm_config.scheduler_config.max_num_seqs))
         self._tracked: dict[str, TrackedRequest] = {}
+        self._refusals: list[tuple[int, EngineCoreOutput]] = []  # with the client that asked
 
     # -- a request's life ----------------------------------------------------------------------------------
 
     def add_request(self, request: Request) -> None:
+        more_of_session = request.request_id in self.requests
         super().add_request(request)
+        if more_of_session:
+            return
         # A streaming-input session edits its own past, which a compacted cache cannot follow.
-        if request.resumable or request.request_id in self._tracked:
+        budget = None if request.resumable else self._rkv_config.resolve(self._asked_for(request))
+        if budget is not None:
+            lengths = RequestLengths(request.num_prompt_tokens, budget)
+            self._tracked[request.request_id] = TrackedRequest(lengths)
+            self._manager.bound(request.request_id, lengths.most_slots)
+        self._refuse_if_too_large(request)
+
+    def _refuse_if_too_large(self, request: Request) -> None:
+        """Ends a request that the whole pool cannot hold, which would wait for ever, and all behind it.
+
+        There is none unless the server lets max_model_len exceed the pool.
+        """
+        length = self.max_model_len
+        if not request.resumable:  # a streaming-input session may grow that far
+            length = min(length, request.num_prompt_tokens + request.max_tokens)
+        tracked = self._tracked.get(request.request_id)
+        budget = tracked.budget if tracked else None
+        slots = most_slots(length, budget, request.num_prompt_tokens)
+        needed = cdiv(slots, self._manager.block_size)
+        usable = self.kv_cache_manager.block_pool.num_gpu_blocks - 1  # one is vLLM's null page
+        if needed <= usable:
             return
-        budget = self._rkv_config.resolve(self._asked_for(request))
-        if budget is None:
-            return
-        lengths = RequestLengths(request.num_prompt_tokens, budget)
-        self._tracked[request.request_id] = TrackedRequest(lengths)
-        self._manager.bound(request.request_id, lengths.most_slots)
+        reason = (
+            f"needs {needed} pages of {self._manager.block_size} tokens, and the whole pool has {usable}: "
+            "ask for fewer tokens (max_tokens) or for a smaller KV budget"
+        )
+        logger.warning("Request %s is refused: it %s", request.request_id, reason)
+        result = self._result(request) | {"peak_pages": 0, "reason": reason}
+        refusal = EngineCoreOutput(
+            request.request_id,
+            [],
+            finish_reason=FinishReason.ERROR,
+            kv_transfer_params={RESULT_KEY: result, REFUSAL_KEY: reason},
+        )
+        self._refusals.append((request.client_index, refusal))
+        self.finish_requests(request.request_id, RequestStatus.FINISHED_ERROR)
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        outputs: dict[int, EngineCoreOutputs] = super().update_from_output(
+            scheduler_output, model_runner_output
+        )
+        for client_index, refusal in self._refusals:
+            outputs.setdefault(client_index, EngineCoreOutputs()).outputs.append(refusal)
+        self._refusals.clear()
+        return outputs
 
     @staticmethod
     def _asked_for(request: Request) -> BudgetRequest:

@@ -16,6 +16,7 @@ from typing import Any
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from rkv_vllm.result import REFUSAL_KEY
 from rkv_vllm.server.protocol import FIELD, KvCacheReport
 
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
@@ -80,6 +81,8 @@ async def _leave_report(outputs: AsyncGenerator[Any, None], slot: ReportSlot) ->
     async with aclosing(outputs):  # closing this generator aborts the request, as it does without us
         async for output in outputs:
             if output.kv_transfer_params is not None:
+                if reason := output.kv_transfer_params.get(REFUSAL_KEY):
+                    raise ValueError(f"The request {reason}")  # vLLM answers HTTP 400
                 report = KvCacheReport.from_kv_transfer_params(output.kv_transfer_params)
                 slot.report = report or slot.report
             yield output

@@ -22,12 +22,17 @@ ABOVE_ANY_LENGTH = 4096
 
 @dataclass(frozen=True)
 class Settings:
-    """Of an engine. `rkv`: with R-KV's classes, or stock; `pages`: of the pool, the null page included."""
+    """Of an engine.
+
+    `rkv`: with R-KV's classes, or stock; `pages`: of the pool, the null page included; `beyond_pool`: budget
+    and buffer of a server that lets max_model_len exceed the pool.
+    """
 
     rkv: bool = True
     scheduler: str | None = None
     pages: int = 512
     multiprocess: bool = False
+    beyond_pool: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -153,7 +158,14 @@ class _Host:
 
         from rkv_vllm import rkv_engine_args
 
-        rkv: dict[str, Any] = rkv_engine_args() if settings.rkv else {}
+        max_model_len = 2304
+        defaults: dict[str, Any] = {}
+        if settings.beyond_pool is not None:
+            budget, buffer = settings.beyond_pool
+            defaults = {"budget": budget, "buffer": buffer, "max_model_len_beyond_pool": True}
+        else:
+            max_model_len = min(max_model_len, (settings.pages - 1) * PAGE_SIZE)
+        rkv: dict[str, Any] = rkv_engine_args(**defaults) if settings.rkv else {}
         if settings.scheduler is not None:
             rkv["scheduler_cls"] = settings.scheduler
         engine = LLM(
@@ -162,7 +174,7 @@ class _Host:
             block_size=PAGE_SIZE,
             num_gpu_blocks_override=settings.pages,
             kv_cache_memory_bytes=1 << 30,
-            max_model_len=min(2304, (settings.pages - 1) * PAGE_SIZE),
+            max_model_len=max_model_len,
             max_num_seqs=64,
             max_num_batched_tokens=512,
             enforce_eager=True,

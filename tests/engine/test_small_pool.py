@@ -71,3 +71,31 @@ def test_fewer_preemptions_than_stock(
     assert with_rkv.result().preemptions() == 0
     assert with_rkv.result().most_pages() <= len(prompts) * 3 < PAGES - 1
     assert [len(answer.tokens) for answer in with_rkv.result().answers] == [120] * len(prompts)
+
+
+def test_max_model_len_beyond_the_pool(
+    rkv: Engine, start_engine: Callable[[Settings], Engine], encode: Callable[[str], list[int]]
+) -> None:
+    """A pool of 160 tokens serves longer answers with a budget, and refuses alone what could never fit."""
+    tiny = start_engine(Settings(pages=6, beyond_pool=(64, 32)))
+    prompt = encode(texts.squares(5))
+    bounded = {"rkv_budget": 64, "rkv_buffer": 32}
+    # The first three would wait for ever, and the others behind them.
+    asks = [
+        Ask(prompt, 200, {"rkv_budget": 0}),
+        Ask(prompt, 200, {"rkv_budget": 160}),
+        Ask(encode(texts.squares(40)), 8),
+        Ask(prompt, 200),
+        Ask(prompt, 40, {"rkv_budget": 0}),
+    ]
+
+    in_tiny_pool = tiny.submit(asks)
+    expected = rkv.run([Ask(prompt, 200, bounded), asks[4]])
+
+    refused, served = in_tiny_pool.result().answers[:3], in_tiny_pool.result().answers[3:]
+    for answer in refused:
+        assert answer.finish_reason == "error" and answer.tokens == []
+        assert "pages" in answer.result["reason"] and answer.result["peak_pages"] == 0
+    assert [answer.tokens for answer in served] == [answer.tokens for answer in expected.answers]
+    assert served[0].result["pages_without_compaction"] > 5 >= served[0].result["peak_pages"]
+    assert served[0].result["compactions"] >= 3

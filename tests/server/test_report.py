@@ -203,3 +203,11 @@ def test_chunks_pass_untouched_until_the_report_is_there() -> None:
         b'data: {"a":1}\n\n',
         b"",
     ]
+
+
+def test_a_refusal_is_an_error_of_the_request() -> None:
+    """What the engine refused as too large for its pool becomes an error that says why, and no answer."""
+    reason = "needs 70 pages of 32 tokens, and the whole pool has 12"
+    app = application(FakeEngine({"rkv": FULL, "rkv_refusal": reason}))
+    with pytest.raises(ValueError, match=reason):  # which vLLM's handlers answer with HTTP 400
+        TestClient(app).post("/v1/chat/completions", json={"stream": False})

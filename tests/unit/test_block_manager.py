@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from rkv_vllm.block_manager import (
     register_compacting_spec,
     to_compacting_specs,
 )
+from rkv_vllm.engine_args import rkv_engine_args
 
 PAGE = 4
 SPEC = CompactingSpec(block_size=PAGE, num_kv_heads=1, head_size=8, dtype=torch.float32)
@@ -315,3 +318,24 @@ def test_specs_are_converted_as_they_are() -> None:
     latent = MLAAttentionSpec(block_size=32, num_kv_heads=1, head_size=576, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"layer\.1 has a MLAAttentionSpec"):
         to_compacting_specs({"layer.0": plain, "layer.1": latent})
+
+
+@pytest.mark.parametrize(
+    ("asked", "tokens"),
+    [
+        ({}, 4096),
+        ({"budget": 100, "buffer": 28}, 4096),
+        ({"budget": 100, "buffer": 28, "max_model_len_beyond_pool": True}, 128),
+        ({"budget": 100, "buffer": 29, "max_model_len_beyond_pool": True}, 128 + PAGE),
+        ({"budget": 5000, "max_model_len_beyond_pool": True}, 4096),
+    ],
+)
+def test_what_the_pool_must_hold_at_start(asked: dict[str, Any], tokens: int) -> None:
+    """Proves that vLLM's check at start asks for max_model_len, and for the budget alone where that is
+    opted into."""
+    vllm_config: Any = SimpleNamespace(
+        model_config=SimpleNamespace(max_model_len=4096),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+        additional_config=rkv_engine_args(**asked)["additional_config"],
+    )
+    assert SPEC.max_memory_usage_bytes(vllm_config) == tokens // PAGE * SPEC.page_size_bytes
