@@ -6,7 +6,7 @@ TESTS ?= tests
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv model demo test lint format clean
+.PHONY: help venv model demo test type lint format bench clean
 
 help: ## list these commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -23,14 +23,19 @@ demo: venv ## serve a small model on this CPU and stream four answers with diffe
 test: venv model ## run the whole test suite; TESTS=tests/server picks a part
 	$(BIN)/python -m pytest $(TESTS)
 
-lint: venv ## ruff check, ruff format --check, mypy
+type: venv ## mypy
+	$(BIN)/python scripts/check_types.py --cache-dir .cache/mypy
+
+lint: type ## ruff check, ruff format --check, and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python scripts/check_types.py --cache-dir .cache/mypy
 
 format: venv ## let ruff sort imports and format
 	$(BIN)/ruff check --select I --fix .
 	$(BIN)/ruff format .
+
+bench: venv ## time a compaction on this CPU, GPU or not (.venv has a CPU torch; for GPUs: benchmarks/README.md)
+	@$(BIN)/python benchmarks/compaction_cpu.py
 
 clean: ## remove .venv and everything that was made
 	rm -rf .venv .cache build dist *.egg-info

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -19,6 +22,13 @@ BYTES_PER_TOKEN = 30 * 3 * 64 * 2 * 2
 @pytest.fixture(scope="module")
 def model() -> Path:
     return prepare()
+
+
+@pytest.fixture(autouse=True)
+def keep_environment() -> Iterator[None]:
+    """vLLM sets variables for its workers while it makes a configuration."""
+    with patch.dict(os.environ):
+        yield
 
 
 def doctor(*arguments: str | Path) -> Result:

@@ -1,0 +1,101 @@
+"""Time the compaction of one layer of one request on a CPU, by policy and length.
+
+The default is a layer of the demo's model, SmolLM2-135M in bfloat16 (3 KV heads, 9 query heads, head size 64;
+it has 30 of them), in pages of 128 tokens. All of it is timed: read, score, select, write. Survivors go to
+other pages, so that every repetition scores the same keys.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+from rkv_vllm.compactor import CpuCompactor
+from rkv_vllm.config import POLICY_NAMES, WINDOW, PolicyName, RkvConfig
+from rkv_vllm.cpu_cache import CpuLayerCache
+from rkv_vllm.plan import Compaction
+from rkv_vllm.policies import make_policies
+from rkv_vllm.query_window import CpuQueryWindow
+
+LENGTHS = ((640, 512), (1152, 1024), (2176, 2048))  # before and after: buffer 128
+
+
+def layer(arguments: argparse.Namespace, pages: int) -> Any:
+    """What `CpuLayerCache` takes from an attention layer; its cache is noise."""
+    shape = (pages, arguments.kv_heads, arguments.page_size, 2 * arguments.head_size)
+    return SimpleNamespace(
+        kv_cache=torch.randn(shape, dtype=torch.bfloat16),
+        isa=_get_attn_isa(torch.bfloat16, arguments.page_size, arguments.head_size),
+        head_size=arguments.head_size,
+        impl=SimpleNamespace(scale=arguments.head_size**-0.5),
+    )
+
+
+class Queries(CpuQueryWindow):
+    """A window that no attention layer wrote."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._window = torch.randn(arguments.query_heads, WINDOW, arguments.head_size, dtype=torch.bfloat16)
+
+    def of(self, layer: int, row: int) -> torch.Tensor:
+        return self._window
+
+
+def milliseconds(arguments: argparse.Namespace, policy: PolicyName, length: int, keep: int) -> float:
+    source, target = -(-length // arguments.page_size), -(-keep // arguments.page_size)
+    cache = CpuLayerCache(layer(arguments, source + target))
+    compactor = CpuCompactor([cache], Queries(arguments), make_policies(RkvConfig()))
+    compaction = Compaction(
+        request_id="",
+        source_pages=tuple(range(source)),
+        target_pages=tuple(range(source, source + target)),
+        length=length,
+        keep=keep,
+        evicted=length - keep,
+        policy=policy,
+        query_row=0,
+    )
+    compactor.run([compaction])  # warm-up
+    times = []
+    for _ in range(arguments.repetitions):
+        started = time.perf_counter()
+        compactor.run([compaction])
+        times.append(time.perf_counter() - started)
+    return 1000 * statistics.median(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kv-heads", type=int, default=3)
+    parser.add_argument("--query-heads", type=int, default=9)
+    parser.add_argument("--head-size", type=int, default=64)
+    parser.add_argument("--page-size", type=int, default=128)
+    parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--json", type=Path, help="where to write the raw numbers")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    table = Table("tokens, kept", *POLICY_NAMES, title=f"ms a layer, {torch.get_num_threads()} threads")
+    rows = []
+    for length, keep in LENGTHS:
+        row = {policy: milliseconds(arguments, policy, length, keep) for policy in POLICY_NAMES}
+        rows.append({"length": length, "keep": keep, "milliseconds": row})
+        table.add_row(f"{length:,}, {keep:,}", *(f"{value:.1f}" for value in row.values()))
+    Console().print(table)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
