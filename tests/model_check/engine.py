@@ -30,7 +30,7 @@ from rkv_vllm.block_manager import CompactingSpec
 from rkv_vllm.config import BudgetRequest, RequestBudget, RkvConfig
 from rkv_vllm.plan import plan_of
 from rkv_vllm.query_rows import num_query_rows
-from rkv_vllm.result import RESULT_KEY, CompactionResult
+from rkv_vllm.result import REFUSAL_KEY, RESULT_KEY, CompactionResult
 from rkv_vllm.scheduler import CompactingAsyncScheduler, CompactingScheduler
 
 MAX_MODEL_LEN = 1024
@@ -164,6 +164,7 @@ class Engine:
         self.requests: dict[str, Request] = {}
         self.tokens: dict[str, list[int]] = {arrival.request_id: [] for arrival in arrivals}
         self.results: dict[str, CompactionResult] = {}
+        self.refused: set[str] = set()
         self.peak_pages: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
         self._random = random.Random(setup.seed)
@@ -265,6 +266,8 @@ class Engine:
                 if answer.finish_reason is not None:
                     assert answer.kv_transfer_params is not None
                     self.results[request_id] = answer.kv_transfer_params[RESULT_KEY]
+                    if REFUSAL_KEY in answer.kv_transfer_params:
+                        self.refused.add(request_id)
                 elif len(self.tokens[request_id]) == self.arrivals[request_id].abort_after_tokens:
                     self._abort(request_id)
         self.check_pages()
@@ -328,6 +331,9 @@ class Engine:
             self._check_result(request_id, result)
 
     def _check_result(self, request_id: str, result: CompactionResult) -> None:
+        if request_id in self.refused:
+            assert result["peak_pages"] == result["compactions"] == 0 and not self.tokens[request_id]
+            return
         model = self.models[request_id]
         points = model.reached()
         budget = model.budget

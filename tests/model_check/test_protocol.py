@@ -36,6 +36,28 @@ def test_every_slot_holds_what_it_should(first_seed: int, totals: Counter[str]) 
     assert all(seen[what] for what in ("compactions", "copied pages", "preemptions", "replayed compactions"))
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_what_the_pool_cannot_hold_is_refused_alone(depth: int) -> None:
+    """Proves that requests larger than the pool, before or among others, end at once and change nothing."""
+    chance = random.Random(depth)
+    arrivals = random_arrivals(chance, count=8, by_step=True)
+    setup = replace(random_setup(chance, arrivals), depth=depth)
+    setup = replace(setup, num_pages=smallest_pool(setup, arrivals))
+    pool_tokens = (setup.num_pages - 1) * setup.page_size
+    too_large = [
+        Arrival("long prompt", (1,) * (pool_tokens + 1), 1),
+        Arrival("full cache", (1,) * 5, pool_tokens - 4, {"rkv_budget": 0}, at_step=2),
+        Arrival("large budget", (1,) * 5, pool_tokens, {"rkv_budget": pool_tokens}, at_step=20),
+    ]
+    expected = Engine(setup, arrivals).run()
+    engine = Engine(setup, too_large + arrivals)
+    found = engine.run()
+    assert engine.refused == {arrival.request_id for arrival in too_large}
+    assert all(
+        found.tokens[arrival.request_id] == expected.tokens[arrival.request_id] for arrival in arrivals
+    )
+
+
 def alone(setup: Setup, arrival: Arrival) -> Outcome:
     """The request in an engine of its own, with room for everything."""
     setup = replace(setup, num_pages=100, depth=1, prefix_caching=False, priorities=False)
