@@ -15,7 +15,7 @@ import typer
 from pydantic import ValidationError
 
 from rkv_vllm import __version__
-from rkv_vllm.config import PolicyName, RkvConfig
+from rkv_vllm.config import Granularity, PolicyName, RkvConfig
 
 app = typer.Typer(
     name="rkv-vllm",
@@ -40,12 +40,19 @@ def serve(
     kv_buffer: Annotated[int | None, typer.Option(help=_field("buffer"))] = None,
     kv_policy: Annotated[PolicyName | None, typer.Option(help=_field("policy"))] = None,
     kv_mix_lambda: Annotated[float | None, typer.Option(help=_field("mix_lambda"))] = None,
+    kv_granularity: Annotated[Granularity | None, typer.Option(help=_field("granularity"))] = None,
 ) -> None:
     """Run vLLM's OpenAI server with R-KV on: `rkv-vllm serve MODEL` and any option of `vllm serve`.
 
     A request may choose its own settings in `vllm_xargs`: rkv_budget (0: full cache), rkv_buffer, rkv_policy.
     """
-    config = _config(budget=kv_budget, buffer=kv_buffer, policy=kv_policy, mix_lambda=kv_mix_lambda)
+    config = _config(
+        budget=kv_budget,
+        buffer=kv_buffer,
+        policy=kv_policy,
+        mix_lambda=kv_mix_lambda,
+        granularity=kv_granularity,
+    )
     from rkv_vllm.engine_args import rkv_serve_flags
     from rkv_vllm.server.arguments import serve_arguments
 
@@ -66,9 +73,12 @@ def args(
     buffer: Annotated[int | None, typer.Option(help=_field("buffer"))] = None,
     policy: Annotated[PolicyName | None, typer.Option(help=_field("policy"))] = None,
     mix_lambda: Annotated[float | None, typer.Option(help=_field("mix_lambda"))] = None,
+    granularity: Annotated[Granularity | None, typer.Option(help=_field("granularity"))] = None,
 ) -> None:
     """Print the engine options that switch R-KV on: `vllm serve MODEL $(rkv-vllm args --budget 1024)`."""
-    config = _config(budget=budget, buffer=buffer, policy=policy, mix_lambda=mix_lambda)
+    config = _config(
+        budget=budget, buffer=buffer, policy=policy, mix_lambda=mix_lambda, granularity=granularity
+    )
     # vLLM logs to standard output when imported, and what we print there goes onto a command line.
     os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"
     with redirect_stdout(sys.stderr):

@@ -15,6 +15,7 @@ POOL_KERNEL = 7
 #: Cosine similarity above which two keys count as redundant (T in rkv_spec 1.4).
 SIMILARITY_THRESHOLD = 0.5
 
+Granularity = Literal["token", "page"]
 PolicyName = Literal["rkv", "snapkv", "keydiff", "recency", "random"]
 POLICY_NAMES: tuple[PolicyName, ...] = get_args(PolicyName)
 #: Policies that score by the attention of the window's queries; the others look at the cache alone.
@@ -71,6 +72,13 @@ class RkvConfig(BaseModel):
     policy: PolicyName = Field(default="rkv", description="What scores tokens.")
     mix_lambda: float = Field(
         default=0.1, ge=0.0, le=1.0, description="Weight of importance against redundancy in policy rkv."
+    )
+    granularity: Granularity = Field(
+        default="token",
+        description=(
+            "What leaves: tokens, per layer and KV head, or whole pages of all of them. By page nothing is "
+            "moved; the budget is rounded up to whole pages, the last and partly filled one among them."
+        ),
     )
 
     @classmethod

@@ -25,6 +25,7 @@ class Settings:
     """Of an engine. `rkv`: with R-KV's classes, or stock; `pages`: of the pool, the null page included."""
 
     rkv: bool = True
+    granularity: str = "token"
     scheduler: str | None = None
     pages: int = 512
     multiprocess: bool = False
@@ -153,7 +154,7 @@ class _Host:
 
         from rkv_vllm import rkv_engine_args
 
-        rkv: dict[str, Any] = rkv_engine_args() if settings.rkv else {}
+        rkv: dict[str, Any] = rkv_engine_args(granularity=settings.granularity) if settings.rkv else {}
         if settings.scheduler is not None:
             rkv["scheduler_cls"] = settings.scheduler
         engine = LLM(
@@ -246,8 +247,10 @@ class _Host:
             if request.num_preemptions > self._preemptions.get(name, 0):
                 preempted.add(self._names[name])
                 self._preemptions[name] = request.num_preemptions
+        plan = plan_of(output)
+        rounds = [*plan.compactions, *plan.page_evictions]
         return Step(
-            compacted={self._names[c.request_id]: c.length for c in plan_of(output).compactions},
+            compacted={self._names[round_.request_id]: round_.length for round_ in rounds},
             preempted=frozenset(preempted),
             pages={index: len(held[request.request_id]) for index, request in running.items()},
             computed={index: request.num_computed_tokens for index, request in running.items()},

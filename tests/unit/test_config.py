@@ -29,6 +29,8 @@ from rkv_vllm.config import POLICY_NAMES, WINDOW, BudgetRequest, RequestBudget, 
         ("mix_lambda", -0.1),
         ("mix_lambda", 1.5),
         ("mix_lambda", float("nan")),
+        ("granularity", "layer"),
+        ("granularity", None),
         ("colour", "red"),
     ],
 )
