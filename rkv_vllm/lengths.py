@@ -71,9 +71,9 @@ class RequestLengths:
 class PageLengths(RequestLengths):
     """Of a request that loses whole pages.
 
-    Which pages left is known only on the device, and reported some steps later. Until then they are `leaving`:
-    the request does without them already, and the pool still counts them as its own. The next compaction
-    waits for that report, and the request for room: it never holds more than `most_slots`.
+    Which pages left is known only on the device, and reported some steps later. Until then they are
+    `leaving`: the request does without them already, and the pool still counts them as its own. The next
+    compaction waits for that report, and the request for room: it never holds more than `most_slots`.
     """
 
     page_size: int = field(kw_only=True)

@@ -15,10 +15,10 @@ from hf_reference import HfReference
 Encode = Callable[[str], list[int]]
 
 PAGES = 31
-TOKENS = 120
+TOKENS = 140
 #: Prompt, budget, buffer, policy.
 CASES = {
-    "numbers": (texts.multiples(7), 64, 40, "rkv"),
+    "numbers": (texts.multiples(7), 64, 24, "rkv"),
     "prose": (texts.KING, 96, 8, "recency"),
     "long prompt": (texts.squares(16), 80, 40, "rkv"),
 }
@@ -32,9 +32,7 @@ def paged(start_engine: Callable[[Settings], Engine]) -> Engine:
 @pytest.fixture(scope="module")
 def asks(encode: Encode) -> dict[str, Ask]:
     return {
-        case: Ask(
-            encode(prompt), TOKENS, {"rkv_budget": budget, "rkv_buffer": buffer, "rkv_policy": policy}
-        )
+        case: Ask(encode(prompt), TOKENS, {"rkv_budget": budget, "rkv_buffer": buffer, "rkv_policy": policy})
         for case, (prompt, budget, buffer, policy) in CASES.items()
     }
 
@@ -94,7 +92,9 @@ def test_preempted_requests_replay_their_evictions(paged: Engine, asks: dict[str
 
     assert run.preemptions() == 0
     preempted = {index for step in crowd.steps for index in step.preempted}
-    again = [index for index in preempted if index >= 2 and crowd.compactions(index) > run.compactions(index - 2)]
+    again = [
+        index for index in preempted if index >= 2 and crowd.compactions(index) > run.compactions(index - 2)
+    ]
     assert again, "no request was preempted after an eviction"
     for answer, expected in zip(crowd.answers[2:], run.answers, strict=True):
         assert answer.tokens == expected.tokens

@@ -85,9 +85,10 @@ def due_slots(budget: RequestBudget, page_size: int | None) -> int:
 class RequestModel:
     """One request from its start, or its last preemption, on.
 
-    `page_size` is that of an engine which evicts whole pages, and None of one which evicts tokens. `symbols` are the slots in order; `points` the logical lengths at which it was compacted since it last
-    started from nothing, the last of its `lives`; `awaited` the sequence of the page eviction whose report has
-    not come back, if any; `most_evicted` tokens over all lives.
+    `page_size` is that of an engine which evicts whole pages, and None of one which evicts tokens. `symbols`
+    are the slots in order; `points` the logical lengths at which it was compacted since it last started from
+    nothing, the last of its `lives`; `awaited` the sequence of the page eviction whose report has not come
+    back, if any; `most_evicted` tokens over all lives.
     """
 
     num_prompt_tokens: int

@@ -106,7 +106,7 @@ def prompt(length: int, start: int = 1) -> tuple[int, ...]:
 
 
 def test_page_evictions_follow_from_the_definition() -> None:
-    """Proves that whole pages leave at the prompt's end or budget + buffer, then each time as many are full."""
+    """Proves that whole pages leave at the prompt's end or budget + buffer, then page by page."""
     budget = {"rkv_budget": 40, "rkv_buffer": 20, "rkv_policy": "rkv"}  # 3 pages of 16 stay, due at 60 slots
     for length, first, second in ((10, 60, 76), (60, 60, 76), (90, 90, 108)):
         arrival = Arrival("one", tuple(range(1, length + 1)), 100, budget)

@@ -17,7 +17,13 @@ from rkv_vllm.engine_args import rkv_engine_args, rkv_serve_flags
 from rkv_vllm.scheduler import make_scheduler
 from rkv_vllm.validation import BudgetValidator
 
-SETTINGS: dict[str, Any] = {"budget": 1024, "buffer": 64, "policy": "keydiff", "mix_lambda": 0.25, "granularity": "page"}
+SETTINGS: dict[str, Any] = {
+    "budget": 1024,
+    "buffer": 64,
+    "policy": "keydiff",
+    "mix_lambda": 0.25,
+    "granularity": "page",
+}
 
 
 def test_names_lead_to_the_classes() -> None:
