@@ -180,16 +180,7 @@ class CompactionBatch:
         columns = [list(lengths), list(keeps), staged, list(query_rows)]
         columns.append([page for row in sources for page in row + [0] * (source_width - len(row))])
         columns.append([page for row in targets for page in row + [0] * (target_width - len(row))])
-        packed: list[int] = []
-        starts: list[int] = []
-        for column in columns:
-            packed += [0] * (-len(packed) % _ALIGNMENT)  # every table starts aligned
-            starts.append(len(packed))
-            packed += column
-        device = torch.device(device)
-        host = torch.tensor(packed, dtype=torch.int32, pin_memory=device.type == "cuda")
-        tables = host.to(device, non_blocking=True)
-        views = [tables[start : start + len(column)] for start, column in zip(starts, columns, strict=True)]
+        views = _send(columns, torch.device(device))
         return cls(
             lengths=list(lengths),
             keeps=list(keeps),
@@ -203,9 +194,54 @@ class CompactionBatch:
             target_pages=views[5].view(count, target_width),
         )
 
+    @classmethod
+    def to_score(
+        cls, *, lengths: Sequence[int], source_pages: torch.Tensor, query_rows: Sequence[int]
+    ) -> CompactionBatch:
+        """Requests that are scored and not moved, whose pages only the device knows.
+
+        Args:
+            lengths: physical length N of each of the R requests, in tokens.
+            source_pages: int32 [R, >= pages of the longest], contiguous, on the device; ids behind a
+                request's last token are not read.
+            query_rows: row of the query ring of each request.
+
+        Raises:
+            ValueError: no request.
+        """
+        if not lengths:
+            raise ValueError("a compaction batch needs at least one request")
+        columns = [list(lengths), [0] * len(lengths), list(query_rows)]
+        on_device, unstaged, rows = _send(columns, source_pages.device)
+        return cls(
+            lengths=list(lengths),
+            keeps=list(lengths),
+            staged=[],
+            highest_page=0,
+            lengths_on_device=on_device,
+            keeps_on_device=on_device,
+            staged_on_device=unstaged,
+            query_rows=rows,
+            source_pages=source_pages,
+            target_pages=source_pages,
+        )
+
     @property
     def num_requests(self) -> int:
         return len(self.lengths)
+
+
+def _send(columns: Sequence[list[int]], device: torch.device) -> list[torch.Tensor]:
+    """Tables on the device, int32, in one asynchronous copy."""
+    packed: list[int] = []
+    starts: list[int] = []
+    for column in columns:
+        packed += [0] * (-len(packed) % _ALIGNMENT)  # every table starts aligned
+        starts.append(len(packed))
+        packed += column
+    host = torch.tensor(packed, dtype=torch.int32, pin_memory=device.type == "cuda")
+    tables = host.to(device, non_blocking=True)
+    return [tables[start : start + len(column)] for start, column in zip(starts, columns, strict=True)]
 
 
 def _overwrites(source: list[int], target: list[int]) -> bool:

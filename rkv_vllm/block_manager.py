@@ -15,6 +15,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
 from rkv_vllm.config import BudgetRequest, RkvConfig
+from rkv_vllm.lengths import lengths_by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,8 @@ class CompactingSpec(FullAttentionSpec):
         default = config.resolve(BudgetRequest())
         if not config.max_model_len_beyond_pool or default is None:
             return whole
-        return min(whole, cdiv(default.threshold, self.block_size) * self.page_size_bytes)
+        slots = lengths_by(config.granularity, 0, default, self.block_size).most_slots
+        return min(whole, cdiv(slots, self.block_size) * self.page_size_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,9 @@ class CompactingManager(FullAttentionManager):
 
     vLLM counts tokens logically everywhere; this class alone subtracts what was evicted. Pages leave a
     running request by shortening its list, so that vLLM's pool, prefix cache and metrics stay as they are.
+
+    Where whole pages are evicted, what counts as evicted here is what was reported to have left: until then
+    the list is longer by the pages that are leaving.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -132,6 +137,25 @@ class CompactingManager(FullAttentionManager):
         """
         for move in moves:
             self.block_pool.free_blocks(reversed(move.leaving))
+
+    def stop_caching(self, request_id: str) -> None:
+        """Keeps the request's further pages out of the prefix cache: pages before them are about to leave."""
+        self._evicted.setdefault(request_id, 0)
+
+    def remove_pages(self, request_id: str, page_ids: Sequence[int]) -> None:
+        """Returns some of a request's pages to the pool; their contents stay, for the prefix cache to hit.
+
+        Args:
+            request_id: a running request for which `stop_caching` was called.
+            page_ids: of whole pages that it holds, and that no step reads as its own any more.
+        """
+        leaving_ids = set(page_ids)
+        before = self.req_to_blocks[request_id]
+        leaving = [page for page in before if page.block_id in leaving_ids]
+        assert len(leaving) == len(page_ids), f"{request_id} does not hold all of pages {page_ids}"
+        self.req_to_blocks[request_id] = [page for page in before if page.block_id not in leaving_ids]
+        self._evicted[request_id] += len(leaving) * self.block_size
+        self.block_pool.free_blocks(reversed(leaving))
 
     def _own_tail(self, request_id: str, keep: int) -> list[KVCacheBlock]:
         tail = self.req_to_blocks[request_id][cdiv(keep, self.block_size) :]

@@ -15,7 +15,7 @@ import typer
 from pydantic import ValidationError
 
 from rkv_vllm import __version__
-from rkv_vllm.config import PolicyName, RkvConfig
+from rkv_vllm.config import Granularity, PolicyName, RkvConfig
 
 app = typer.Typer(
     name="rkv-vllm",
@@ -43,6 +43,7 @@ def serve(
     kv_max_model_len_beyond_pool: Annotated[
         bool, typer.Option("--kv-max-model-len-beyond-pool", help=_field("max_model_len_beyond_pool"))
     ] = False,
+    kv_granularity: Annotated[Granularity | None, typer.Option(help=_field("granularity"))] = None,
 ) -> None:
     """Run vLLM's OpenAI server with R-KV on: `rkv-vllm serve MODEL` and any option of `vllm serve`.
 
@@ -54,6 +55,7 @@ def serve(
         policy=kv_policy,
         mix_lambda=kv_mix_lambda,
         max_model_len_beyond_pool=kv_max_model_len_beyond_pool,
+        granularity=kv_granularity,
     )
     from rkv_vllm.engine_args import rkv_serve_flags
     from rkv_vllm.server.arguments import serve_arguments
@@ -78,6 +80,7 @@ def args(
     max_model_len_beyond_pool: Annotated[
         bool, typer.Option("--max-model-len-beyond-pool", help=_field("max_model_len_beyond_pool"))
     ] = False,
+    granularity: Annotated[Granularity | None, typer.Option(help=_field("granularity"))] = None,
 ) -> None:
     """Print the engine options that switch R-KV on: `vllm serve MODEL $(rkv-vllm args --budget 1024)`."""
     config = _config(
@@ -86,6 +89,7 @@ def args(
         policy=policy,
         mix_lambda=mix_lambda,
         max_model_len_beyond_pool=max_model_len_beyond_pool,
+        granularity=granularity,
     )
     # vLLM logs to standard output when imported, and what we print there goes onto a command line.
     os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"
@@ -110,6 +114,7 @@ def doctor(
         bool,
         typer.Option("--kv-max-model-len-beyond-pool", help=_field("max_model_len_beyond_pool")),
     ] = False,
+    kv_granularity: Annotated[Granularity | None, typer.Option(help=_field("granularity"))] = None,
     length: Annotated[
         int | None, typer.Option(help="Tokens of a request, prompt and answer; default: max_model_len.")
     ] = None,
@@ -126,6 +131,7 @@ def doctor(
         policy=kv_policy,
         mix_lambda=kv_mix_lambda,
         max_model_len_beyond_pool=kv_max_model_len_beyond_pool,
+        granularity=kv_granularity,
     )
     os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

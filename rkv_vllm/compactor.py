@@ -1,4 +1,4 @@
-"""Runs the compactions of a step over all layers: score, select, move."""
+"""Runs the rounds of a step over all layers: score, select, move; or score, and drop whole pages."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import torch
 
 from rkv_vllm.config import WINDOW, PolicyName
 from rkv_vllm.cpu_cache import CpuLayerCache
-from rkv_vllm.kernels import tiled
-from rkv_vllm.plan import Compaction
+from rkv_vllm.kernels import naive, tiled
+from rkv_vllm.kernels.pages import choose_pages
+from rkv_vllm.plan import Compaction, PageEviction, Round
 from rkv_vllm.policies import Policy, ScoreInputs
 from rkv_vllm.query_window import CpuQueryWindow
 
@@ -37,19 +38,44 @@ class CpuCompactor:
                 index = kept.unsqueeze(-1).expand(-1, -1, keys.shape[-1])
                 cache.write(targets, keys.gather(1, index), values.gather(1, index))
 
+    def evict_pages(self, eviction: PageEviction, pages: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Chooses the pages that leave: those of lowest score over all layers and KV heads.
+
+        Args:
+            eviction: how many, and by which policy.
+            pages: ids of the request's pages, in order.
+
+        Returns: ids of the pages that stay, and of those that leave, each in order.
+        """
+        page_size = self._caches[0].page_size
+        # The window's pages are no candidates, and all others are full of candidate tokens: pages may be
+        # compared by their sums as well as by their means.
+        num_candidates = (eviction.length - WINDOW) // page_size
+        sources, total = torch.tensor(pages), torch.zeros(num_candidates)
+        for layer, cache in enumerate(self._caches):
+            keys, _ = cache.read(sources, eviction.length)
+            scores = self._scores(eviction, layer, cache.scale, keys)
+            total += naive.page_scores(scores, page_size)[:num_candidates]
+        stay, leave = choose_pages(total, (eviction.length - eviction.keep) // page_size)
+        return [pages[i] for i in stay] + list(pages[num_candidates:]), [pages[i] for i in leave]
+
     def _survivors(
         self, compaction: Compaction, layer: int, scale: float, keys: torch.Tensor
     ) -> torch.Tensor:
         """int64 [H, keep]: slots that stay, ascending, the window last."""
         heads, length, _ = keys.shape
-        inputs = ScoreInputs(
-            keys=keys,
-            queries=self._queries.of(layer, compaction.query_row) if compaction.query_row >= 0 else None,
-            scale=scale,
-            layer=layer,
-            logical_length=compaction.logical_length,
-        )
-        scores = self._policies[compaction.policy].scores(inputs)
+        scores = self._scores(compaction, layer, scale, keys)
         chosen = tiled.select(scores, compaction.keep - WINDOW)
         window = torch.arange(length - WINDOW, length).expand(heads, -1)
         return torch.cat((chosen, window), dim=1)
+
+    def _scores(self, round_: Round, layer: int, scale: float, keys: torch.Tensor) -> torch.Tensor:
+        """float32 [H, N - WINDOW]."""
+        inputs = ScoreInputs(
+            keys=keys,
+            queries=self._queries.of(layer, round_.query_row) if round_.query_row >= 0 else None,
+            scale=scale,
+            layer=layer,
+            logical_length=round_.logical_length,
+        )
+        return self._policies[round_.policy].scores(inputs)

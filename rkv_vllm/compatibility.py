@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rkv_vllm.config import RkvConfig
 from rkv_vllm.host_contract import CONTRACT, Contract, contract_problems
 
 if TYPE_CHECKING:
@@ -78,6 +79,14 @@ FEATURES: tuple[Feature, ...] = (
             or c.model_config.is_attention_free
             or c.model_config.is_hybrid
             or c.model_config.runner_type != "generate"
+        ),
+    ),
+    _refused(
+        "page granularity with tensor or pipeline parallelism",
+        "each rank would score its own heads and layers, and drop other pages",
+        lambda c: (
+            c.parallel_config.world_size > 1
+            and RkvConfig.from_additional_config(c.additional_config).granularity == "page"
         ),
     ),
     _refused("sliding-window or chunked attention", "the mask is cut by distance between slots"),

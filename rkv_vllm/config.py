@@ -23,6 +23,7 @@ POOL_KERNEL = 7
 #: Cosine similarity above which two keys count as redundant (T in rkv_spec 1.4).
 SIMILARITY_THRESHOLD = 0.5
 
+Granularity = Literal["token", "page"]
 PolicyName = Literal["rkv", "snapkv", "keydiff", "recency", "random"]
 POLICY_NAMES: tuple[PolicyName, ...] = get_args(PolicyName)
 #: Policies that score by the attention of the window's queries; the others look at the cache alone.
@@ -92,6 +93,14 @@ class RkvConfig(BaseModel):
         if beyond and info.data.get("budget", "refused") is None:
             raise ValueError("needs a default budget: without one, long requests would keep their full cache")
         return beyond
+
+    granularity: Granularity = Field(
+        default="token",
+        description=(
+            "What leaves: tokens, per layer and KV head, or whole pages of all of them. By page nothing is "
+            "moved; the budget is rounded up to whole pages, the last and partly filled one among them."
+        ),
+    )
 
     @classmethod
     def from_additional_config(cls, additional_config: Mapping[str, Any]) -> RkvConfig:

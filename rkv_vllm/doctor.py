@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from rkv_vllm import __version__
-from rkv_vllm.config import BudgetRequest, RequestBudget, RkvConfig
+from rkv_vllm.config import BudgetRequest, RkvConfig
 from rkv_vllm.host_contract import CONTRACT, CONTRACT_V1_RUNNER, CONTRACT_V2_RUNNER, contract_problems
+from rkv_vllm.lengths import RequestLengths, lengths_by
 from rkv_vllm.sizing import KvShape, Pool, most_slots
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def diagnose(arguments: list[str], config: RkvConfig, length: int | None = None)
     found.model = vllm_config.model_config.model
     found.problems = unsupported_features(vllm_config) + wrong_runner(vllm_config, on_cpu) + found.problems
     if not found.refused:
-        found.sizes = _sizes(vllm_config, config.resolve(BudgetRequest()), length)
+        found.sizes = _sizes(vllm_config, config, length)
     return found
 
 
@@ -143,7 +144,7 @@ def _one_line(location: tuple[int | str, ...], message: str) -> str:
     return f"{name}: {message}" if name else message
 
 
-def _sizes(vllm_config: VllmConfig, budget: RequestBudget | None, length: int | None) -> Sizes:
+def _sizes(vllm_config: VllmConfig, config: RkvConfig, length: int | None) -> Sizes:
     from vllm.utils.torch_utils import get_dtype_size, kv_cache_dtype_str_to_dtype
 
     model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
@@ -164,6 +165,9 @@ def _sizes(vllm_config: VllmConfig, budget: RequestBudget | None, length: int | 
     else:
         pool_bytes, source, estimate = _pool_bytes(vllm_config)
         pool = Pool.of_bytes(pool_bytes, cache.block_size, shape.bytes_per_token)
+    cached: list[RequestLengths | None] = [None]
+    if (budget := config.resolve(BudgetRequest())) is not None:
+        cached.append(lengths_by(config.granularity, 0, budget, pool.page_size))
     return Sizes(
         dtype=str(dtype).removeprefix("torch."),
         layers=shape.layers,
@@ -177,15 +181,15 @@ def _sizes(vllm_config: VllmConfig, budget: RequestBudget | None, length: int | 
         pool_source=source,
         pool_is_estimate=estimate,
         pool_pages=pool.pages,
-        rows=[_row(pool, length, each) for each in ([None] if budget is None else [None, budget])],
+        rows=[_row(pool, length, each) for each in cached],
     )
 
 
-def _row(pool: Pool, length: int, budget: RequestBudget | None) -> Row:
-    slots = most_slots(length, budget)
+def _row(pool: Pool, length: int, lengths: RequestLengths | None) -> Row:
+    slots = most_slots(length, lengths)
     return Row(
-        budget=budget.budget if budget else None,
-        buffer=budget.buffer if budget else None,
+        budget=lengths.budget.budget if lengths else None,
+        buffer=lengths.budget.buffer if lengths else None,
         tokens_held=slots,
         pages_per_request=pool.pages_for(slots),
         requests=pool.requests_that_fit(slots),

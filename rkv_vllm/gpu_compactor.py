@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import torch
 
 from rkv_vllm.config import POOL_KERNEL, SIMILARITY_THRESHOLD, WINDOW, PolicyName, RkvConfig
+from rkv_vllm.kernels import naive
 from rkv_vllm.kernels.paged import CompactionBatch, PagedKV
+from rkv_vllm.kernels.pages import choose_pages, drop_pages
 from rkv_vllm.kernels.pipeline import RkvRound
-from rkv_vllm.plan import Compaction
+from rkv_vllm.plan import Compaction, PageEviction, Round
 from rkv_vllm.policies import Policy, ScoreInputs
 
 
@@ -59,13 +61,68 @@ class GpuCompactor:
     def run(self, compactions: Sequence[Compaction]) -> None:
         by_attention = [c for c in compactions if c.policy in self._lambdas]
         if by_attention:
-            weights = [self._lambdas[c.policy] for c in by_attention]
-            lam = torch.tensor(weights, pin_memory=True).to(self._kv.device, non_blocking=True)
-            self._round.run(self._queries, self._batch(by_attention), lam)
+            self._round.run(self._queries, self._batch(by_attention), self._weights(by_attention))
         for compaction in compactions:
             if compaction.policy not in self._lambdas:
                 batch = self._batch([compaction])
-                self._round.select_and_move(self._scores(compaction, batch), batch)
+                self._round.select_and_move(self._scores(compaction, batch.source_pages[0]), batch)
+
+    def evict_pages(
+        self, evictions: Sequence[PageEviction], rows: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Drops each request's pages of lowest score over all layers and KV heads from its block table.
+
+        Args:
+            evictions: how many pages of which requests.
+            rows: for each, its row of the block table, int32 on the device; rewritten in place.
+
+        Returns: for each, ids of the pages that left, int32 on the device, in order.
+        """
+        masses = self._page_masses(evictions, rows)
+        left = []
+        for eviction, row, mass in zip(evictions, rows, masses, strict=True):
+            # The window's pages are no candidates, and all others are full of candidate tokens: pages may be
+            # compared by their sums as well as by their means.
+            num_candidates = (eviction.length - WINDOW) // self._kv.page_size
+            num_pages = self._num_pages(eviction)
+            drop = (eviction.length - eviction.keep) // self._kv.page_size
+            stay, leave = choose_pages(mass[:num_candidates], drop)
+            rest = torch.arange(num_candidates, num_pages, device=stay.device)
+            left.append(drop_pages(row[:num_pages], leave, torch.cat((stay, rest))))
+        return left
+
+    def _page_masses(
+        self, evictions: Sequence[PageEviction], rows: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Score of each page, float32 [>= candidate pages]."""
+        masses: dict[int, torch.Tensor] = {}
+        by_attention = [i for i, eviction in enumerate(evictions) if eviction.policy in self._lambdas]
+        if by_attention:
+            chosen = [evictions[i] for i in by_attention]
+            width = max(self._num_pages(eviction) for eviction in chosen)
+            batch = CompactionBatch.to_score(
+                lengths=[eviction.length for eviction in chosen],
+                source_pages=torch.stack([rows[i][:width] for i in by_attention]),
+                query_rows=[eviction.query_row for eviction in chosen],
+            )
+            lam = self._weights(chosen)
+            important, redundant = self._round.page_scores(self._queries, batch, lam).unbind(-1)
+            weight = lam.unsqueeze(1)
+            masses.update(zip(by_attention, weight * important - (1.0 - weight) * redundant, strict=True))
+        for index, eviction in enumerate(evictions):
+            if index not in masses:
+                scores = self._scores(eviction, rows[index][: self._num_pages(eviction)])
+                masses[index] = naive.page_scores(scores.flatten(0, 2), self._kv.page_size)
+        return [masses[index] for index in range(len(evictions))]
+
+    def _num_pages(self, round_: Round) -> int:
+        return -(-round_.length // self._kv.page_size)
+
+    def _weights(self, rounds: Sequence[Round]) -> torch.Tensor:
+        """float32 [R], each round's weight of importance."""
+        weights = [self._lambdas[round_.policy] for round_ in rounds]
+        pinned = torch.tensor(weights, pin_memory=self._kv.device.type == "cuda")
+        return pinned.to(self._kv.device, non_blocking=True)
 
     def _batch(self, compactions: Sequence[Compaction]) -> CompactionBatch:
         return CompactionBatch.build(
@@ -78,18 +135,18 @@ class GpuCompactor:
             device=self._kv.device,
         )
 
-    def _scores(self, compaction: Compaction, batch: CompactionBatch) -> torch.Tensor:
+    def _scores(self, round_: Round, source_pages: torch.Tensor) -> torch.Tensor:
         """float32 [layers, 1, H, length - WINDOW]."""
         scores = []
         for index, layer in enumerate(self._kv.layers):
-            pages = layer[batch.source_pages[0]]  # [pages, H, page size, 2 D], a copy
-            tokens = pages.transpose(0, 1).flatten(1, 2)[:, : compaction.length]
+            pages = layer[source_pages]  # [pages, H, page size, 2 D], a copy
+            tokens = pages.transpose(0, 1).flatten(1, 2)[:, : round_.length]
             inputs = ScoreInputs(
                 keys=tokens[..., : self._kv.head_size],
                 queries=None,
                 scale=self._scale,
                 layer=index,
-                logical_length=compaction.logical_length,
+                logical_length=round_.logical_length,
             )
-            scores.append(self._policies[compaction.policy].scores(inputs))
+            scores.append(self._policies[round_.policy].scores(inputs))
         return torch.stack(scores).unsqueeze(1).contiguous()

@@ -70,6 +70,11 @@ CONTRACT: Contract = {
 #: What the adapter of the V1 model runner relies on (CPU).
 CONTRACT_V1_RUNNER: Contract = {
     "vllm.v1.worker.gpu_model_runner.GPUModelRunner._update_states": ("scheduler_output",),
+    "vllm.v1.worker.gpu_model_runner.GPUModelRunner.execute_model": (
+        "scheduler_output",
+        "intermediate_tensors",
+    ),
+    "vllm.v1.worker.gpu_model_runner.GPUModelRunner.sample_tokens": ("grammar_output",),
     "vllm.v1.worker.gpu_model_runner.GPUModelRunner._prepare_inputs": (
         "scheduler_output",
         "num_scheduled_tokens",
@@ -106,6 +111,17 @@ CONTRACT_V2_RUNNER: Contract = {
     "vllm.v1.worker.gpu.model_runner.GPUModelRunner.add_requests": ("scheduler_output",),
     "vllm.v1.worker.gpu.model_runner.GPUModelRunner.update_requests": ("scheduler_output",),
     "vllm.v1.worker.gpu.model_runner.GPUModelRunner.prepare_attn": ("input_batch",),
+    "vllm.v1.worker.gpu.model_runner.GPUModelRunner.execute_model": (
+        "scheduler_output",
+        "intermediate_tensors",
+        "dummy_run",
+        "skip_attn_for_dummy_run",
+        "is_profile",
+        "context_len",
+        "valid_dummy_state_slots",
+        "randomize_inputs",
+    ),
+    "vllm.v1.worker.gpu.model_runner.GPUModelRunner.sample_tokens": ("grammar_output",),
     "vllm.v1.worker.gpu.model_runner.GPUModelRunner.initialize_kv_cache": (
         "kv_cache_config",
         "is_profiling",

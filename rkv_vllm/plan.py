@@ -11,17 +11,12 @@ from rkv_vllm.config import PolicyName
 _ATTRIBUTE = "rkv_plan"
 
 
-@dataclass(frozen=True, slots=True)
-class Compaction:
-    """One request's round: score `length` slots, keep `keep` of them, move those to the target pages.
-
-    Worked out from counts alone, so that every worker can run it without looking at another.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """One request's round: score `length` slots and keep `keep` of them. Worked out from counts alone.
 
     Attributes:
         request_id: vLLM's id of the request.
-        source_pages: the request's pages before, in order; `ceil(length / page_size)` of them.
-        target_pages: its pages afterwards, in order; `ceil(keep / page_size)` of them. Any of them may be a
-            source page too, at the same or another place.
         length: physical length before, in tokens.
         keep: physical length afterwards, in tokens, the window included.
         evicted: tokens evicted from the request so far, this round included (absolute, so that running a
@@ -31,8 +26,6 @@ class Compaction:
     """
 
     request_id: str
-    source_pages: tuple[int, ...]
-    target_pages: tuple[int, ...]
     length: int
     keep: int
     evicted: int
@@ -45,9 +38,39 @@ class Compaction:
         return self.evicted + self.keep
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compaction(Round):
+    """A round by token: the survivors of each layer and KV head move to the target pages.
+
+    Attributes:
+        source_pages: the request's pages before, in order; `ceil(length / page_size)` of them.
+        target_pages: its pages afterwards, in order; `ceil(keep / page_size)` of them. Any of them may be a
+            source page too, at the same or another place.
+    """
+
+    source_pages: tuple[int, ...]
+    target_pages: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PageEviction(Round):
+    """A round by page: the pages of lowest score leave the worker's block table, and nothing is moved.
+
+    The worker knows the request's pages, in order, and the scheduler only which they are: from the first
+    such round on the worker's block table is the one that counts.
+
+    Attributes:
+        sequence: names this round in the worker's report of which pages left; no two rounds share it.
+    """
+
+    sequence: int
+
+
 @dataclass(slots=True)
 class CompactionPlan:
     """All of one step: the rounds to run before its forward pass, and whose queries to record during it.
+
+    `compactions` or `page_evictions` are the rounds, by the server's granularity.
 
     `recordings` maps a request to its row of the query window; the queries of its last `WINDOW` tokens of the
     step are written there.
@@ -55,6 +78,7 @@ class CompactionPlan:
 
     compactions: list[Compaction] = field(default_factory=list)
     recordings: dict[str, int] = field(default_factory=dict)
+    page_evictions: list[PageEviction] = field(default_factory=list)
 
 
 _NOTHING_TO_DO = CompactionPlan()

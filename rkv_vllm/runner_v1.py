@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from rkv_vllm.compactor import CpuCompactor
 from rkv_vllm.config import WINDOW, RkvConfig
 from rkv_vllm.cpu_cache import CpuLayerCache
-from rkv_vllm.plan import Compaction, CompactionPlan, plan_of
+from rkv_vllm.page_report import PageReport, with_reports
+from rkv_vllm.plan import Compaction, CompactionPlan, PageEviction, plan_of
 from rkv_vllm.policies import make_policies
 from rkv_vllm.query_rows import num_query_rows
 from rkv_vllm.query_window import CpuQueryWindow, window_positions
@@ -29,6 +31,7 @@ class CompactingCpuRunner(CPUModelRunner):
     """
 
     _evicted: dict[str, int]
+    _page_reports: list[PageReport]
     _query_window: CpuQueryWindow
     _compactor: CpuCompactor
     _rkv_layers: list[Attention]
@@ -38,6 +41,7 @@ class CompactingCpuRunner(CPUModelRunner):
         vllm_config: VllmConfig = self.vllm_config
         num_rows = num_query_rows(vllm_config.scheduler_config.max_num_seqs)
         self._evicted = {}
+        self._page_reports = []
         self._rkv_layers = layers
         self._query_window = CpuQueryWindow(layers, num_rows, self.device)
 
@@ -63,17 +67,41 @@ class CompactingCpuRunner(CPUModelRunner):
             self._evicted.pop(request_id, None)
         for compaction in plan.compactions:
             self._shorten(compaction)
+        for eviction in plan.page_evictions:
+            self._drop_pages(eviction)
         return super()._update_states(scheduler_output)
 
     def _shorten(self, compaction: Compaction) -> None:
-        request_id = compaction.request_id
-        self._evicted[request_id] = compaction.evicted
-        pages = list(compaction.target_pages)
+        self._evicted[compaction.request_id] = compaction.evicted
+        self._set_pages(compaction.request_id, compaction.target_pages)
+
+    def _drop_pages(self, eviction: PageEviction) -> None:
+        request_id = eviction.request_id
+        stay, left = self._compactor.evict_pages(eviction, list(self.requests[request_id].block_ids[0]))
+        self._evicted[request_id] = eviction.evicted
+        self._set_pages(request_id, stay)
+        self._page_reports.append(PageReport(request_id, eviction.sequence, tuple(left)))
+
+    def _set_pages(self, request_id: str, pages: Sequence[int]) -> None:
+        pages = list(pages)
         self.requests[request_id].block_ids[0][:] = pages
         # A request that sat out the last step has no row; its state above is what brings it back.
         row = self.input_batch.req_id_to_index.get(request_id)
         if row is not None:
             self.input_batch.block_table.add_row((pages,), row)
+
+    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+        return self._report(super().execute_model(*args, **kwargs))
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        return self._report(super().sample_tokens(*args, **kwargs))
+
+    def _report(self, model_output: Any) -> Any:
+        """Sends along which pages left, with the step's output; None stands for one still to come."""
+        if model_output is None or not self._page_reports:
+            return model_output
+        reports, self._page_reports = self._page_reports, []
+        return with_reports(model_output, reports)
 
     def _prepare_inputs(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray) -> Any:
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)

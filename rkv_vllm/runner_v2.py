@@ -7,13 +7,16 @@ query ring) therefore lives in buffers of fixed address, which are filled anew b
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
+from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
@@ -23,7 +26,8 @@ from rkv_vllm.config import WINDOW, RkvConfig
 from rkv_vllm.gpu_compactor import GpuCompactor
 from rkv_vllm.gpu_query_window import GpuQueryWindow
 from rkv_vllm.kernels.physical import prepare_physical
-from rkv_vllm.plan import plan_of
+from rkv_vllm.page_report import PageReport, with_reports
+from rkv_vllm.plan import PageEviction, plan_of
 from rkv_vllm.policies import make_policies
 from rkv_vllm.query_rows import num_query_rows
 
@@ -50,6 +54,42 @@ class PhysicalLengths:
         self.is_real = False
 
 
+class LeftPages:
+    """Which pages left in one step, on its way from the device to the host."""
+
+    def __init__(self, evictions: Sequence[PageEviction], left: Sequence[torch.Tensor]) -> None:
+        """Starts the copy, behind what computes `left`: for each eviction int32 ids on the device."""
+        self._evictions = list(evictions)
+        self._counts = [ids.shape[0] for ids in left]
+        on_device = torch.cat(list(left))
+        self._ids = torch.empty_like(on_device, device="cpu", pin_memory=True)
+        self._ids.copy_(on_device, non_blocking=True)
+        self._copied = torch.cuda.Event(blocking=True)
+        self._copied.record()
+
+    def reports(self) -> list[PageReport]:
+        """Waits for the copy."""
+        self._copied.synchronize()
+        by_eviction = zip(self._evictions, self._ids.split(self._counts), strict=True)
+        return [PageReport(e.request_id, e.sequence, tuple(ids.tolist())) for e, ids in by_eviction]
+
+
+class ReportingOutput(AsyncModelRunnerOutput):
+    """A step's output, which vLLM asks for when it needs it, with the reports of which pages left."""
+
+    def __init__(
+        self, model_output: AsyncModelRunnerOutput | ModelRunnerOutput, left: Sequence[LeftPages]
+    ) -> None:
+        self._model_output = model_output
+        self._left = left
+
+    def get_output(self) -> ModelRunnerOutput:
+        output = self._model_output
+        if isinstance(output, AsyncModelRunnerOutput):
+            output = output.get_output()
+        return with_reports(output, [report for left in self._left for report in left.reports()])
+
+
 class CompactingRunnerV2(GPUModelRunner):
     """Model Runner V2 with compaction."""
 
@@ -57,6 +97,7 @@ class CompactingRunnerV2(GPUModelRunner):
     _query_window: GpuQueryWindow
     _compactor: GpuCompactor
     _rkv_layers: list[Attention]
+    _left_pages: list[LeftPages]
 
     # -- set-up --------------------------------------------------------------------------------------------
 
@@ -65,6 +106,7 @@ class CompactingRunnerV2(GPUModelRunner):
         vllm_config: VllmConfig = self.vllm_config
         num_rows = num_query_rows(vllm_config.scheduler_config.max_num_seqs)
         self._rkv_layers = layers
+        self._left_pages = []
         self._query_window = GpuQueryWindow(layers, num_rows, self.max_num_tokens, self.device)
         self._lengths = PhysicalLengths(self.max_num_reqs, self.max_num_tokens, self.device)
         _make_physical(self.model_state, self._lengths, self._query_window)
@@ -111,6 +153,8 @@ class CompactingRunnerV2(GPUModelRunner):
             slot = slot_of[compaction.request_id]
             lengths.evicted.np[slot] = compaction.evicted
             self.block_tables.append_block_ids(slot, (list(compaction.target_pages),), overwrite=True)
+        if plan.page_evictions:
+            self._drop_pages(plan.page_evictions)
         self._query_window.active = bool(plan.recordings)
         lengths.query_rows.np.fill(_NOT_RECORDED)
         for request_id, row in plan.recordings.items():
@@ -118,6 +162,31 @@ class CompactingRunnerV2(GPUModelRunner):
         lengths.evicted.copy_to_uva()
         lengths.query_rows.copy_to_uva()
         super().update_requests(scheduler_output)
+
+    def _drop_pages(self, evictions: Sequence[PageEviction]) -> None:
+        """Rewrites the rows of the block table on the device; how many pages stay follows from counts."""
+        slots = [self.req_states.req_id_to_index[eviction.request_id] for eviction in evictions]
+        (table,) = self.block_tables.block_tables
+        (page_size,) = self.block_tables.block_sizes
+        left = self._compactor.evict_pages(evictions, [table.gpu[slot] for slot in slots])
+        for eviction, slot in zip(evictions, slots, strict=True):
+            self._lengths.evicted.np[slot] = eviction.evicted
+            # Where vLLM appends this step's pages.
+            self.block_tables.num_blocks.np[0, slot] = cdiv(eviction.keep, page_size)
+        self._left_pages.append(LeftPages(evictions, left))
+
+    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+        return self._report(super().execute_model(*args, **kwargs))
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        return self._report(super().sample_tokens(*args, **kwargs))
+
+    def _report(self, model_output: Any) -> Any:
+        """Sends along which pages left, with the step's output; None stands for one still to come."""
+        if not self._left_pages or not isinstance(model_output, AsyncModelRunnerOutput | ModelRunnerOutput):
+            return model_output
+        left, self._left_pages = self._left_pages, []
+        return ReportingOutput(model_output, left)
 
     def prepare_attn(self, input_batch: InputBatch) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         lengths = self._lengths

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,8 +23,9 @@ from vllm.v1.request import Request, RequestStatus
 from rkv_vllm.block_manager import CompactingManager, PageMove, register_compacting_spec
 from rkv_vllm.compatibility import refuse_unsupported
 from rkv_vllm.config import BudgetRequest, RequestBudget, RkvConfig
-from rkv_vllm.lengths import RequestLengths
-from rkv_vllm.plan import Compaction, CompactionPlan, attach_plan
+from rkv_vllm.lengths import PageLengths, RequestLengths, lengths_by
+from rkv_vllm.page_report import PageReport, reports_of
+from rkv_vllm.plan import Compaction, CompactionPlan, PageEviction, Round, attach_plan
 from rkv_vllm.query_rows import QueryRows, num_query_rows
 from rkv_vllm.result import REFUSAL_KEY, RESULT_KEY, CompactionResult
 from rkv_vllm.sizing import most_slots
@@ -41,7 +43,7 @@ logger = init_logger(__name__)
 class TrackedRequest:
     """A request that is compacted, and what its result will say.
 
-    `rounds` counts compactions since it last started from nothing.
+    `rounds` counts compactions since it last started from nothing; `sequence` is of its last `PageEviction`.
     """
 
     lengths: RequestLengths
@@ -49,12 +51,13 @@ class TrackedRequest:
     compactions: int = 0
     evicted_tokens: int = 0
     peak_pages: int = 0
+    sequence: int = -1
 
     @property
     def budget(self) -> RequestBudget:
         return self.lengths.budget
 
-    def count(self, compaction: Compaction) -> None:
+    def count(self, compaction: Round) -> None:
         self.rounds += 1
         # Kept at their highest, so that a request which ends while preempted still says what happened to it.
         self.compactions = max(self.compactions, self.rounds)
@@ -72,6 +75,9 @@ class CompactingSchedulerMixin(_Scheduler):
     so that the freed pages serve this step's allocations. The workers execute the plan first thing in the
     step. Whether a request is due follows from its own counts, never from its neighbours or from sampled
     tokens.
+
+    By page, only the device knows which pages leave. They are counted as the request's until the workers'
+    report comes back with the output of the step, one or more steps later.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -91,6 +97,7 @@ class CompactingSchedulerMixin(_Scheduler):
         self._query_rows = QueryRows(num_query_rows(vllm_config.scheduler_config.max_num_seqs))
         self._tracked: dict[str, TrackedRequest] = {}
         self._refusals: list[tuple[int, EngineCoreOutput]] = []  # with the client that asked
+        self._sequences = itertools.count()
 
     # -- a request's life ----------------------------------------------------------------------------------
 
@@ -102,7 +109,9 @@ class CompactingSchedulerMixin(_Scheduler):
         # A streaming-input session edits its own past, which a compacted cache cannot follow.
         budget = None if request.resumable else self._rkv_config.resolve(self._asked_for(request))
         if budget is not None:
-            lengths = RequestLengths(request.num_prompt_tokens, budget)
+            lengths = lengths_by(
+                self._rkv_config.granularity, request.num_prompt_tokens, budget, self._manager.block_size
+            )
             self._tracked[request.request_id] = TrackedRequest(lengths)
             self._manager.bound(request.request_id, lengths.most_slots)
         self._refuse_if_too_large(request)
@@ -116,8 +125,7 @@ class CompactingSchedulerMixin(_Scheduler):
         if not request.resumable:  # a streaming-input session may grow that far
             length = min(length, request.num_prompt_tokens + request.max_tokens)
         tracked = self._tracked.get(request.request_id)
-        budget = tracked.budget if tracked else None
-        slots = most_slots(length, budget, request.num_prompt_tokens)
+        slots = most_slots(length, tracked.lengths if tracked else None)
         needed = cdiv(slots, self._manager.block_size)
         usable = self.kv_cache_manager.block_pool.num_gpu_blocks - 1  # one is vLLM's null page
         if needed <= usable:
@@ -136,17 +144,6 @@ class CompactingSchedulerMixin(_Scheduler):
         )
         self._refusals.append((request.client_index, refusal))
         self.finish_requests(request.request_id, RequestStatus.FINISHED_ERROR)
-
-    def update_from_output(
-        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
-    ) -> dict[int, EngineCoreOutputs]:
-        outputs: dict[int, EngineCoreOutputs] = super().update_from_output(
-            scheduler_output, model_runner_output
-        )
-        for client_index, refusal in self._refusals:
-            outputs.setdefault(client_index, EngineCoreOutputs()).outputs.append(refusal)
-        self._refusals.clear()
-        return outputs
 
     @staticmethod
     def _asked_for(request: Request) -> BudgetRequest:
@@ -220,7 +217,11 @@ class CompactingSchedulerMixin(_Scheduler):
         moves: list[PageMove] = []
         for request in list(self.running):
             tracked = self._tracked.get(request.request_id)
-            if tracked is not None and self._is_due(request, tracked) and self._make_room(request, tracked):
+            if tracked is None or not self._is_due(request, tracked):
+                continue
+            if isinstance(tracked.lengths, PageLengths):
+                plan.page_evictions.append(self._evict_pages(request, tracked, tracked.lengths))
+            elif self._make_room(request, tracked):
                 compaction, move = self._compact(request, tracked)
                 plan.compactions.append(compaction)
                 moves.append(move)
@@ -228,9 +229,11 @@ class CompactingSchedulerMixin(_Scheduler):
         output: SchedulerOutput = super().schedule(throttle_prefills)
         if output.preempted_req_ids:
             # Preempted after it was planned: its pages may have a new owner in this very step.
-            plan.compactions = [c for c in plan.compactions if c.request_id not in output.preempted_req_ids]
-        for compaction in plan.compactions:
-            self._tracked[compaction.request_id].count(compaction)
+            gone = output.preempted_req_ids
+            plan.compactions = [c for c in plan.compactions if c.request_id not in gone]
+            plan.page_evictions = [e for e in plan.page_evictions if e.request_id not in gone]
+        for planned in (*plan.compactions, *plan.page_evictions):
+            self._tracked[planned.request_id].count(planned)
         plan.recordings = self._recordings(output)
         attach_plan(output, plan)
         return output
@@ -277,6 +280,48 @@ class CompactingSchedulerMixin(_Scheduler):
             query_row=row,
         )
         return compaction, move
+
+    def _evict_pages(self, request: Request, tracked: TrackedRequest, lengths: PageLengths) -> PageEviction:
+        request_id, logical = request.request_id, request.num_computed_tokens
+        length = lengths.physical(logical)
+        row = self._query_rows.row_of(request_id) if tracked.budget.needs_queries else -1
+        self._query_rows.release(request_id)
+        lengths.compact(logical)
+        self._manager.stop_caching(request_id)
+        tracked.sequence = next(self._sequences)
+        return PageEviction(
+            request_id=request_id,
+            length=length,
+            keep=lengths.physical(logical),
+            evicted=lengths.evicted,
+            policy=tracked.budget.policy,
+            query_row=row,
+            sequence=tracked.sequence,
+        )
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        for report in reports_of(model_runner_output):
+            self._learn(report)
+        outputs: dict[int, EngineCoreOutputs] = super().update_from_output(
+            scheduler_output, model_runner_output
+        )
+        for client_index, refusal in self._refusals:
+            outputs.setdefault(client_index, EngineCoreOutputs()).outputs.append(refusal)
+        self._refusals.clear()
+        return outputs
+
+    def _learn(self, report: PageReport) -> None:
+        """Returns the pages that left to the pool; every step that read them has run."""
+        tracked = self._tracked.get(report.request_id)
+        if tracked is None or tracked.sequence != report.sequence:
+            return  # finished, or started again: it has nothing of what is reported
+        lengths = tracked.lengths
+        if isinstance(lengths, PageLengths) and lengths.leaving:
+            self._note_pages(tracked, self.requests[report.request_id])
+            self._manager.remove_pages(report.request_id, report.pages)
+            lengths.learn()
 
     def _recordings(self, output: SchedulerOutput) -> dict[str, int]:
         """Whose queries to record in this step, and in which row: those that took one to be scheduled."""
@@ -326,8 +371,8 @@ class CompactingSchedulerMixin(_Scheduler):
         page_size = self._manager.block_size
         for request in self.running:
             tracked = self._tracked.get(request.request_id)
-            evicted = tracked.lengths.evicted if tracked else 0
-            expected = cdiv(request.num_computed_tokens - evicted, page_size)
+            logical = request.num_computed_tokens
+            expected = cdiv(tracked.lengths.held(logical) if tracked else logical, page_size)
             held = self._manager.num_pages(request.request_id)
             assert held == expected, f"{request.request_id} holds {held} pages, not {expected}"
         self._query_rows.check_integrity()

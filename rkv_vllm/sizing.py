@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rkv_vllm.config import RequestBudget
 from rkv_vllm.lengths import RequestLengths
 
 
@@ -50,17 +49,14 @@ class Pool:
         return self.usable_pages // self.pages_for(slots)
 
 
-def most_slots(length: int, budget: RequestBudget | None, num_prompt_tokens: int = 0) -> int:
+def most_slots(length: int, lengths: RequestLengths | None) -> int:
     """Slots that a request holds at most, in tokens.
 
-    With a budget that is budget + buffer: a compaction comes first in the step after they are full, and moves
+    By token that is budget + buffer: a compaction comes first in the step after they are full, and moves
     within the request's own pages. A prompt that is longer is held whole until decoding begins.
 
     Args:
         length: tokens of the request when it ends, the prompt included.
-        budget: settings in force; None: full cache.
-        num_prompt_tokens: of these, tokens of the prompt.
+        lengths: its counts when it is new; None: full cache.
     """
-    if budget is None:
-        return length
-    return min(length, RequestLengths(num_prompt_tokens, budget).most_slots)
+    return length if lengths is None else min(length, lengths.most_slots)

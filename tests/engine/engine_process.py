@@ -29,6 +29,7 @@ class Settings:
     """
 
     rkv: bool = True
+    granularity: str = "token"
     scheduler: str | None = None
     pages: int = 512
     multiprocess: bool = False
@@ -165,6 +166,7 @@ class _Host:
             defaults = {"budget": budget, "buffer": buffer, "max_model_len_beyond_pool": True}
         else:
             max_model_len = min(max_model_len, (settings.pages - 1) * PAGE_SIZE)
+        defaults["granularity"] = settings.granularity
         rkv: dict[str, Any] = rkv_engine_args(**defaults) if settings.rkv else {}
         if settings.scheduler is not None:
             rkv["scheduler_cls"] = settings.scheduler
@@ -258,8 +260,10 @@ class _Host:
             if request.num_preemptions > self._preemptions.get(name, 0):
                 preempted.add(self._names[name])
                 self._preemptions[name] = request.num_preemptions
+        plan = plan_of(output)
+        rounds = [*plan.compactions, *plan.page_evictions]
         return Step(
-            compacted={self._names[c.request_id]: c.length for c in plan_of(output).compactions},
+            compacted={self._names[round_.request_id]: round_.length for round_ in rounds},
             preempted=frozenset(preempted),
             pages={index: len(held[request.request_id]) for index, request in running.items()},
             computed={index: request.num_computed_tokens for index, request in running.items()},

@@ -66,8 +66,13 @@ class HfReference:
         budget: int,
         buffer: int,
         policy: Literal["rkv", "recency"],
+        page_size: int | None = None,
     ) -> Teaching:
-        """Feeds prompt and tokens, compacting whenever budget + buffer slots are full in decode."""
+        """Feeds prompt and tokens, compacting whenever budget + buffer slots are full in decode.
+
+        With a `page_size`, whole pages leave, of all layers and heads alike; the budget then fills two pages
+        at least, and the threshold is above it.
+        """
         self._newest_queries.clear()
         cache = DynamicCache()
         fed = [*prompt, *tokens[:-1]]
@@ -76,9 +81,12 @@ class HfReference:
         compacted_at = []
         while done < len(fed):
             if done - evicted >= budget + buffer:
-                for layer in range(len(cache.layers)):
-                    self._compact(cache.layers[layer], layer, budget, policy)
-                evicted = done - budget
+                if page_size is None:
+                    for layer in range(len(cache.layers)):
+                        self._compact(cache.layers[layer], layer, budget, policy)
+                else:
+                    self._drop_pages(cache, budget, policy, page_size)
+                evicted = done - cache.get_seq_length()
                 compacted_at.append(done)
             end = min(len(fed), evicted + budget + buffer)
             logits.append(self._feed(fed[done:end], done, cache))
@@ -101,20 +109,38 @@ class HfReference:
 
     def _compact(self, layer_cache: Any, layer: int, budget: int, policy: str) -> None:
         keys, values = layer_cache.keys[0], layer_cache.values[0]  # [H, N, D]
+        kept = naive.kept_indices(self._scores(keys, layer, policy), budget, keys.shape[1])
+        layer_cache.keys = naive.compact(keys, kept)[None]
+        layer_cache.values = naive.compact(values, kept)[None]
+
+    def _drop_pages(self, cache: DynamicCache, budget: int, policy: str, page_size: int) -> None:
+        """Keeps as many pages as the budget fills, the partly filled last one among them."""
+        length = cache.get_seq_length()
+        by_page: dict[int, float] = {}
+        for layer, layer_cache in enumerate(cache.layers):
+            scores = self._scores(layer_cache.keys[0], layer, policy)
+            for page in range((length - WINDOW) // page_size):
+                mean = scores[:, page * page_size : (page + 1) * page_size].mean().item()
+                by_page[page] = by_page.get(page, 0.0) + mean
+        drop = -(-length // page_size) - -(-budget // page_size)
+        leaving = sorted(by_page, key=lambda page: (by_page[page], -page))[:drop]
+        kept = torch.tensor([slot for slot in range(length) if slot // page_size not in leaving])
+        for layer_cache in cache.layers:
+            layer_cache.keys = layer_cache.keys[:, :, kept]
+            layer_cache.values = layer_cache.values[:, :, kept]
+
+    def _scores(self, keys: torch.Tensor, layer: int, policy: str) -> torch.Tensor:
+        """[H, candidates] of keys [H, N, D]."""
         heads, length, _ = keys.shape
         if policy == "recency":
             age = torch.arange(length - WINDOW, dtype=torch.float64)
             age[:SINKS] = length
-            scores = age.expand(heads, -1)
-        else:
-            scores = naive.rkv_scores(
-                self._newest_queries[layer].double(),
-                keys.double(),
-                window=WINDOW,
-                lam=MIX_LAMBDA,
-                threshold=SIMILARITY,
-                pool_kernel=POOL_KERNEL,
-            )
-        kept = naive.kept_indices(scores, budget, length)
-        layer_cache.keys = naive.compact(keys, kept)[None]
-        layer_cache.values = naive.compact(values, kept)[None]
+            return age.expand(heads, -1)
+        return naive.rkv_scores(
+            self._newest_queries[layer].double(),
+            keys.double(),
+            window=WINDOW,
+            lam=MIX_LAMBDA,
+            threshold=SIMILARITY,
+            pool_kernel=POOL_KERNEL,
+        )

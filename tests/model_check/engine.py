@@ -28,6 +28,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from rkv_vllm.block_manager import CompactingSpec
 from rkv_vllm.config import BudgetRequest, RequestBudget, RkvConfig
+from rkv_vllm.page_report import reports_of
 from rkv_vllm.plan import plan_of
 from rkv_vllm.query_rows import num_query_rows
 from rkv_vllm.result import REFUSAL_KEY, RESULT_KEY, CompactionResult
@@ -52,12 +53,16 @@ class Arrival:
     def budget(self, config: RkvConfig) -> RequestBudget | None:
         return config.resolve(BudgetRequest.from_extra_args(self.extra_args))
 
-    def most_slots(self, config: RkvConfig) -> int:
+    def most_slots(self, setup: Setup) -> int:
         """Slots that it needs at once when it is alone."""
-        budget = self.budget(config)
+        budget = self.budget(setup.config)
         if budget is None:
             return len(self.prompt) + self.max_tokens
-        return min(max(len(self.prompt), budget.threshold), len(self.prompt) + self.max_tokens)
+        page_size = setup.evicted_page_size
+        most = RequestModel(len(self.prompt), budget, page_size).most_slots_by_page
+        if most is None:
+            most = max(len(self.prompt), budget.threshold)
+        return min(most, len(self.prompt) + self.max_tokens)
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,11 @@ class Setup:
     config: RkvConfig = field(default_factory=RkvConfig)
     reset_at_steps: frozenset[int] = frozenset()
     seed: int = 0
+
+    @property
+    def evicted_page_size(self) -> int | None:
+        """Tokens that leave together; None where each leaves by itself."""
+        return self.page_size if self.config.granularity == "page" else None
 
 
 @dataclass
@@ -155,7 +165,9 @@ class Engine:
         self.setup = setup
         self.scheduler = make_scheduler(setup)
         self.models = {
-            arrival.request_id: RequestModel(len(arrival.prompt), arrival.budget(setup.config))
+            arrival.request_id: RequestModel(
+                len(arrival.prompt), arrival.budget(setup.config), setup.evicted_page_size
+            )
             for arrival in arrivals
         }
         self.arrivals = {arrival.request_id: arrival for arrival in arrivals}
@@ -237,13 +249,15 @@ class Engine:
         output = self.scheduler.schedule()
         plan = plan_of(output)
         preempted = output.preempted_req_ids or set()
-        planned = {compaction.request_id for compaction in plan.compactions}
+        rounds = [*plan.compactions, *plan.page_evictions]
+        planned = {round_.request_id for round_ in rounds}
+        assert not (plan.compactions if self.setup.evicted_page_size else plan.page_evictions)
         assert planned == set(due) - preempted, (
             f"{due} were due, {planned} are planned, {preempted} preempted"
         )
         self.counts["schedules"] += 1
         self.counts["preemptions"] += len(preempted)
-        self.counts["compactions"] += len(plan.compactions)
+        self.counts["compactions"] += len(rounds)
         self.counts["dropped compactions"] += len(set(due) & preempted)
         for compaction in plan.compactions:
             heads = zip(compaction.source_pages, compaction.target_pages, strict=False)
@@ -255,10 +269,18 @@ class Engine:
 
     def _is_due(self, request: Request) -> bool:
         """Whether the definition says that the request is compacted in the coming step."""
-        due = self.models[request.request_id].due
-        return due is not None and request.num_computed_tokens >= due
+        model = self.models[request.request_id]
+        due_now = model.due is not None and request.num_computed_tokens >= model.due
+        self.counts["compactions that wait"] += due_now and model.awaited is not None
+        return due_now and model.awaited is None
 
     def _update(self, output: SchedulerOutput, model_output: ModelRunnerOutput) -> None:
+        for report in reports_of(model_output):
+            model = self.models[report.request_id]
+            held = report.request_id in self._manager.req_to_blocks and model.awaited == report.sequence
+            self.counts["late reports"] += not held
+            if model.awaited == report.sequence:
+                model.awaited = None
         for client in self.scheduler.update_from_output(output, model_output).values():
             for answer in client.outputs:
                 request_id = answer.request_id
@@ -277,7 +299,7 @@ class Engine:
     def check_pages(self) -> None:
         """Every page is in exactly one place, and counted by exactly its owners."""
         self.scheduler.check_integrity()
-        manager = self.scheduler.kv_cache_manager.coordinator.single_type_managers[0]
+        manager = self._manager
         pool = self.scheduler.kv_cache_manager.block_pool
         owners: Counter[int] = Counter()
         for request_id, pages in manager.req_to_blocks.items():
@@ -285,6 +307,8 @@ class Engine:
             assert len(set(ids)) == len(ids), f"{request_id} holds a page twice"
             owners.update(ids)
             self.peak_pages[request_id] = max(self.peak_pages[request_id], len(ids))
+            most = self.models[request_id].most_slots_by_page
+            assert most is None or len(ids) <= cdiv(most, self.setup.page_size), "too many pages are leaving"
         free = [page.block_id for page in pool.free_block_queue.get_all_free_blocks()]
         assert len(set(free)) == len(free) == pool.get_num_free_blocks(), "a page is free twice"
         assert not owners.keys() & set(free), "a page is free and owned"
@@ -295,6 +319,10 @@ class Engine:
                 assert page.ref_cnt == owners[page.block_id], (
                     f"page {page.block_id} has {page.ref_cnt} references"
                 )
+
+    @property
+    def _manager(self) -> Any:
+        return self.scheduler.kv_cache_manager.coordinator.single_type_managers[0]
 
     def check_cached_pages(self) -> None:
         """Every page that the prefix cache offers holds what its hash promises."""
@@ -339,7 +367,9 @@ class Engine:
         budget = model.budget
         assert result["budget"] == (budget.budget if budget else None)
         assert result["compactions"] == len(points)
-        assert result["evicted_tokens"] == (points[-1] - budget.budget if budget and points else 0)
+        assert result["evicted_tokens"] == model.most_evicted
+        if budget and points and self.setup.evicted_page_size is None:
+            assert model.most_evicted == points[-1] - budget.budget
         assert (result["reason"] is None) == (result["compactions"] > 0)
         length = len(self.arrivals[request_id].prompt) + len(self.tokens[request_id]) - 1
         without = cdiv(length, self.setup.page_size)

@@ -49,6 +49,21 @@ def survivors(symbols: Sequence[int], queries: Sequence[int] | None, keep: int) 
     return chosen + list(range(length - WINDOW, length))
 
 
+def kept_pages(budget: RequestBudget, page_size: int) -> int:
+    """Pages that stay in a round by page: as many as the budget fills, and at least the window's."""
+    most_of_the_window = next(n for n in range(1, 99) if (n - 1) * page_size >= WINDOW - 1)
+    return max(-(-budget.budget // page_size), most_of_the_window)
+
+
+def leaving_pages(
+    symbols: Sequence[int], queries: Sequence[int] | None, keep: int, page_size: int
+) -> list[int]:
+    """Indices of the pages that leave, so that `keep` stay: none that the window touches."""
+    num_pages, candidates = -(-len(symbols) // page_size), (len(symbols) - WINDOW) // page_size
+    chooser = random.Random(hash((tuple(symbols), tuple(queries or ()))))
+    return sorted(chooser.sample(range(candidates), num_pages - keep))
+
+
 def unshortened(tokens: Sequence[int]) -> list[int]:
     """The symbols of tokens that were computed with nothing evicted, as the prefix cache holds them."""
     symbols: list[int] = []
@@ -59,21 +74,33 @@ def unshortened(tokens: Sequence[int]) -> list[int]:
     return symbols
 
 
+def due_slots(budget: RequestBudget, page_size: int | None) -> int:
+    """Physical length of the next round in decode, straight from the definition."""
+    if page_size is None:
+        return budget.threshold
+    return max(budget.threshold, kept_pages(budget, page_size) * page_size + 1)
+
+
 @dataclass
 class RequestModel:
     """One request from its start, or its last preemption, on.
 
-    `symbols` are the slots in order; `points` the logical lengths at which it was compacted since it last
-    started from nothing, the last of its `lives`.
+    `page_size` is that of an engine which evicts whole pages, and None of one which evicts tokens. `symbols`
+    are the slots in order; `points` the logical lengths at which it was compacted since it last started from
+    nothing, the last of its `lives`; `awaited` the sequence of the page eviction whose report has not come
+    back, if any; `most_evicted` tokens over all lives.
     """
 
     num_prompt_tokens: int
     budget: RequestBudget | None
+    page_size: int | None = None
     symbols: list[int] = field(default_factory=list)
     logical: int = 0
     attended: int = NOTHING
     points: list[int] = field(default_factory=list)
     lives: list[list[int]] = field(default_factory=list)
+    awaited: int | None = None
+    most_evicted: int = 0
 
     @property
     def due(self) -> int | None:
@@ -81,7 +108,14 @@ class RequestModel:
         if self.budget is None:
             return None
         evicted = self.logical - len(self.symbols)
-        return max(self.num_prompt_tokens, evicted + self.budget.budget + self.budget.buffer)
+        return max(self.num_prompt_tokens, evicted + due_slots(self.budget, self.page_size))
+
+    @property
+    def most_slots_by_page(self) -> int | None:
+        """Slots that it may hold, of pages that are leaving too: one page more than at its largest."""
+        if self.budget is None or self.page_size is None:
+            return None
+        return max(self.num_prompt_tokens, due_slots(self.budget, self.page_size)) + self.page_size
 
     def start(self, cached: Sequence[int]) -> None:
         """From nothing, with these tokens adopted from the prefix cache."""
@@ -90,6 +124,7 @@ class RequestModel:
         self.attended = attend_all(self.symbols)
         self.lives.append([])
         self.points = self.lives[-1]
+        self.awaited = None
 
     def compute(self, tokens: Sequence[int]) -> None:
         for token in tokens:
@@ -102,9 +137,16 @@ class RequestModel:
         assert self.logical == self.due, f"compacted at {self.logical}, but it was due at {self.due}"
         self.points.append(self.logical)
         queries = self.symbols[-WINDOW:] if self.budget.needs_queries else None
-        kept = survivors(self.symbols, queries, self.budget.budget)
+        if self.page_size is None:
+            kept = survivors(self.symbols, queries, self.budget.budget)
+        else:
+            keep = kept_pages(self.budget, self.page_size)
+            left = leaving_pages(self.symbols, queries, keep, self.page_size)
+            kept = [slot for slot in range(len(self.symbols)) if slot // self.page_size not in left]
+            assert len(kept) <= keep * self.page_size
         self.symbols = [self.symbols[slot] for slot in kept]
         self.attended = attend_all(self.symbols)
+        self.most_evicted = max(self.most_evicted, self.logical - len(self.symbols))
 
     def reached(self) -> list[int]:
         """The compaction points of all its lives, each of which began as the longest one did."""

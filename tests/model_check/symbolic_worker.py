@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from request_model import RequestModel, sampled_token, survivors
+from request_model import RequestModel, leaving_pages, sampled_token, survivors
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
 from rkv_vllm.config import WINDOW
-from rkv_vllm.plan import Compaction
+from rkv_vllm.plan import Compaction, PageEviction, Round
 from rkv_vllm.runner_v1 import CompactingCpuRunner
 
 #: In a slot or query place that nobody wrote.
@@ -73,16 +73,30 @@ class SymbolicCompactor:
         """Newest first, to show that the order does not matter: a device runs them side by side."""
         self._check_apart(compactions)
         for compaction in reversed(compactions):
-            model = self._models[compaction.request_id]
-            who = f"{compaction.request_id} at logical length {model.logical}"
-            assert compaction.logical_length == model.logical, f"{who}: {compaction}"
-            assert model.budget is not None and compaction.policy == model.budget.policy
-            symbols = self._memory.read(compaction.source_pages, compaction.length)
-            assert symbols == model.symbols, f"{who}: the plan's source pages hold something else"
-            queries = self._queries(compaction, model, who) if model.budget.needs_queries else None
+            symbols, queries = self._find(compaction, compaction.source_pages)
             kept = survivors(symbols, queries, compaction.keep)
             self._memory.write(compaction.target_pages, [symbols[slot] for slot in kept])
-            model.compact()
+            self._models[compaction.request_id].compact()
+
+    def evict_pages(self, eviction: PageEviction, pages: list[int]) -> tuple[list[int], list[int]]:
+        symbols, queries = self._find(eviction, tuple(pages))
+        size, model = self._memory.page_size, self._models[eviction.request_id]
+        left = leaving_pages(symbols, queries, -(-eviction.keep // size), size)
+        model.compact()
+        assert len(model.symbols) == eviction.keep
+        model.awaited = eviction.sequence
+        stay = [page for index, page in enumerate(pages) if index not in left]
+        return stay, [pages[index] for index in left]
+
+    def _find(self, round_: Round, pages: tuple[int, ...]) -> tuple[list[int], list[int] | None]:
+        """Contents and queries of the request, which are what its model has."""
+        model = self._models[round_.request_id]
+        who = f"{round_.request_id} at logical length {model.logical}"
+        assert round_.logical_length == model.logical, f"{who}: {round_}"
+        assert model.budget is not None and round_.policy == model.budget.policy
+        symbols = self._memory.read(pages, round_.length)
+        assert symbols == model.symbols, f"{who}: its pages hold something else"
+        return symbols, self._queries(round_, model, who) if model.budget.needs_queries else None
 
     @staticmethod
     def _check_apart(compactions: list[Compaction]) -> None:
@@ -92,11 +106,11 @@ class SymbolicCompactor:
                     both = set(one.target_pages) & set(other.source_pages + other.target_pages)
                     assert not both, f"{one.request_id} writes pages {both} of {other.request_id}"
 
-    def _queries(self, compaction: Compaction, model: RequestModel, who: str) -> list[int]:
+    def _queries(self, round_: Round, model: RequestModel, who: str) -> list[int]:
         """The window's queries, oldest first, found where position modulo `WINDOW` says."""
-        assert compaction.query_row >= 0, f"{who}: no query row"
+        assert round_.query_row >= 0, f"{who}: no query row"
         newest = range(model.logical - WINDOW, model.logical)
-        queries = [self._memory.queries[compaction.query_row * WINDOW + p % WINDOW] for p in newest]
+        queries = [self._memory.queries[round_.query_row * WINDOW + p % WINDOW] for p in newest]
         assert queries == model.symbols[-WINDOW:], f"{who}: the query row does not hold its newest queries"
         return queries
 
@@ -252,6 +266,7 @@ class SymbolicRunner(over(HostRunner, CompactingCpuRunner)):  # type: ignore[mis
     def __init__(self, memory: Memory, models: dict[str, RequestModel], runs_ahead: bool) -> None:
         HostRunner.__init__(self, memory.page_size, runs_ahead)
         self._evicted = {}
+        self._page_reports = []
         self._memory = memory
         self._models = models
         self._query_window: Any = SymbolicQueryWindow(memory)
@@ -265,13 +280,15 @@ class SymbolicRunner(over(HostRunner, CompactingCpuRunner)):  # type: ignore[mis
             self._start_model(request_id)
         request_ids = self.input_batch.req_ids
         if not request_ids:
-            return ModelRunnerOutput(req_ids=[], req_id_to_index={})
+            return self._report(EMPTY_MODEL_RUNNER_OUTPUT)
         counts = [scheduler_output.num_scheduled_tokens[request_id] for request_id in request_ids]
         self._prepare_inputs(scheduler_output, np.array(counts, dtype=np.int32))
-        return ModelRunnerOutput(
-            req_ids=list(request_ids),
-            req_id_to_index=dict(self.input_batch.req_id_to_index),
-            sampled_token_ids=self._forward(counts),
+        return self._report(
+            ModelRunnerOutput(
+                req_ids=list(request_ids),
+                req_id_to_index=dict(self.input_batch.req_id_to_index),
+                sampled_token_ids=self._forward(counts),
+            )
         )
 
     def _start_model(self, request_id: str) -> None:

@@ -13,11 +13,11 @@ from engine import Engine
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-from workload import random_arrivals, random_setup
+from workload import by_page, random_arrivals, random_setup
 
 from rkv_vllm.block_manager import CompactingManager
 from rkv_vllm.config import WINDOW
-from rkv_vllm.lengths import RequestLengths
+from rkv_vllm.lengths import PageLengths, RequestLengths
 from rkv_vllm.query_rows import QueryRows
 from rkv_vllm.scheduler import CompactingSchedulerMixin, TrackedRequest
 
@@ -148,19 +148,76 @@ def _compact_after_the_pages_were_given_away(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(symbolic_worker.SymbolicRunner, "execute", execute_late)
 
 
+def by_page_guess_which_pages_left(patch: pytest.MonkeyPatch) -> None:
+    remove = CompactingManager.remove_pages
+
+    def remove_oldest(manager: CompactingManager, request_id: str, page_ids: tuple[int, ...]) -> None:
+        pages = manager.req_to_blocks[request_id][: len(page_ids)]
+        remove(manager, request_id, [page.block_id for page in pages])
+
+    patch.setattr(CompactingManager, "remove_pages", remove_oldest)
+
+
+def by_page_forget_reports(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(CompactingSchedulerMixin, "_learn", lambda scheduler, report: None)
+
+
+def by_page_keep_the_pages_that_left(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(CompactingManager, "remove_pages", lambda manager, request_id, page_ids: None)
+
+
+def by_page_go_on_caching(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(CompactingManager, "cache_blocks", FullAttentionManager.cache_blocks)
+
+
+def by_page_keep_leaving_pages_of_a_preempted_request(patch: pytest.MonkeyPatch) -> None:
+    def restart(lengths: PageLengths) -> None:
+        lengths.evicted = 0
+
+    patch.setattr(PageLengths, "restart", restart)
+
+
+def by_page_take_pages_while_others_are_leaving(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(PageLengths, "end_of_chunk", RequestLengths.end_of_chunk)
+
+
+def by_page_plan_again_before_the_report(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(PageLengths, "is_due", RequestLengths.is_due)
+
+
+def by_page_drop_a_page_of_the_window(patch: pytest.MonkeyPatch) -> None:
+    leaving = symbolic_worker.leaving_pages
+
+    def newest(symbols: Any, queries: Any, keep: int, page_size: int) -> list[int]:
+        left = leaving(symbols, queries, keep, page_size)
+        return [*left[:-1], (len(symbols) - 1) // page_size]
+
+    patch.setattr(symbolic_worker, "leaving_pages", newest)
+
+
+def by_page_leave_the_batch_row_as_it_was(patch: pytest.MonkeyPatch) -> None:
+    def set_pages(runner: Any, request_id: str, pages: Any) -> None:
+        runner.requests[request_id].block_ids[0][:] = pages
+
+    patch.setattr(symbolic_worker.SymbolicRunner, "_set_pages", set_pages)
+
+
 BREAKS: tuple[Break, ...] = tuple(
     breaks
     for name, breaks in list(globals().items())
     if name.startswith("_") and callable(breaks) and getattr(breaks, "__module__", None) == __name__
 )
+BREAKS_BY_PAGE: tuple[Break, ...] = tuple(
+    breaks for name, breaks in list(globals().items()) if name.startswith("by_page_")
+)
 
 
-def _runs() -> int:
+def _runs(pages: bool = False) -> int:
     for seed in range(MOST_RUNS):
         chance = random.Random(seed)
         arrivals = random_arrivals(chance, count=8)
         setup = replace(random_setup(chance, arrivals), depth=1 + seed % 3)
-        Engine(setup, arrivals).run(most_steps=2_000)
+        Engine(by_page(setup, arrivals) if pages else setup, arrivals).run(most_steps=2_000)
     return MOST_RUNS
 
 
@@ -170,3 +227,11 @@ def test_a_broken_rule_is_noticed(breaks: Break, monkeypatch: pytest.MonkeyPatch
     breaks(monkeypatch)
     with pytest.raises((AssertionError, ValueError, KeyError, IndexError)):
         _runs()
+
+
+@pytest.mark.parametrize("breaks", BREAKS_BY_PAGE, ids=lambda breaks: breaks.__name__)
+def test_a_broken_rule_by_page_is_noticed(breaks: Break, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves the same of the rules by which whole pages leave."""
+    breaks(monkeypatch)
+    with pytest.raises((AssertionError, ValueError, KeyError, IndexError)):
+        _runs(pages=True)

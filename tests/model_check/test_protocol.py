@@ -11,10 +11,12 @@ from engine import Arrival, Engine, Outcome, Setup, make_scheduler
 from request_model import VOCABULARY
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
-from workload import random_arrivals, random_setup, smallest_pool
+from workload import by_page, random_arrivals, random_setup, smallest_pool
 
 from rkv_vllm import scheduler as scheduler_module
 from rkv_vllm.config import RkvConfig
+from rkv_vllm.page_report import PageReport
+from rkv_vllm.plan import plan_of
 
 RUNS_PER_TEST = 8
 
@@ -58,18 +60,39 @@ def test_what_the_pool_cannot_hold_is_refused_alone(depth: int) -> None:
     )
 
 
+@pytest.mark.parametrize("first_seed", range(0, 24, RUNS_PER_TEST))
+def test_every_slot_holds_what_it_should_by_page(first_seed: int, totals: Counter[str]) -> None:
+    """Proves the same where whole pages leave, which the scheduler learns one to three steps late."""
+    seen: Counter[str] = Counter()
+    for seed in range(first_seed, first_seed + RUNS_PER_TEST):
+        chance = random.Random(seed)
+        arrivals = random_arrivals(chance, count=chance.randrange(4, 14), by_step=True)
+        setup = replace(
+            by_page(random_setup(chance, arrivals), arrivals),
+            depth=1 + seed % 3,
+            reset_at_steps=frozenset(chance.sample(range(200), chance.choice((0, 0, 2)))),
+        )
+        seen += Engine(setup, arrivals).run().counts
+    totals.update(seen, runs=RUNS_PER_TEST)
+    assert all(seen[what] for what in ("compactions", "late reports", "preemptions", "replayed compactions"))
+
+
 def alone(setup: Setup, arrival: Arrival) -> Outcome:
     """The request in an engine of its own, with room for everything."""
     setup = replace(setup, num_pages=100, depth=1, prefix_caching=False, priorities=False)
     return Engine(setup, [replace(arrival, at_step=0)]).run()
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_answers_are_those_of_the_request_alone(seed: int, totals: Counter[str]) -> None:
+@pytest.mark.parametrize(
+    ("seed", "granularity"), [*((seed, "token") for seed in range(6)), (1, "page"), (5, "page")]
+)
+def test_answers_are_those_of_the_request_alone(seed: int, granularity: str, totals: Counter[str]) -> None:
     """Proves that tokens and compaction points depend on no neighbour, pool, preemption, reset or depth."""
     chance = random.Random(1000 + seed)
     arrivals = random_arrivals(chance, count=8)
     setup = random_setup(chance, arrivals)
+    if granularity == "page":
+        setup = by_page(setup, arrivals)
     expected = [alone(setup, arrival) for arrival in arrivals]
     tokens = {request_id: said for outcome in expected for request_id, said in outcome.tokens.items()}
     points = {request_id: at for outcome in expected for request_id, at in outcome.points.items()}
@@ -102,6 +125,47 @@ def test_compaction_points_follow_from_the_definition() -> None:
 
 def prompt(length: int, start: int = 1) -> tuple[int, ...]:
     return tuple(1 + (start * 31 + 7 * index) % (VOCABULARY - 1) for index in range(length))
+
+
+def test_page_evictions_follow_from_the_definition() -> None:
+    """Proves that whole pages leave at the prompt's end or budget + buffer, then page by page."""
+    budget = {"rkv_budget": 40, "rkv_buffer": 20, "rkv_policy": "rkv"}  # 3 pages of 16 stay, due at 60 slots
+    for length, first, second in ((10, 60, 76), (60, 60, 76), (90, 90, 108)):
+        arrival = Arrival("one", tuple(range(1, length + 1)), 100, budget)
+        setup = Setup(
+            num_pages=40, max_num_batched_tokens=32, config=RkvConfig(granularity="page", policy="keydiff")
+        )
+        outcome = Engine(setup, [arrival]).run()
+        last = length + len(outcome.tokens["one"]) - 2
+        assert outcome.points["one"] == [first, *range(second, last + 1, 16)]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_request_outgrows_the_pool_by_page(depth: int) -> None:
+    """Proves that pages which are leaving do not stop a request that has the smallest pool for itself."""
+    arrivals = [Arrival(f"{i}", prompt(20, i), 240, {"rkv_budget": 24, "rkv_buffer": 8}) for i in range(4)]
+    config = RkvConfig(policy="keydiff", granularity="page")
+    setup = Setup(num_pages=5, depth=depth, max_num_seqs=1, config=config)
+    outcome = Engine(setup, arrivals).run()
+    assert max(map(len, outcome.tokens.values())) > 5 * setup.page_size
+    assert outcome.counts["preemptions"] == 0
+
+
+def test_a_report_of_an_earlier_life_is_ignored() -> None:
+    """Proves that a report which is not that of the request's newest eviction frees no page."""
+    arrival = Arrival("one", prompt(60), 20, {"rkv_budget": 24, "rkv_buffer": 8, "rkv_policy": "recency"})
+    engine = Engine(Setup(num_pages=20, config=RkvConfig(granularity="page")), [arrival])
+    engine._add(arrival)
+    engine._one_step()
+    output = engine.schedule()
+    (eviction,) = plan_of(output).page_evictions
+    held = list(engine._manager.req_to_blocks["one"])
+    oldest = tuple(page.block_id for page in held[:2])
+    engine.scheduler._learn(PageReport("one", eviction.sequence - 1, oldest))
+    engine.scheduler._learn(PageReport("another", eviction.sequence, oldest))
+    assert engine._manager.req_to_blocks["one"] == held
+    engine._update(output, engine.runner.execute(output))
+    assert len(engine._manager.req_to_blocks["one"]) == len(held) - 2
 
 
 def test_a_request_outgrows_the_pool() -> None:

@@ -68,9 +68,16 @@ def random_setup(chance: random.Random, arrivals: list[Arrival]) -> Setup:
     return replace(setup, num_pages=smallest_pool(setup, arrivals) + chance.choice((0, 0, 1, 2, 4, 8)))
 
 
+def by_page(setup: Setup, arrivals: list[Arrival]) -> Setup:
+    """The same engine, but whole pages leave; as many pages above the smallest pool."""
+    paged = replace(setup, config=setup.config.model_copy(update={"granularity": "page"}))
+    spare = setup.num_pages - smallest_pool(setup, arrivals)
+    return replace(paged, num_pages=smallest_pool(paged, arrivals) + spare)
+
+
 def smallest_pool(setup: Setup, arrivals: list[Arrival]) -> int:
     """Pages with which each request can finish when it is alone, and the null page."""
-    return max(cdiv(arrival.most_slots(setup.config), setup.page_size) for arrival in arrivals) + 1
+    return max(cdiv(arrival.most_slots(setup), setup.page_size) for arrival in arrivals) + 1
 
 
 def _tokens(chance: random.Random, count: int) -> tuple[int, ...]:

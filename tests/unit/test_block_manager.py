@@ -236,6 +236,28 @@ def test_compacted_pages_are_not_cached() -> None:
     assert all(page.block_hash is None for page in house.manager.req_to_blocks["a"])
 
 
+def test_pages_that_left_are_returned_and_the_others_keep_their_order() -> None:
+    """Proves that removed pages are free, or still the sharer's, with their cache entries, and that the rest
+    is counted physically and cached no more."""
+    house = House(20)
+    house.start("a", 22, kind=1)
+    house.start("b", 9, kind=1)  # shares two pages
+    before, hashes = house.pages("a"), [page.block_hash for page in house.manager.req_to_blocks["a"]]
+    house.manager.stop_caching("a")
+    house.grow("a", 3)
+    assert house.manager.req_to_blocks["a"][5].block_hash is None  # full only after caching stopped
+    assert house.missing("a", 29) == 1
+    house.manager.remove_pages("a", [before[1], before[3]])
+    house.evicted["a"] = 2 * PAGE
+    house.check()
+    assert house.pages("a")[:4] == [before[0], before[2], before[4], before[5]]
+    assert before[3] in house.free_pages() and before[1] in house.pages("b")
+    assert [house.pool.blocks[before[i]].block_hash for i in (1, 3)] == [hashes[1], hashes[3]]
+    assert house.missing("a", 29) == 1
+    with pytest.raises(AssertionError, match="does not hold"):
+        house.manager.remove_pages("a", [before[3]])
+
+
 def test_admission_reckons_with_the_most_slots() -> None:
     """Proves that the cap bounds what a long request must find free at admission, while it is set."""
     house = House(4)

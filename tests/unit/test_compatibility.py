@@ -22,8 +22,12 @@ def configuration(**changes: Any) -> Any:
         kv_transfer_config=None,
         cache_config=SimpleNamespace(kv_offloading_size=None, cache_dtype="auto"),
         parallel_config=SimpleNamespace(
-            decode_context_parallel_size=1, prefill_context_parallel_size=1, use_ubatching=False
+            decode_context_parallel_size=1,
+            prefill_context_parallel_size=1,
+            use_ubatching=False,
+            world_size=1,
         ),
+        additional_config={"rkv": {}},
         model_config=SimpleNamespace(
             use_mla=False,
             is_encoder_decoder=False,
@@ -50,6 +54,10 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("micro-batching (dual batch overlap)", {"parallel_config__use_ubatching": True}),
     ("quantised KV cache", {"cache_config__cache_dtype": "fp8"}),
     ("multi-head latent attention", {"model_config__use_mla": True}),
+    (
+        "page granularity with tensor or pipeline parallelism",
+        {"parallel_config__world_size": 2, "additional_config": {"rkv": {"granularity": "page"}}},
+    ),
     *(
         (
             "encoder-decoder, diffusion, state-space and pooling models",
@@ -79,6 +87,12 @@ def test_each_refused_feature_is_refused(feature: str, change: dict[str, Any]) -
     with pytest.raises(ValueError) as refused:
         refuse_unsupported(configuration(**change))
     assert str(refused.value).splitlines()[1:] == [f"  - {feature} is not supported: {remark}"]
+
+
+def test_several_ranks_are_refused_for_pages_only() -> None:
+    """Proves that tensor and pipeline parallelism pass by token, and one rank passes by page."""
+    refuse_unsupported(configuration(parallel_config__world_size=2))
+    refuse_unsupported(configuration(additional_config={"rkv": {"granularity": "page"}}))
 
 
 def test_every_feature_that_can_be_seen_is_tested() -> None:

@@ -31,6 +31,8 @@ from rkv_vllm.config import POLICY_NAMES, WINDOW, BudgetRequest, RequestBudget, 
         ("mix_lambda", float("nan")),
         ("max_model_len_beyond_pool", "perhaps"),
         ("max_model_len_beyond_pool", True),
+        ("granularity", "layer"),
+        ("granularity", None),
         ("colour", "red"),
     ],
 )

@@ -23,6 +23,7 @@ SETTINGS: dict[str, Any] = {
     "policy": "keydiff",
     "mix_lambda": 0.25,
     "max_model_len_beyond_pool": True,
+    "granularity": "page",
 }
 
 

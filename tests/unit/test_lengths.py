@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rkv_vllm.config import WINDOW, RequestBudget
-from rkv_vllm.lengths import RequestLengths
+from rkv_vllm.lengths import PageLengths, RequestLengths
 
 prompts = st.integers(1, 300)
 budgets = st.builds(RequestBudget, st.integers(WINDOW + 1, 200), st.integers(WINDOW, 100), st.just("rkv"))
@@ -74,3 +74,57 @@ def test_window_is_computed_here(prompt: int, budget: RequestBudget) -> None:
 def test_most_slots(prompt: int, slots: int) -> None:
     """Proves the bound that admission reckons with."""
     assert RequestLengths(prompt, RequestBudget(64, 32, "rkv")).most_slots == slots
+
+
+page_sizes = st.sampled_from([1, 4, 8, 16, 32, 128])
+
+
+@pytest.mark.parametrize(
+    ("budget", "buffer", "page", "kept", "due"),
+    [
+        (256, 128, 16, 16, 384),
+        (250, 128, 16, 16, 378),
+        (24, 8, 16, 2, 33),
+        (9, 8, 16, 2, 33),
+        (9, 8, 4, 3, 17),
+    ],
+)
+def test_pages_of_a_budget(budget: int, buffer: int, page: int, kept: int, due: int) -> None:
+    """Proves that a budget is rounded up to whole pages, to the window's at least, and that one can leave."""
+    lengths = PageLengths(1, RequestBudget(budget, buffer, "rkv"), page_size=page)
+    assert (lengths.kept_pages, lengths.due_slots) == (kept, due)
+
+
+@given(prompts, budgets, page_sizes)
+def test_whole_pages_leave(prompt: int, budget: RequestBudget, page: int) -> None:
+    """Proves that a round leaves the budget's pages, none of the window's go, and what is held is bounded."""
+    lengths = PageLengths(prompt, budget, page_size=page)
+    logical = lengths.next_due
+    for _ in range(4):
+        assert lengths.next_due == logical and lengths.is_due(logical)
+        before = lengths.physical(logical)
+        assert lengths.held(logical) == before
+        lengths.compact(logical)
+        after = lengths.physical(logical)
+        assert lengths.leaving * page == before - after > 0
+        assert (lengths.kept_pages - 1) * page < after <= lengths.kept_pages * page
+        assert lengths.leaving <= (before - WINDOW) // page  # pages that hold no token of the window
+        assert lengths.held(logical) == before <= lengths.most_slots - page
+        chunk = lengths.end_of_chunk(logical, 10_000)
+        assert chunk >= 1 and lengths.held(logical + chunk) <= lengths.most_slots
+        assert not lengths.is_due(lengths.next_due)  # before the report
+        lengths.learn()
+        assert lengths.held(logical) == after
+        assert not lengths.is_due(logical)
+        logical += lengths.end_of_chunk(logical, 10_000)
+
+
+@given(prompts, budgets, page_sizes)
+def test_a_restart_forgets_leaving_pages(prompt: int, budget: RequestBudget, page: int) -> None:
+    """Proves that a preempted request waits for no report, and is due where it first was."""
+    lengths = PageLengths(prompt, budget, page_size=page)
+    first = lengths.next_due
+    lengths.compact(first)
+    lengths.restart()
+    assert (lengths.evicted, lengths.leaving) == (0, 0)
+    assert lengths.next_due == first and lengths.is_due(first)

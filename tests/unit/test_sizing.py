@@ -7,6 +7,7 @@ import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from rkv_vllm.config import RequestBudget
+from rkv_vllm.lengths import RequestLengths
 from rkv_vllm.sizing import KvShape, Pool, most_slots
 
 BUDGET = RequestBudget(budget=512, buffer=128, policy="rkv")
@@ -49,4 +50,5 @@ def test_requests_that_fit(slots: int, pages: int, requests: int) -> None:
 )
 def test_most_slots(length: int, budget: RequestBudget | None, prompt: int, slots: int) -> None:
     """Proves that a request holds its length, its budget and buffer, or its prompt, whichever bounds it."""
-    assert most_slots(length, budget, prompt) == slots
+    lengths = None if budget is None else RequestLengths(prompt, budget)
+    assert most_slots(length, lengths) == slots

@@ -1,0 +1,102 @@
+"""Whole pages leave: the same guarantees as by token, on one engine with a small pool."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import ceil
+from pathlib import Path
+
+import pytest
+import texts
+import torch
+from engine_process import ABOVE_ANY_LENGTH, PAGE_SIZE, Ask, Engine, Run, Settings
+from hf_reference import HfReference
+
+Encode = Callable[[str], list[int]]
+
+PAGES = 31
+TOKENS = 140
+#: Prompt, budget, buffer, policy.
+CASES = {
+    "numbers": (texts.multiples(7), 64, 24, "rkv"),
+    "prose": (texts.KING, 96, 8, "recency"),
+    "long prompt": (texts.squares(16), 80, 40, "rkv"),
+}
+
+
+@pytest.fixture(scope="module")
+def paged(start_engine: Callable[[Settings], Engine]) -> Engine:
+    return start_engine(Settings(granularity="page", pages=PAGES))
+
+
+@pytest.fixture(scope="module")
+def asks(encode: Encode) -> dict[str, Ask]:
+    return {
+        case: Ask(encode(prompt), TOKENS, {"rkv_budget": budget, "rkv_buffer": buffer, "rkv_policy": policy})
+        for case, (prompt, budget, buffer, policy) in CASES.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def run(paged: Engine, asks: dict[str, Ask]) -> Run:
+    return paged.run(list(asks.values()))
+
+
+def test_budget_above_the_length_is_stock(paged: Engine, stock: Engine, encode: Encode) -> None:
+    """Requests that never reach their budget get stock's tokens and logprobs to the bit."""
+    prompts = [encode(text) for text in (texts.multiples(7), texts.COUNTDOWN)]
+    expected = stock.submit([Ask(prompt, 60) for prompt in prompts])
+    found = paged.run([Ask(prompt, 60, {"rkv_budget": ABOVE_ANY_LENGTH}) for prompt in prompts])
+
+    for answer, stock_answer in zip(found.answers, expected.result().answers, strict=True):
+        assert answer.tokens == stock_answer.tokens
+        assert answer.logprobs == stock_answer.logprobs
+    assert not any(step.compacted for step in found.steps)
+
+
+def test_generation_equals_transformers(model: Path, asks: dict[str, Ask], run: Run) -> None:
+    """Every token is the one that transformers predicts with the same pages cut out of its cache."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    reference = HfReference(model)
+    for case, ask, answer in zip(asks, asks.values(), run.answers, strict=True):
+        _, budget, buffer, policy = CASES[case]
+        teaching = reference.teach(
+            ask.prompt, answer.tokens, budget=budget, buffer=buffer, policy=policy, page_size=PAGE_SIZE
+        )
+        chosen = teaching.logprobs.gather(1, torch.tensor(answer.tokens).unsqueeze(1)).squeeze(1)
+        assert len(teaching.compacted_at) == answer.result["compactions"] >= 2
+        assert teaching.logprobs.argmax(dim=-1).tolist() == answer.tokens
+        assert (chosen - torch.tensor(answer.logprobs)).abs().max().item() < 1e-3
+    torch.set_num_threads(threads)
+
+
+def test_820_tokens_within_a_budget_of_256(paged: Engine, encode: Encode) -> None:
+    """A request of 820 tokens never holds more than budget + buffer and one page, and says what happened."""
+    ask = Ask(encode(texts.squares(40))[:380], 440, {"rkv_budget": 256, "rkv_buffer": 128})
+    alone = paged.run([ask])
+
+    assert [step.compacted[0] for step in alone.steps if step.compacted] == [384] * 4
+    assert max(step.pages[0] for step in alone.steps) <= (256 + 128) // PAGE_SIZE + 1
+    assert [step.pages[0] for step in alone.steps][-1] <= (256 + 128) // PAGE_SIZE
+    result = alone.answers[0].result
+    assert (result["compactions"], result["evicted_tokens"]) == (4, 4 * 128)
+    assert result["peak_pages"] == max(step.pages[0] for step in alone.steps)
+    assert result["pages_without_compaction"] == ceil(819 / PAGE_SIZE)
+
+
+def test_preempted_requests_replay_their_evictions(paged: Engine, asks: dict[str, Ask], run: Run) -> None:
+    """Requests that lose all pages after an eviction end as in a run without preemption."""
+    growing = Ask(asks["long prompt"].prompt, 130, {"rkv_budget": 0})
+    crowd = paged.run([growing, growing, *asks.values()])
+
+    assert run.preemptions() == 0
+    preempted = {index for step in crowd.steps for index in step.preempted}
+    again = [
+        index for index in preempted if index >= 2 and crowd.compactions(index) > run.compactions(index - 2)
+    ]
+    assert again, "no request was preempted after an eviction"
+    for answer, expected in zip(crowd.answers[2:], run.answers, strict=True):
+        assert answer.tokens == expected.tokens
+        assert answer.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+        assert answer.result["evicted_tokens"] == expected.result["evicted_tokens"]

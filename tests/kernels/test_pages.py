@@ -1,0 +1,110 @@
+"""Which pages leave: chosen by score, dropped from a block table, and scored from that table."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from rkv_vllm.config import WINDOW, PolicyName, RkvConfig
+from rkv_vllm.gpu_compactor import GpuCompactor
+from rkv_vllm.kernels import naive
+from rkv_vllm.kernels.pages import choose_pages, drop_pages
+from rkv_vllm.plan import PageEviction
+from rkv_vllm.policies import ScoreInputs, make_policies
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PAGE = 16
+
+
+@pytest.mark.parametrize(
+    ("scores", "drop", "leave"),
+    [
+        ([3.0, 1.0, 2.0, 0.0], 2, [1, 3]),
+        ([3.0, 1.0, 2.0, 0.0], 0, []),
+        ([3.0, 1.0], 2, [0, 1]),
+        ([1.0, 1.0, 1.0], 1, [2]),  # of equals the older stay
+        ([math.inf, -1.0, math.nan, -2.0], 1, [2]),
+    ],
+)
+def test_pages_of_lowest_score_leave(scores: list[float], drop: int, leave: list[int]) -> None:
+    """Proves which pages leave, with ties and NaN, and that both answers are ascending and miss none."""
+    stay, left = choose_pages(torch.tensor(scores, device=DEVICE), drop)
+    assert left.tolist() == leave
+    assert stay.tolist() == [page for page in range(len(scores)) if page not in leave]
+
+
+def test_more_pages_than_there_are_cannot_leave() -> None:
+    """Proves that an impossible count is refused."""
+    with pytest.raises(ValueError, match="cannot drop 3 of 2 pages"):
+        choose_pages(torch.zeros(2, device=DEVICE), 3)
+
+
+def test_a_row_closes_its_gaps() -> None:
+    """Proves that the other pages move up in order, and that the ids of those that left come back."""
+    row = torch.tensor([40, 41, 42, 43, 44, 99], dtype=torch.int32, device=DEVICE)
+    left = drop_pages(row[:5], torch.tensor([0, 3], device=DEVICE), torch.tensor([1, 2, 4], device=DEVICE))
+    assert left.tolist() == [40, 43]
+    assert row[:3].tolist() == [41, 42, 44]
+    assert row[5] == 99
+
+
+def test_the_gpu_compactor_drops_the_pages_of_the_definition() -> None:
+    """Proves for every policy, in one batch, that the lowest means over tokens, heads and layers leave."""
+    generator = torch.Generator().manual_seed(3)
+    layers = [torch.randn(40, 2, PAGE, 64, generator=generator).to(DEVICE) for _ in range(2)]
+    queries = torch.randn(2, 5, WINDOW, 4, 32, generator=generator).to(DEVICE)
+    config, scale = RkvConfig(granularity="page", mix_lambda=0.3), 32**-0.5
+    policies = make_policies(config)
+    compactor = GpuCompactor(layers, queries, scale, config, policies)
+    rounds: list[tuple[PolicyName, int, int]] = [
+        ("rkv", 121, 3),  # policy, length, pages that stay; the window lies on two pages
+        ("keydiff", 80, 2),
+        ("snapkv", 64, 3),
+        ("recency", 100, 4),
+        ("random", 97, 4),
+        ("rkv", 72, 4),
+    ]
+    ids = torch.randperm(40, generator=generator).tolist()
+    table = torch.full((9, 10), 39, dtype=torch.int32, device=DEVICE)
+    evictions, before = [], []
+    for index, (policy, length, keep) in enumerate(rounds):
+        pages = -(-length // PAGE)
+        before.append([ids.pop() for _ in range(pages)])
+        table[index + 2, :pages] = torch.tensor(before[-1], dtype=torch.int32)
+        dropped = pages - keep
+        evictions.append(
+            PageEviction(
+                request_id=str(index),
+                length=length,
+                keep=length - dropped * PAGE,
+                evicted=dropped * PAGE,
+                policy=policy,
+                query_row=index % 5 if policy in ("rkv", "snapkv") else -1,
+                sequence=index,
+            )
+        )
+
+    left = compactor.evict_pages(evictions, [table[index + 2] for index in range(len(rounds))])
+
+    for index, eviction in enumerate(evictions):
+        pages, candidates = before[index], (eviction.length - WINDOW) // PAGE
+        means = torch.zeros(candidates, dtype=torch.float64)
+        for number, layer in enumerate(layers):
+            tokens = layer[torch.tensor(pages, device=DEVICE)].transpose(0, 1).flatten(1, 2)
+            inputs = ScoreInputs(
+                keys=tokens[:, : eviction.length, :32],
+                queries=queries[number, eviction.query_row].transpose(0, 1),
+                scale=scale,
+                layer=number,
+                logical_length=eviction.logical_length,
+            )
+            scores = policies[eviction.policy].scores(inputs).double().cpu()
+            means += naive.page_scores(scores, PAGE)[:candidates] / (2 * 2 * PAGE)
+        dropped = (eviction.length - eviction.keep) // PAGE
+        leave = sorted(sorted(range(candidates), key=lambda page: (means[page].item(), -page))[:dropped])
+        assert left[index].tolist() == [pages[page] for page in leave]
+        stay = [page for number, page in enumerate(pages) if number not in leave]
+        assert table[index + 2, : len(stay)].tolist() == stay
+    assert (table[:2] == 39).all() and (table[len(rounds) + 2 :] == 39).all()
