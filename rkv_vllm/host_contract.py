@@ -59,6 +59,17 @@ CONTRACT: Contract = {
         "num_new_tokens",
     ),
     "vllm.v1.core.sched.scheduler.Scheduler._get_local_prefix_cache_hit": ("request",),
+    "vllm.v1.core.sched.scheduler.Scheduler.update_from_output": (
+        "scheduler_output",
+        "model_runner_output",
+    ),
+    "vllm.v1.core.sched.scheduler.Scheduler.make_stats": (
+        "spec_decoding_stats",
+        "kv_connector_stats",
+        "cudagraph_stats",
+        "perf_stats",
+        "ec_connector_stats",
+    ),
 }
 
 #: What the adapter of the V1 model runner relies on (CPU).
@@ -68,6 +79,7 @@ CONTRACT_V1_RUNNER: Contract = {
         "scheduler_output",
         "num_scheduled_tokens",
     ),
+    "vllm.v1.worker.gpu_model_runner.GPUModelRunner.sample_tokens": ("grammar_output",),
     "vllm.v1.worker.cpu_model_runner.CPUModelRunner.initialize_kv_cache": (
         "kv_cache_config",
         "is_profiling",
@@ -100,6 +112,7 @@ CONTRACT_V2_RUNNER: Contract = {
     "vllm.v1.worker.gpu.model_runner.GPUModelRunner.add_requests": ("scheduler_output",),
     "vllm.v1.worker.gpu.model_runner.GPUModelRunner.update_requests": ("scheduler_output",),
     "vllm.v1.worker.gpu.model_runner.GPUModelRunner.prepare_attn": ("input_batch",),
+    "vllm.v1.worker.gpu.model_runner.GPUModelRunner.sample_tokens": ("grammar_output",),
     "vllm.v1.worker.gpu.model_runner.GPUModelRunner.initialize_kv_cache": (
         "kv_cache_config",
         "is_profiling",

@@ -10,6 +10,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from rkv_vllm.compactor import CpuCompactor
@@ -19,6 +20,7 @@ from rkv_vllm.plan import Compaction, CompactionPlan, plan_of
 from rkv_vllm.policies import make_policies
 from rkv_vllm.query_rows import num_query_rows
 from rkv_vllm.query_window import CpuQueryWindow, window_positions
+from rkv_vllm.stopwatch import attach_laps
 
 
 class CompactingCpuRunner(CPUModelRunner):
@@ -93,6 +95,12 @@ class CompactingCpuRunner(CPUModelRunner):
             self.query_start_loc.gpu[: num_requests + 1],
             self.positions[:num_tokens] - by_token,
         )
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        output, laps = super().sample_tokens(grammar_output), self._compactor.stopwatch.take()
+        if isinstance(output, ModelRunnerOutput) and output.req_ids:  # not vLLM's one empty output for all
+            attach_laps(output, laps)
+        return output
 
     def _record_queries(self, plan: CompactionPlan, num_scheduled_tokens: np.ndarray) -> None:
         tokens: list[int] = []

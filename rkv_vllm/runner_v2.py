@@ -14,6 +14,8 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.worker.gpu.async_utils import AsyncOutput
 from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
@@ -26,6 +28,7 @@ from rkv_vllm.kernels.physical import prepare_physical
 from rkv_vllm.plan import plan_of
 from rkv_vllm.policies import make_policies
 from rkv_vllm.query_rows import num_query_rows
+from rkv_vllm.stopwatch import attach_laps
 
 #: `query_rows` of a request whose queries are not recorded.
 _NOT_RECORDED = -1
@@ -118,6 +121,13 @@ class CompactingRunnerV2(GPUModelRunner):
         lengths.evicted.copy_to_uva()
         lengths.query_rows.copy_to_uva()
         super().update_requests(scheduler_output)
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        output, laps = super().sample_tokens(grammar_output), self._compactor.stopwatch.take()
+        step = output.model_runner_output if isinstance(output, AsyncOutput) else output
+        if isinstance(step, ModelRunnerOutput) and step.req_ids:  # not vLLM's one empty output for all
+            attach_laps(step, laps)
+        return output
 
     def prepare_attn(self, input_batch: InputBatch) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         lengths = self._lengths

@@ -15,15 +15,21 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from rkv_vllm.block_manager import CompactingManager, PageMove, register_compacting_spec
 from rkv_vllm.compatibility import refuse_unsupported
 from rkv_vllm.config import BudgetRequest, RequestBudget, RkvConfig
+from rkv_vllm.counters import Counters
 from rkv_vllm.lengths import RequestLengths
+from rkv_vllm.metrics import put_tally
 from rkv_vllm.plan import Compaction, CompactionPlan, attach_plan
 from rkv_vllm.query_rows import QueryRows, num_query_rows
 from rkv_vllm.result import RESULT_KEY, CompactionResult
+from rkv_vllm.stopwatch import laps_of
 
 # The mixin is put before either of vLLM's schedulers; the type checker is told of what they share.
 if TYPE_CHECKING:
@@ -87,15 +93,19 @@ class CompactingSchedulerMixin(_Scheduler):
         self._manager = managers[0]
         self._query_rows = QueryRows(num_query_rows(vllm_config.scheduler_config.max_num_seqs))
         self._tracked: dict[str, TrackedRequest] = {}
+        pool = self.kv_cache_manager.block_pool
+        self._counters = Counters(self._manager.block_size, pool.num_gpu_blocks - 1)  # less vLLM's null page
 
     # -- a request's life ----------------------------------------------------------------------------------
 
     def add_request(self, request: Request) -> None:
+        is_new = request.request_id not in self.requests
         super().add_request(request)
-        # A streaming-input session edits its own past, which a compacted cache cannot follow.
-        if request.resumable or request.request_id in self._tracked:
+        if not is_new:
             return
-        budget = self._rkv_config.resolve(self._asked_for(request))
+        # A streaming-input session edits its own past, which a compacted cache cannot follow.
+        budget = None if request.resumable else self._rkv_config.resolve(self._asked_for(request))
+        self._counters.arrived(budget)
         if budget is None:
             return
         lengths = RequestLengths(request.num_prompt_tokens, budget)
@@ -119,13 +129,16 @@ class CompactingSchedulerMixin(_Scheduler):
             self._note_pages(tracked, request)
             tracked.restart()
             self._query_rows.release(request.request_id)
+        self._counters.preempted(request.request_id, request.num_computed_tokens)
         super()._preempt_request(request, timestamp, drop_stale_output)
 
     def _free_request(
         self, request: Request, delay_free_blocks: bool = False
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         result = self._result(request)
-        self._tracked.pop(request.request_id, None)
+        tracked = self._tracked.pop(request.request_id, None)
+        budget = tracked.budget if tracked else None
+        self._counters.ended(request.request_id, budget, result, request.num_tokens)
         self._manager.unbound(request.request_id)
         self._query_rows.release(request.request_id)
         # Connectors are refused at start, so that nothing else answers in this field.
@@ -170,6 +183,7 @@ class CompactingSchedulerMixin(_Scheduler):
     # -- a step --------------------------------------------------------------------------------------------
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        self._counters.step_begins(time.perf_counter())
         plan = CompactionPlan()
         moves: list[PageMove] = []
         for request in list(self.running):
@@ -182,9 +196,16 @@ class CompactingSchedulerMixin(_Scheduler):
         output: SchedulerOutput = super().schedule(throttle_prefills)
         if output.preempted_req_ids:
             # Preempted after it was planned: its pages may have a new owner in this very step.
+            for compaction in plan.compactions:
+                if compaction.request_id in output.preempted_req_ids:
+                    self._counters.cancelled(compaction)
             plan.compactions = [c for c in plan.compactions if c.request_id not in output.preempted_req_ids]
         for compaction in plan.compactions:
             self._tracked[compaction.request_id].count(compaction)
+            self._counters.executed(compaction)
+        for request_id in self._counters.replaying & output.num_scheduled_tokens.keys():
+            end = self.requests[request_id].num_computed_tokens
+            self._counters.computed(request_id, end - output.num_scheduled_tokens[request_id], end)
         plan.recordings = self._recordings(output)
         attach_plan(output, plan)
         return output
@@ -205,10 +226,12 @@ class CompactingSchedulerMixin(_Scheduler):
             else:
                 victim = self.running[-1]
             self.running.remove(victim)
+            self._counters.preempted_for_room()
             self._preempt_request(victim, time.monotonic())
             # Should it come back in this very step, the V1 runner needs its tokens, as after any pause.
             self.prev_step_scheduled_req_ids.discard(victim.request_id)
             if victim is request:
+                self._counters.deferred("no_pages")
                 return False
         return True
 
@@ -259,6 +282,7 @@ class CompactingSchedulerMixin(_Scheduler):
                 and not self._query_rows.hold(request.request_id)
             ):
                 # Without a row it stays before the window, and waits there for one.
+                self._counters.deferred("no_query_row")
                 num_new_tokens = max(first - num_computed_tokens, 0)
         return super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
 
@@ -272,6 +296,25 @@ class CompactingSchedulerMixin(_Scheduler):
                 blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, most)
                 num_hit_tokens = most
         return blocks, num_hit_tokens, boundary, diverged
+
+    # -- what is counted -----------------------------------------------------------------------------------
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        self._counters.took(laps_of(model_runner_output))
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """Called by vLLM at the end of each step, when finished requests have given their pages back."""
+        pool = self.kv_cache_manager.block_pool
+        pages_held = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+        self._counters.step_ends(time.perf_counter(), is_idle=not self.requests, pages_held=pages_held)
+        tally = self._counters.take()  # also where nobody wants it: it must not grow
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            put_tally(stats, tally)
+        return stats
 
     # -- for tests and operators ---------------------------------------------------------------------------
 
