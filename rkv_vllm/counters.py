@@ -240,6 +240,11 @@ class Counters:
         self._replayed_until[request_id] = max(computed, self._replayed_until.get(request_id, 0))
 
     @property
+    def saved_pages(self) -> int:
+        """Whole pages that live requests would hold besides, had nothing been evicted."""
+        return self._total_saved_pages
+
+    @property
     def replaying(self) -> KeysView[str]:
         """Requests that have tokens to compute again."""
         return self._replayed_until.keys()

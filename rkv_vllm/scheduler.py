@@ -319,7 +319,7 @@ class CompactingSchedulerMixin(_Scheduler):
     # -- for tests and operators ---------------------------------------------------------------------------
 
     def check_integrity(self) -> None:
-        """Raises: AssertionError where a page or query row is lost, or a length and its pages disagree."""
+        """Raises: AssertionError where a page or query row is lost, or lengths, pages and counts disagree."""
         page_size = self._manager.block_size
         for request in self.running:
             tracked = self._tracked.get(request.request_id)
@@ -328,6 +328,8 @@ class CompactingSchedulerMixin(_Scheduler):
             held = self._manager.num_pages(request.request_id)
             assert held == expected, f"{request.request_id} holds {held} pages, not {expected}"
         self._query_rows.check_integrity()
+        saved = sum(tracked.lengths.evicted // page_size for tracked in self._tracked.values())
+        assert self._counters.saved_pages == saved, f"{self._counters.saved_pages} pages saved, not {saved}"
         pool = self.kv_cache_manager.block_pool
         owned = {page.block_id for pages in self._manager.req_to_blocks.values() for page in pages}
         free = pool.get_num_free_blocks()
