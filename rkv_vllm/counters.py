@@ -131,13 +131,13 @@ COMPACTION_DURATION = Metric(
 KEPT_TOKENS = Metric(
     "histogram",
     "rkv_request_kept_tokens",
-    "Tokens in the cache of a request with a budget when it ended.",
+    "Tokens of a request with a budget that were not evicted when it ended.",
     buckets=(64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384),
 )
 KEPT_RATIO = Metric(
     "histogram",
     "rkv_request_kept_ratio",
-    "Share of a request's tokens that were in its cache when it ended; of requests with a budget.",
+    "Share of a request's tokens that were not evicted when it ended; of requests with a budget.",
     unit=MILLIONTH,
     buckets=(0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
 )
@@ -220,10 +220,9 @@ class Counters:
 
     def __init__(self, page_size: int, pool_pages: int) -> None:
         self._page_size = page_size
-        self._grown: dict[str, int] = {}
-        self._gauges: dict[str, int] = {_key(POOL_PAGES): pool_pages}
-        self._sent: dict[str, int] = {}
-        self._unfinished = dict.fromkeys(BUDGET_CLASSES, 0)
+        self._gauges: dict[str, int] = {}
+        self._tally: dict[str, int] = {}
+        self._set(POOL_PAGES.name, pool_pages)
         self._saved_pages: dict[str, int] = {}  # of each request that has evicted tokens
         self._total_saved_pages = 0
         self._replayed_until: dict[str, int] = {}
@@ -232,7 +231,7 @@ class Counters:
     # -- a request's life ----------------------------------------------------------------------------------
 
     def arrived(self, budget: RequestBudget | None) -> None:
-        self._unfinished[budget_class(budget)] += 1
+        self._count_unfinished(budget, 1)
 
     def preempted(self, request_id: str, computed: int) -> None:
         """It lost all its pages after it had computed so many tokens."""
@@ -262,7 +261,7 @@ class Counters:
         """It has finished or was aborted, at a logical length of `num_tokens`."""
         self._forget_saved(request_id)
         self._replayed_until.pop(request_id, None)
-        self._unfinished[budget_class(budget)] -= 1
+        self._count_unfinished(budget, -1)
         self._grow(REQUESTS, 1, budget_class(budget))
         if budget is None:
             self._grow(UNCOMPACTED, 1, "full_cache")
@@ -313,23 +312,27 @@ class Counters:
         if self._busy_since is not None:
             self._grow(STEP_SECONDS, round((now - self._busy_since) / MILLIONTH))
             self._busy_since = None if is_idle else now
-        self._gauges[_key(PAGES_HELD)] = pages_held
-        self._gauges[_key(PAGES_WITHOUT)] = pages_held + self._total_saved_pages
-        self._gauges[_key(COMPACTED_REQUESTS)] = len(self._saved_pages)
-        for name, count in self._unfinished.items():
-            self._gauges[_key(UNFINISHED, name)] = count
+        self._set(PAGES_HELD.name, pages_held)
+        self._set(PAGES_WITHOUT.name, pages_held + self._total_saved_pages)
+        self._set(COMPACTED_REQUESTS.name, len(self._saved_pages))
 
     def take(self) -> dict[str, int]:
         """The tally since the last call: what grew, what was observed, and the gauges that changed."""
-        changed = {key: value for key, value in self._gauges.items() if self._sent.get(key) != value}
-        self._sent.update(changed)
-        grown, self._grown = self._grown, {}
-        return grown | changed
+        tally, self._tally = self._tally, {}
+        return tally
 
     def _grow(self, metric: Metric, amount: int, *labels: str) -> None:
         if amount:
             key = _key(metric, *labels)
-            self._grown[key] = self._grown.get(key, 0) + amount
+            self._tally[key] = self._tally.get(key, 0) + amount
+
+    def _set(self, key: str, value: int) -> None:
+        if self._gauges.get(key) != value:
+            self._gauges[key] = self._tally[key] = value
+
+    def _count_unfinished(self, budget: RequestBudget | None, change: int) -> None:
+        key = _key(UNFINISHED, budget_class(budget))
+        self._set(key, self._gauges.get(key, 0) + change)
 
     def _forget_saved(self, request_id: str) -> None:
         self._total_saved_pages -= self._saved_pages.pop(request_id, 0)
