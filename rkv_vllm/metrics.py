@@ -4,8 +4,9 @@ The way of a count: the scheduler tallies it (`counters.py`), and once a step th
 own `SchedulerStats`. That is a dataclass without room for more, encoded by msgspec field by field, so that
 extra attributes are lost. Of its free-form fields, `kv_connector_stats` cannot be used: vLLM's loggers hand
 it to the KV connector, and fail where there is none. `num_kv_fetch_reqs_by_stage`, a dict of text to int,
-can: vLLM reads three keys of its own there and looks at no others. Our keys begin with `rkv_`, and
-`RkvStatLogger`, which vLLM calls before its own loggers, takes them out again.
+can: vLLM reads three keys of its own there by name, and others would at most add a line about KV fetches to
+its log. Our keys begin with `rkv_`, and `RkvStatLogger`, which vLLM calls before its own loggers, takes
+them out again. How long compactions took comes from the workers, on the output of a step (`stopwatch.py`).
 
 A tally carries differences. vLLM gives each step's statistics to exactly one API server, so that counters
 stay true under several of them: each adds up what it got, and prometheus_client's multiprocess mode, which
