@@ -13,6 +13,7 @@ from rkv_vllm.kernels.pages import choose_pages
 from rkv_vllm.plan import Compaction, PageEviction, Round
 from rkv_vllm.policies import Policy, ScoreInputs
 from rkv_vllm.query_window import CpuQueryWindow
+from rkv_vllm.stopwatch import CpuStopwatch
 
 
 class CpuCompactor:
@@ -27,8 +28,14 @@ class CpuCompactor:
         self._caches = caches
         self._queries = queries
         self._policies = policies
+        self.stopwatch = CpuStopwatch()
 
     def run(self, compactions: Sequence[Compaction]) -> None:
+        if compactions:
+            with self.stopwatch.lap():
+                self._run(compactions)
+
+    def _run(self, compactions: Sequence[Compaction]) -> None:
         for compaction in compactions:
             sources = torch.tensor(compaction.source_pages)
             targets = torch.tensor(compaction.target_pages)

@@ -13,6 +13,7 @@ from rkv_vllm.kernels.pages import choose_pages, drop_pages
 from rkv_vllm.kernels.pipeline import RkvRound
 from rkv_vllm.plan import Compaction, PageEviction, Round
 from rkv_vllm.policies import Policy, ScoreInputs
+from rkv_vllm.stopwatch import CudaStopwatch
 
 
 class GpuCompactor:
@@ -52,6 +53,7 @@ class GpuCompactor:
         )
         self._scale = scale
         self._policies = policies
+        self.stopwatch = CudaStopwatch()
         self._lambdas: dict[PolicyName, float] = {"rkv": config.mix_lambda, "snapkv": 1.0}
 
     def warm_up(self) -> None:
@@ -59,6 +61,11 @@ class GpuCompactor:
         self._round.warm_up(self._queries)
 
     def run(self, compactions: Sequence[Compaction]) -> None:
+        if compactions:
+            with self.stopwatch.lap():
+                self._run(compactions)
+
+    def _run(self, compactions: Sequence[Compaction]) -> None:
         by_attention = [c for c in compactions if c.policy in self._lambdas]
         if by_attention:
             self._round.run(self._queries, self._batch(by_attention), self._weights(by_attention))

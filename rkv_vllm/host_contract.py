@@ -65,6 +65,13 @@ CONTRACT: Contract = {
         "num_new_tokens",
     ),
     "vllm.v1.core.sched.scheduler.Scheduler._get_local_prefix_cache_hit": ("request",),
+    "vllm.v1.core.sched.scheduler.Scheduler.make_stats": (
+        "spec_decoding_stats",
+        "kv_connector_stats",
+        "cudagraph_stats",
+        "perf_stats",
+        "ec_connector_stats",
+    ),
 }
 
 #: What the adapter of the V1 model runner relies on (CPU).

@@ -11,6 +11,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from rkv_vllm.compactor import CpuCompactor
@@ -21,6 +22,7 @@ from rkv_vllm.plan import Compaction, CompactionPlan, PageEviction, plan_of
 from rkv_vllm.policies import make_policies
 from rkv_vllm.query_rows import num_query_rows
 from rkv_vllm.query_window import CpuQueryWindow, window_positions
+from rkv_vllm.stopwatch import attach_laps
 
 
 class CompactingCpuRunner(CPUModelRunner):
@@ -67,8 +69,10 @@ class CompactingCpuRunner(CPUModelRunner):
             self._evicted.pop(request_id, None)
         for compaction in plan.compactions:
             self._shorten(compaction)
-        for eviction in plan.page_evictions:
-            self._drop_pages(eviction)
+        if plan.page_evictions:
+            with self._compactor.stopwatch.lap():
+                for eviction in plan.page_evictions:
+                    self._drop_pages(eviction)
         return super()._update_states(scheduler_output)
 
     def _shorten(self, compaction: Compaction) -> None:
@@ -94,7 +98,10 @@ class CompactingCpuRunner(CPUModelRunner):
         return self._report(super().execute_model(*args, **kwargs))
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
-        return self._report(super().sample_tokens(*args, **kwargs))
+        output, laps = super().sample_tokens(*args, **kwargs), self._compactor.stopwatch.take()
+        if isinstance(output, ModelRunnerOutput) and output.req_ids:  # not vLLM's one empty output for all
+            attach_laps(output, laps)
+        return self._report(output)
 
     def _report(self, model_output: Any) -> Any:
         """Sends along which pages left, with the step's output; None stands for one still to come."""

@@ -17,6 +17,7 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.worker.gpu.async_utils import AsyncOutput
 from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
@@ -30,6 +31,7 @@ from rkv_vllm.page_report import PageReport, with_reports
 from rkv_vllm.plan import PageEviction, plan_of
 from rkv_vllm.policies import make_policies
 from rkv_vllm.query_rows import num_query_rows
+from rkv_vllm.stopwatch import attach_laps
 
 #: `query_rows` of a request whose queries are not recorded.
 _NOT_RECORDED = -1
@@ -154,7 +156,8 @@ class CompactingRunnerV2(GPUModelRunner):
             lengths.evicted.np[slot] = compaction.evicted
             self.block_tables.append_block_ids(slot, (list(compaction.target_pages),), overwrite=True)
         if plan.page_evictions:
-            self._drop_pages(plan.page_evictions)
+            with self._compactor.stopwatch.lap():
+                self._drop_pages(plan.page_evictions)
         self._query_window.active = bool(plan.recordings)
         lengths.query_rows.np.fill(_NOT_RECORDED)
         for request_id, row in plan.recordings.items():
@@ -179,7 +182,11 @@ class CompactingRunnerV2(GPUModelRunner):
         return self._report(super().execute_model(*args, **kwargs))
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
-        return self._report(super().sample_tokens(*args, **kwargs))
+        output, laps = super().sample_tokens(*args, **kwargs), self._compactor.stopwatch.take()
+        step = output.model_runner_output if isinstance(output, AsyncOutput) else output
+        if isinstance(step, ModelRunnerOutput) and step.req_ids:  # not vLLM's one empty output for all
+            attach_laps(step, laps)
+        return self._report(output)
 
     def _report(self, model_output: Any) -> Any:
         """Sends along which pages left, with the step's output; None stands for one still to come."""

@@ -17,18 +17,22 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from rkv_vllm.block_manager import CompactingManager, PageMove, register_compacting_spec
 from rkv_vllm.compatibility import refuse_unsupported
 from rkv_vllm.config import BudgetRequest, RequestBudget, RkvConfig
+from rkv_vllm.counters import Counters
 from rkv_vllm.lengths import PageLengths, RequestLengths, lengths_by
+from rkv_vllm.metrics import put_tally
 from rkv_vllm.page_report import PageReport, reports_of
 from rkv_vllm.plan import Compaction, CompactionPlan, PageEviction, Round, attach_plan
 from rkv_vllm.query_rows import QueryRows, num_query_rows
 from rkv_vllm.result import REFUSAL_KEY, RESULT_KEY, CompactionResult
 from rkv_vllm.sizing import most_slots
+from rkv_vllm.stopwatch import laps_of
 
 # The mixin is put before either of vLLM's schedulers; the type checker is told of what they share.
 if TYPE_CHECKING:
@@ -98,6 +102,8 @@ class CompactingSchedulerMixin(_Scheduler):
         self._tracked: dict[str, TrackedRequest] = {}
         self._refusals: list[tuple[int, EngineCoreOutput]] = []  # with the client that asked
         self._sequences = itertools.count()
+        pool = self.kv_cache_manager.block_pool
+        self._counters = Counters(self._manager.block_size, pool.num_gpu_blocks - 1)  # less vLLM's null page
 
     # -- a request's life ----------------------------------------------------------------------------------
 
@@ -108,6 +114,7 @@ class CompactingSchedulerMixin(_Scheduler):
             return
         # A streaming-input session edits its own past, which a compacted cache cannot follow.
         budget = None if request.resumable else self._rkv_config.resolve(self._asked_for(request))
+        self._counters.arrived(budget)
         if budget is not None:
             lengths = lengths_by(
                 self._rkv_config.granularity, request.num_prompt_tokens, budget, self._manager.block_size
@@ -162,13 +169,16 @@ class CompactingSchedulerMixin(_Scheduler):
             self._note_pages(tracked, request)
             tracked.restart()
             self._query_rows.release(request.request_id)
+        self._counters.preempted(request.request_id, request.num_computed_tokens)
         super()._preempt_request(request, timestamp, drop_stale_output)
 
     def _free_request(
         self, request: Request, delay_free_blocks: bool = False
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         result = self._result(request)
-        self._tracked.pop(request.request_id, None)
+        tracked = self._tracked.pop(request.request_id, None)
+        budget = tracked.budget if tracked else None
+        self._counters.ended(request.request_id, budget, result, request.num_tokens)
         self._manager.unbound(request.request_id)
         self._query_rows.release(request.request_id)
         # Connectors are refused at start, so that nothing else answers in this field.
@@ -213,6 +223,7 @@ class CompactingSchedulerMixin(_Scheduler):
     # -- a step --------------------------------------------------------------------------------------------
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        self._counters.step_begins(time.perf_counter())
         plan = CompactionPlan()
         moves: list[PageMove] = []
         for request in list(self.running):
@@ -230,10 +241,17 @@ class CompactingSchedulerMixin(_Scheduler):
         if output.preempted_req_ids:
             # Preempted after it was planned: its pages may have a new owner in this very step.
             gone = output.preempted_req_ids
+            for planned in (*plan.compactions, *plan.page_evictions):
+                if planned.request_id in gone:
+                    self._counters.cancelled(planned)
             plan.compactions = [c for c in plan.compactions if c.request_id not in gone]
             plan.page_evictions = [e for e in plan.page_evictions if e.request_id not in gone]
         for planned in (*plan.compactions, *plan.page_evictions):
             self._tracked[planned.request_id].count(planned)
+            self._counters.executed(planned)
+        for request_id in self._counters.replaying & output.num_scheduled_tokens.keys():
+            end = self.requests[request_id].num_computed_tokens
+            self._counters.computed(request_id, end - output.num_scheduled_tokens[request_id], end)
         plan.recordings = self._recordings(output)
         attach_plan(output, plan)
         return output
@@ -254,10 +272,12 @@ class CompactingSchedulerMixin(_Scheduler):
             else:
                 victim = self.running[-1]
             self.running.remove(victim)
+            self._counters.preempted_for_room()
             self._preempt_request(victim, time.monotonic())
             # Should it come back in this very step, the V1 runner needs its tokens, as after any pause.
             self.prev_step_scheduled_req_ids.discard(victim.request_id)
             if victim is request:
+                self._counters.deferred("no_pages")
                 return False
         return True
 
@@ -302,6 +322,7 @@ class CompactingSchedulerMixin(_Scheduler):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
+        self._counters.took(laps_of(model_runner_output))
         for report in reports_of(model_runner_output):
             self._learn(report)
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(
@@ -350,6 +371,7 @@ class CompactingSchedulerMixin(_Scheduler):
                 and not self._query_rows.hold(request.request_id)
             ):
                 # Without a row it stays before the window, and waits there for one.
+                self._counters.deferred("no_query_row")
                 num_new_tokens = max(first - num_computed_tokens, 0)
         return super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
 
@@ -364,10 +386,23 @@ class CompactingSchedulerMixin(_Scheduler):
                 num_hit_tokens = most
         return blocks, num_hit_tokens, boundary, diverged
 
+    # -- what is counted -----------------------------------------------------------------------------------
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """Called by vLLM at the end of each step, when finished requests have given their pages back."""
+        pool = self.kv_cache_manager.block_pool
+        pages_held = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+        self._counters.step_ends(time.perf_counter(), is_idle=not self.requests, pages_held=pages_held)
+        tally = self._counters.take()  # also where nobody wants it: it must not grow
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            put_tally(stats, tally)
+        return stats
+
     # -- for tests and operators ---------------------------------------------------------------------------
 
     def check_integrity(self) -> None:
-        """Raises: AssertionError where a page or query row is lost, or a length and its pages disagree."""
+        """Raises: AssertionError where a page or query row is lost, or lengths, pages and counts disagree."""
         page_size = self._manager.block_size
         for request in self.running:
             tracked = self._tracked.get(request.request_id)
@@ -376,6 +411,8 @@ class CompactingSchedulerMixin(_Scheduler):
             held = self._manager.num_pages(request.request_id)
             assert held == expected, f"{request.request_id} holds {held} pages, not {expected}"
         self._query_rows.check_integrity()
+        saved = sum(tracked.lengths.evicted // page_size for tracked in self._tracked.values())
+        assert self._counters.saved_pages == saved, f"{self._counters.saved_pages} pages saved, not {saved}"
         pool = self.kv_cache_manager.block_pool
         owned = {page.block_id for pages in self._manager.req_to_blocks.values() for page in pages}
         free = pool.get_num_free_blocks()

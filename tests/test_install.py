@@ -86,6 +86,8 @@ def test_importing_the_package_is_cheap() -> None:
 
 
 def test_the_plugin_is_registered() -> None:
-    """vLLM finds it by its entry point."""
+    """vLLM finds it, and what shows its metrics, by their entry points."""
     [plugin] = [point for point in entry_points(group="vllm.general_plugins") if point.name == "rkv"]
     assert plugin.value == "rkv_vllm.plugin:register"
+    [logger] = [point for point in entry_points(group="vllm.stat_logger_plugins") if point.name == "rkv"]
+    assert logger.value == "rkv_vllm.metrics:RkvStatLogger"

@@ -28,6 +28,8 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from rkv_vllm.block_manager import CompactingSpec
 from rkv_vllm.config import BudgetRequest, RequestBudget, RkvConfig
+from rkv_vllm.counters import read
+from rkv_vllm.metrics import take_tally
 from rkv_vllm.page_report import reports_of
 from rkv_vllm.plan import plan_of
 from rkv_vllm.query_rows import num_query_rows
@@ -153,6 +155,7 @@ def make_scheduler(setup: Setup) -> CompactingScheduler | CompactingAsyncSchedul
         ),
         structured_output_manager=StructuredOutputManager(vllm_config),
         block_size=setup.page_size,
+        log_stats=True,
     )
     scheduler.use_v2_model_runner = setup.v2_runner
     return scheduler
@@ -179,6 +182,11 @@ class Engine:
         self.refused: set[str] = set()
         self.peak_pages: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
+        self.shown: dict[
+            str, float
+        ] = {}  # what a server would show, by metric, summed over labels but outcome
+        self._gauges: dict[tuple[str, ...], float] = {}
+        self._computed: Counter[str] = Counter()
         self._random = random.Random(setup.seed)
         self._step = 0
         self._in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
@@ -262,6 +270,11 @@ class Engine:
         for compaction in plan.compactions:
             heads = zip(compaction.source_pages, compaction.target_pages, strict=False)
             self.counts["copied pages"] += sum(source != target for source, target in heads)
+            self.counts["evicted tokens"] += compaction.length - compaction.keep
+        for request_id, count in output.num_scheduled_tokens.items():
+            end, highest = self.requests[request_id].num_computed_tokens, self._computed[request_id]
+            self.counts["replayed tokens"] += max(min(end, highest) - (end - count), 0)
+            self._computed[request_id] = max(end, highest)
         self.check_pages()
         if self._step % 16 == 0:  # as it travels to a worker in another process
             output = pickle.loads(pickle.dumps(output))
@@ -282,6 +295,8 @@ class Engine:
             if model.awaited == report.sequence:
                 model.awaited = None
         for client in self.scheduler.update_from_output(output, model_output).values():
+            if client.scheduler_stats is not None:
+                self._read_tally(take_tally(client.scheduler_stats))
             for answer in client.outputs:
                 request_id = answer.request_id
                 self.tokens[request_id] += answer.new_token_ids
@@ -293,6 +308,16 @@ class Engine:
                 elif len(self.tokens[request_id]) == self.arrivals[request_id].abort_after_tokens:
                     self._abort(request_id)
         self.check_pages()
+
+    def _read_tally(self, tally: dict[str, int]) -> None:
+        for reading in read(tally):
+            name = reading.metric.name
+            if reading.metric.kind == "gauge":
+                self._gauges[name, *reading.labels] = reading.value
+            else:
+                name += f" {reading.labels[1]}" if "outcome" in reading.metric.labels else ""
+                amount = reading.value if reading.metric.kind == "counter" else 1.0
+                self.shown[name] = self.shown.get(name, 0.0) + amount * reading.times
 
     # -- checks --------------------------------------------------------------------------------------------
 
@@ -357,6 +382,23 @@ class Engine:
             self.counts["replayed compactions"] += sum(len(life) for life in model.lives[1:])
         for request_id, result in self.results.items():
             self._check_result(request_id, result)
+        self._check_metrics()
+
+    def _check_metrics(self) -> None:
+        """What a server would show is what was seen from outside, and nothing is left over."""
+        for name, count in {
+            "rkv_compactions_total executed": "compactions",
+            "rkv_evicted_tokens_total": "evicted tokens",
+            "rkv_copied_pages_total": "copied pages",
+            "rkv_replayed_tokens_total": "replayed tokens",
+        }.items():
+            assert self.shown.get(name, 0) == self.counts[count], f"{name} is not the number of {count}"
+        assert self.shown.get("rkv_compactions_total cancelled", 0) <= self.counts["dropped compactions"]
+        assert self.shown["rkv_requests_total"] == len(self.requests)
+        budgets = sum(model.budget is not None for model in self.models.values())
+        assert self.shown.get("rkv_request_kept_ratio", 0) == budgets
+        left = {key: value for key, value in self._gauges.items() if value and key[0] != "rkv_pool_pages"}
+        assert not left, f"{left} when all requests are gone"
 
     def _check_result(self, request_id: str, result: CompactionResult) -> None:
         if request_id in self.refused:

@@ -19,6 +19,7 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from rkv_vllm.config import WINDOW
 from rkv_vllm.plan import Compaction, PageEviction, Round
 from rkv_vllm.runner_v1 import CompactingCpuRunner
+from rkv_vllm.stopwatch import CpuStopwatch
 
 #: In a slot or query place that nobody wrote.
 UNWRITTEN = -1
@@ -68,6 +69,7 @@ class SymbolicCompactor:
     def __init__(self, memory: Memory, models: dict[str, RequestModel]) -> None:
         self._memory = memory
         self._models = models
+        self.stopwatch = CpuStopwatch()
 
     def run(self, compactions: list[Compaction]) -> None:
         """Newest first, to show that the order does not matter: a device runs them side by side."""
