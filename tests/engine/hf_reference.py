@@ -134,7 +134,7 @@ class HfReference:
         heads, length, _ = keys.shape
         if policy == "recency":
             age = torch.arange(length - WINDOW, dtype=torch.float64)
-            age[:SINKS] = length
+            age[:SINKS] = torch.inf
             return age.expand(heads, -1)
         return naive.rkv_scores(
             self._newest_queries[layer].double(),
