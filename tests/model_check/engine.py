@@ -266,11 +266,11 @@ class Engine:
         self.counts["schedules"] += 1
         self.counts["preemptions"] += len(preempted)
         self.counts["compactions"] += len(rounds)
+        self.counts["evicted tokens"] += sum(round_.length - round_.keep for round_ in rounds)
         self.counts["dropped compactions"] += len(set(due) & preempted)
         for compaction in plan.compactions:
             heads = zip(compaction.source_pages, compaction.target_pages, strict=False)
             self.counts["copied pages"] += sum(source != target for source, target in heads)
-            self.counts["evicted tokens"] += compaction.length - compaction.keep
         for request_id, count in output.num_scheduled_tokens.items():
             end, highest = self.requests[request_id].num_computed_tokens, self._computed[request_id]
             self.counts["replayed tokens"] += max(min(end, highest) - (end - count), 0)
