@@ -15,6 +15,8 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from rkv_vllm.block_manager import CompactingManager, PageMove, register_compacting_spec
@@ -242,6 +244,20 @@ class CompactingSchedulerMixin(_Scheduler):
                 # Tried, and not admitted for want of pages: those that run must not wait for its row.
                 self._query_rows.release(request_id)
         return recordings
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """Stop strings are found in the API server, which then wants nothing more of the request from here:
+        each output of one that has any carries its result so far."""
+        outputs: dict[int, EngineCoreOutputs] = super().update_from_output(
+            scheduler_output, model_runner_output
+        )
+        for output in (output for of_client in outputs.values() for output in of_client.outputs):
+            request = self.requests.get(output.request_id)
+            if request is not None and request.sampling_params is not None and request.sampling_params.stop:
+                output.kv_transfer_params = {RESULT_KEY: self._result(request)}
+        return outputs
 
     # -- where chunks end ----------------------------------------------------------------------------------
 
