@@ -33,7 +33,7 @@ def url(start_server: StartServer, tmp_path_factory: pytest.TempPathFactory) -> 
         f"{digest(STRICT_KEY)}: {{require_budget: true}}\n"
     )
     policy = "--kv-budget=64 --kv-budget-min=32 --kv-budget-max=256 --kv-buffer=32 --kv-policies=rkv,snapkv"
-    with start_server(*policy.split(), f"--kv-key-policies={keys}") as url:
+    with start_server(*policy.split(), f"--kv-key-policies={keys}", "--enable-scale-out") as url:
         yield url
 
 

@@ -6,14 +6,19 @@ import json
 from types import SimpleNamespace
 from typing import Any
 
+import jsonschema
 import pytest
 from fastapi import FastAPI, Request
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import BaseModel
 from starlette.testclient import TestClient
 from vllm.exceptions import VLLMValidationError
 
-from rkv_vllm.server.middleware import KvCacheMiddleware
+from rkv_vllm.config import POLICY_NAMES
+from rkv_vllm.server.middleware import KvCacheMiddleware, Refused, settings_of
 from rkv_vllm.server.policy import KvPolicies, KvPolicy
+from rkv_vllm.server.request import KvCacheRequest
 
 POLICY = KvPolicy(budget=512, budget_min=256, budget_max=1024)
 DEFAULT = {"rkv_budget": 512, "rkv_buffer": 128, "rkv_policy": "rkv"}
@@ -155,3 +160,53 @@ def test_the_published_schema_says_what_is_added() -> None:
     references = {part.partition('"')[0] for part in text.split('"$ref": "#/components/schemas/')[1:]}
     assert {"KvCacheRequest", "KvCacheReport", "KvCacheBounds"} <= references
     assert references <= schema["components"]["schemas"].keys()
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=9)
+    | st.sampled_from(["full", "rkv"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=5,
+)
+MEMBERS = st.fixed_dictionaries(
+    {},
+    optional={
+        "budget": st.integers(0, 2000) | JSON,
+        "buffer": st.integers(0, 200) | JSON,
+        "policy": st.sampled_from(POLICY_NAMES) | JSON,
+        "other": JSON,
+    },
+)
+
+
+@settings(deadline=None)
+@given(MEMBERS | JSON)
+def test_any_value_is_settled_within_the_bounds_or_refused_by_name(value: Any) -> None:
+    """Proves that nothing a client can write leads to another error, or around a bound."""
+    try:
+        settled = settings_of(POLICY, {"kv_cache": value})
+    except Refused as refused:
+        assert refused.param.startswith("kv_cache")
+        return
+    assert settled is not None and settled.rkv_budget is not None and settled.rkv_buffer is not None
+    assert 256 <= settled.rkv_budget <= 1024
+    assert 8 <= settled.rkv_buffer <= 128
+
+
+@settings(deadline=None)
+@given(MEMBERS | JSON)
+def test_the_published_schema_accepts_what_the_server_accepts(value: Any) -> None:
+    """Proves that without bounds exactly what follows the schema is served."""
+    if isinstance(value, dict) and any(isinstance(member, float) for member in value.values()):
+        return  # JSON Schema takes 512.0 for an integer
+    published = jsonschema.Draft202012Validator(KvCacheRequest.model_json_schema())
+    try:
+        settings_of(KvPolicy(), {"kv_cache": value})
+    except Refused:
+        assert not published.is_valid(value)
+    else:
+        assert value is None or published.is_valid(value)
