@@ -122,7 +122,7 @@ def _process_outputs(processor: Any, process: Callable[..., Any]) -> Callable[..
         if state is not None and state.parent_req is not None and report is not None:
             siblings = reports.setdefault(state.parent_req, {})
             siblings[request_id] = report
-            params[RESULT_KEY] = combined(list(siblings.values())).to_result()
+            params[RESULT_KEY] |= combined(list(siblings.values())).to_result()
 
     def process_and_add_up(engine_core_outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
         for output in engine_core_outputs:

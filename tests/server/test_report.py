@@ -267,6 +267,7 @@ def test_the_answers_of_one_request_are_added_up_where_they_finish() -> None:
     assert seen == [1, 2, 7, 42]
     report = KvCacheReport.from_kv_transfer_params(outputs[-1].kv_transfer_params)
     assert report is not None and report.sequences == 2
+    assert outputs[-1].kv_transfer_params["rkv"]["page_size"] == RESULT["page_size"]
 
 
 def test_the_event_that_completes_a_response_carries_the_report() -> None:
