@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from rkv_vllm import __version__
 from rkv_vllm.config import Granularity, PolicyName, RkvConfig
+from rkv_vllm.server.policy import ENVIRONMENT_PREFIX, KvPolicies, KvSettings, explain
 
 app = typer.Typer(
     name="rkv-vllm",
@@ -30,38 +31,51 @@ def _field(name: str) -> str:
     return RkvConfig.model_fields[name].description or ""
 
 
+def _setting(name: str) -> Any:
+    help = f"{KvSettings.model_fields[name].description} [{ENVIRONMENT_PREFIX}{name.upper()}]"
+    return typer.Option(f"--kv-{name.replace('_', '-')}", help=help, rich_help_panel="KV cache")
+
+
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     epilog="All other options are vLLM's own: see `vllm serve --help=all`.",
 )
 def serve(
     context: typer.Context,
-    kv_budget: Annotated[int | None, typer.Option(help=_field("budget"))] = None,
-    kv_buffer: Annotated[int | None, typer.Option(help=_field("buffer"))] = None,
-    kv_policy: Annotated[PolicyName | None, typer.Option(help=_field("policy"))] = None,
-    kv_mix_lambda: Annotated[float | None, typer.Option(help=_field("mix_lambda"))] = None,
-    kv_max_model_len_beyond_pool: Annotated[
-        bool, typer.Option("--kv-max-model-len-beyond-pool", help=_field("max_model_len_beyond_pool"))
-    ] = False,
-    kv_granularity: Annotated[Granularity | None, typer.Option(help=_field("granularity"))] = None,
+    kv_budget: Annotated[str | None, _setting("budget")] = None,
+    kv_budget_min: Annotated[int | None, _setting("budget_min")] = None,
+    kv_budget_max: Annotated[int | None, _setting("budget_max")] = None,
+    kv_require_budget: Annotated[bool | None, _setting("require_budget")] = None,
+    kv_buffer: Annotated[int | None, _setting("buffer")] = None,
+    kv_policy: Annotated[PolicyName | None, _setting("policy")] = None,
+    kv_policies: Annotated[str | None, _setting("policies")] = None,
+    kv_mix_lambda: Annotated[float | None, _setting("mix_lambda")] = None,
+    kv_key_policies: Annotated[Path | None, _setting("key_policies")] = None,
+    kv_granularity: Annotated[Granularity | None, _setting("granularity")] = None,
+    kv_max_model_len_beyond_pool: Annotated[bool | None, _setting("max_model_len_beyond_pool")] = None,
 ) -> None:
     """Run vLLM's OpenAI server with R-KV on: `rkv-vllm serve MODEL` and any option of `vllm serve`.
 
-    A request may choose its own settings in `vllm_xargs`: rkv_budget (0: full cache), rkv_buffer, rkv_policy.
+    A request may choose its own settings: "kv_cache": {"budget": 1024} in its body.
     """
-    config = _config(
+    settings = _kv_settings(
         budget=kv_budget,
+        budget_min=kv_budget_min,
+        budget_max=kv_budget_max,
+        require_budget=kv_require_budget,
         buffer=kv_buffer,
         policy=kv_policy,
+        policies=kv_policies,
         mix_lambda=kv_mix_lambda,
-        max_model_len_beyond_pool=kv_max_model_len_beyond_pool,
+        key_policies=kv_key_policies,
         granularity=kv_granularity,
+        max_model_len_beyond_pool=kv_max_model_len_beyond_pool,
     )
     from rkv_vllm.engine_args import rkv_serve_flags
     from rkv_vllm.server.arguments import serve_arguments
 
     try:
-        arguments = serve_arguments(context.args, rkv_serve_flags(config))
+        arguments = serve_arguments(context.args, rkv_serve_flags(settings.engine))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     gc.disable()  # thousands of modules are imported, none of them garbage: a seventh of the time
@@ -195,6 +209,23 @@ def _config(**settings: Any) -> RkvConfig:
             for problem in error.errors()
         )
         raise typer.BadParameter("; ".join(lines)) from None
+
+
+def _kv_settings(**flags: Any) -> KvSettings:
+    """The server's settings, validated; flags go before the environment, and into it for vLLM's processes."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    try:
+        settings = KvSettings(**given)
+        settings.engine  # noqa: B018 - checks the engine's own settings together
+        lines = KvPolicies.load(settings).describe()
+    except ValidationError as error:
+        raise typer.BadParameter(explain(error)) from None
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from None
+    os.environ |= {f"{ENVIRONMENT_PREFIX}{name.upper()}": str(value) for name, value in given.items()}
+    for line in lines:
+        typer.echo(line)
+    return settings
 
 
 if __name__ == "__main__":

@@ -47,6 +47,10 @@ CONTRACT: Contract = {
         "num_computed_tokens",
     ),
     "vllm.v1.core.sched.scheduler.Scheduler.schedule": ("throttle_prefills",),
+    "vllm.v1.core.sched.scheduler.Scheduler.update_from_output": (
+        "scheduler_output",
+        "model_runner_output",
+    ),
     "vllm.v1.core.sched.scheduler.Scheduler.add_request": ("request",),
     "vllm.v1.core.sched.scheduler.Scheduler.finish_requests": ("request_ids", "finished_status"),
     "vllm.v1.core.sched.scheduler.Scheduler.update_from_output": (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -331,7 +331,16 @@ class CompactingSchedulerMixin(_Scheduler):
         for client_index, refusal in self._refusals:
             outputs.setdefault(client_index, EngineCoreOutputs()).outputs.append(refusal)
         self._refusals.clear()
+        self._report_early(output for of_client in outputs.values() for output in of_client.outputs)
         return outputs
+
+    def _report_early(self, outputs: Iterable[EngineCoreOutput]) -> None:
+        """Stop strings are found in the API server, which then wants nothing more of the request from here:
+        each output of one that has any carries its result so far."""
+        for output in outputs:
+            request = self.requests.get(output.request_id)
+            if request is not None and request.sampling_params is not None and request.sampling_params.stop:
+                output.kv_transfer_params = {RESULT_KEY: self._result(request)}
 
     def _learn(self, report: PageReport) -> None:
         """Returns the pages that left to the pool; every step that read them has run."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import deque
 
-MIDDLEWARE = "rkv_vllm.server.report.KvCacheReportMiddleware"
+MIDDLEWARE = "rkv_vllm.server.middleware.KvCacheMiddleware"
 #: Options of vLLM that select what this package puts in their place.
 TAKEN = frozenset({"--scheduler-cls", "--worker-cls"})
 SETTINGS = "--additional-config"
@@ -13,7 +13,7 @@ PROCESSORS = "--logits-processors"
 
 
 def serve_arguments(users: list[str], ours: list[str]) -> list[str]:
-    """Everything behind `vllm serve`: the user's options, ours, and the middleware that reports in answers.
+    """Everything behind `vllm serve`: the user's options, ours, and the middleware for budgets and reports.
 
     vLLM takes the last of two `--additional-config` and of two `--logits-processors`. The user's JSON is
     therefore rewritten in vLLM's dotted form, which it merges, and the user's processors go behind ours.

@@ -2,35 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from rkv_vllm.result import RESULT_KEY
 
-#: Name of the object in an answer, beside `usage`.
+#: Name of the object in a request and in an answer, where it stands beside `usage`.
 FIELD = "kv_cache"
 
 
 class KvCacheReport(BaseModel):
-    """What happened to the KV cache of one request.
+    """What happened to the KV cache of one HTTP request.
 
-    `budget` tokens were kept per layer and KV head after each compaction ("full": never compacted, and no
-    buffer and no policy then). Page counts are of one request; `pages_without_compaction` is what its length
-    would have filled. `reason` says why nothing was compacted and is absent where something was.
+    The numbers are sums over the request's sequences: its choices (`n`), its prompts, its turns between tool
+    calls. Pages that sequences share are counted for each.
     """
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(
+        extra="ignore",
+        json_schema_extra={
+            "examples": [
+                {
+                    "budget": 512,
+                    "policy": "rkv",
+                    "buffer": 128,
+                    "compactions": 3,
+                    "evicted_tokens": 384,
+                    "peak_pages": 20,
+                    "pages_without_compaction": 29,
+                }
+            ]
+        },
+    )
 
-    budget: int | Literal["full"]
-    policy: str | None = None
-    buffer: int | None = None
-    compactions: int
-    evicted_tokens: int
-    peak_pages: int
-    pages_without_compaction: int
-    reason: str | None = None
+    budget: int | Literal["full"] = Field(
+        description="Tokens kept per layer and KV head after each compaction; `full`: never compacted."
+    )
+    policy: str | None = Field(default=None, description="What scored tokens; absent with budget `full`.")
+    buffer: int | None = Field(
+        default=None, description="Tokens collected between two compactions; absent with budget `full`."
+    )
+    compactions: int = Field(description="Compactions that ran.")
+    evicted_tokens: int = Field(description="Tokens that left the cache before the end.")
+    peak_pages: int = Field(description="Most pages of the KV cache held at a time.")
+    pages_without_compaction: int = Field(description="Pages that the whole length would have filled.")
+    sequences: int = Field(
+        default=1, description="Over how many sequences the numbers are summed; absent where it is one."
+    )
+    reason: str | None = Field(
+        default=None, description="Why nothing was compacted; absent where something was."
+    )
 
     @classmethod
     def from_kv_transfer_params(cls, params: Mapping[str, Any] | None) -> KvCacheReport | None:
@@ -40,5 +63,55 @@ class KvCacheReport(BaseModel):
             return None
         return cls.model_validate({**result, "budget": result["budget"] or "full"})
 
+    def to_result(self) -> dict[str, Any]:
+        """What `from_kv_transfer_params` reads."""
+        return {**self.model_dump(), "budget": None if self.budget == "full" else self.budget}
+
     def to_json(self) -> bytes:
-        return self.model_dump_json(exclude_none=True).encode()
+        left_out = {"sequences"} if self.sequences == 1 else None
+        return self.model_dump_json(exclude_none=True, exclude=left_out).encode()
+
+
+def combined(reports: Sequence[KvCacheReport]) -> KvCacheReport:
+    """The report of several sequences of one HTTP request, which share their settings; at least one."""
+    compactions = sum(report.compactions for report in reports)
+    return reports[0].model_copy(
+        update={
+            "compactions": compactions,
+            "evicted_tokens": sum(report.evicted_tokens for report in reports),
+            "peak_pages": sum(report.peak_pages for report in reports),
+            "pages_without_compaction": sum(report.pages_without_compaction for report in reports),
+            "sequences": sum(report.sequences for report in reports),
+            "reason": None if compactions else reports[0].reason,
+        }
+    )
+
+
+class BudgetBounds(BaseModel):
+    default: int | Literal["full"] | None = Field(
+        description="Budget of a request that names none; null where one is required."
+    )
+    required: bool = Field(description="Whether a request without a budget is refused.")
+    min: int = Field(description="Smallest budget, in tokens.")
+    max: int | None = Field(description="Largest budget, in tokens; null: no bound.")
+    full: bool = Field(description="Whether `full` is allowed.")
+
+
+class BufferBounds(BaseModel):
+    default: int = Field(description="Buffer of a request that names none, in tokens.")
+    min: int
+    max: int | None = Field(description="null: no bound.")
+
+
+class PolicyChoice(BaseModel):
+    default: str = Field(description="Policy of a request that names none.")
+    allowed: list[str]
+
+
+class KvCacheBounds(BaseModel):
+    """What requests with the caller's API key may ask for in `kv_cache`."""
+
+    object: Literal["kv_cache.bounds"] = "kv_cache.bounds"
+    budget: BudgetBounds
+    buffer: BufferBounds
+    policy: PolicyChoice

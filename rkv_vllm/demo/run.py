@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from openai import AsyncOpenAI
 from rich.console import Console, Group
@@ -16,12 +16,12 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from rkv_vllm.config import OFF
 from rkv_vllm.demo import model as demo_model
 from rkv_vllm.demo.server import serving
 from rkv_vllm.server.protocol import FIELD, KvCacheReport
+from rkv_vllm.server.request import FULL
 
-BUDGETS = (OFF, 512, 256, 128)
+BUDGETS: tuple[int | Literal["full"], ...] = (FULL, 512, 256, 128)
 TOKENS = 800
 PAGE_SIZE = 32
 PROMPT = (
@@ -50,7 +50,7 @@ SERVER_OPTIONS = [
 class Completion:
     """One streamed completion: its text so far and, at its end, what the server reported."""
 
-    budget: int
+    budget: int | Literal["full"]
     text: str = ""
     chunks: int = 0
     tokens: int = 0
@@ -59,7 +59,7 @@ class Completion:
 
     @property
     def title(self) -> str:
-        return "full cache" if self.budget == OFF else f"budget {self.budget}"
+        return "full cache" if self.budget == FULL else f"budget {self.budget}"
 
 
 async def stream(
@@ -73,7 +73,7 @@ async def stream(
         temperature=0.7,
         stream=True,
         stream_options={"include_usage": True},
-        extra_body={"min_tokens": TOKENS, "vllm_xargs": {"rkv_budget": completion.budget}},
+        extra_body={"min_tokens": TOKENS, FIELD: {"budget": completion.budget}},
     )
     async for chunk in chunks:
         for choice in chunk.choices:
@@ -172,9 +172,9 @@ def problems(completions: list[Completion]) -> list[str]:
             found.append(f"{completion.title}: the answer has no {FIELD} object")
         elif completion.tokens < TOKENS:
             found.append(f"{completion.title}: {completion.tokens} tokens instead of {TOKENS}")
-        elif completion.budget == OFF and report.compactions:
+        elif completion.budget == FULL and report.compactions:
             found.append(f"{completion.title}: {report.compactions} compactions")
-        elif completion.budget != OFF and not report.compactions:
+        elif completion.budget != FULL and not report.compactions:
             found.append(f"{completion.title}: no compaction ({report.reason})")
     return found
 

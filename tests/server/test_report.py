@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator
 from types import SimpleNamespace
@@ -12,8 +13,12 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.testclient import TestClient
 
-from rkv_vllm.server.protocol import KvCacheReport
-from rkv_vllm.server.report import KvCacheReportMiddleware, ReportingSend, ReportSlot
+from rkv_vllm.server import engine_client
+from rkv_vllm.server.engine_client import Call
+from rkv_vllm.server.middleware import KvCacheMiddleware
+from rkv_vllm.server.policy import KvPolicies, KvPolicy
+from rkv_vllm.server.protocol import KvCacheReport, combined
+from rkv_vllm.server.report import ReportingSend
 
 RESULT = {
     "budget": 256,
@@ -36,15 +41,35 @@ class FakeEngine:
     def __init__(self, params: dict[str, Any] | None) -> None:
         self.params = params
         self.closed_early = False
+        self.output_processor = FakeOutputProcessor()
+        self.sampling_params: list[SimpleNamespace] = []
 
-    async def generate(self) -> AsyncGenerator[SimpleNamespace, None]:
+    async def generate(
+        self, prompt: str, sampling_params: SimpleNamespace
+    ) -> AsyncGenerator[SimpleNamespace, None]:
+        self.sampling_params.append(sampling_params)
         try:
             for text in ("a", "}", None):
                 params = self.params if text is None else None
-                yield SimpleNamespace(text=text or "end", kv_transfer_params=params)
+                yield SimpleNamespace(text=text or "end", kv_transfer_params=params, finished=text is None)
         except GeneratorExit:
             self.closed_early = True
             raise
+
+
+class FakeOutputProcessor:
+    """Of vLLM's, what the results of several answers are added up with."""
+
+    def __init__(self) -> None:
+        self.request_states: dict[str, SimpleNamespace] = {}
+        self.processed: list[list[SimpleNamespace]] = []
+
+    def process_outputs(self, engine_core_outputs: list[SimpleNamespace]) -> None:
+        self.processed.append(engine_core_outputs)
+
+
+def params(xargs: dict[str, Any] | None = None) -> SimpleNamespace:
+    return SimpleNamespace(extra_args=xargs)
 
 
 def application(engine: FakeEngine, *, usage: bool = True) -> FastAPI:
@@ -52,7 +77,7 @@ def application(engine: FakeEngine, *, usage: bool = True) -> FastAPI:
     app.state.engine_client = engine
 
     async def chunks() -> AsyncGenerator[str, None]:
-        async for output in app.state.engine_client.generate():
+        async for output in app.state.engine_client.generate("prompt", params()):
             yield f"data: {json.dumps({'choices': [output.text]})}\n\n"
         if usage:
             yield f"data: {json.dumps({'usage': {}})}\n\n"
@@ -62,14 +87,16 @@ def application(engine: FakeEngine, *, usage: bool = True) -> FastAPI:
     async def answer(request: Request) -> Any:
         if (await request.json())["stream"]:
             return StreamingResponse(chunks(), media_type="text/event-stream")
-        texts = [output.text async for output in app.state.engine_client.generate()]
+        texts = [output.text async for output in app.state.engine_client.generate("prompt", params())]
         return JSONResponse({"choices": texts, "usage": {"n": 3}})
 
     @app.post("/v1/other")
     async def other() -> Any:
-        return JSONResponse({"texts": [output.text async for output in app.state.engine_client.generate()]})
+        return JSONResponse(
+            {"texts": [output.text async for output in app.state.engine_client.generate("prompt", params())]}
+        )
 
-    app.add_middleware(KvCacheReportMiddleware)
+    app.add_middleware(KvCacheMiddleware, policies=KvPolicies(KvPolicy(), {}))
     return app
 
 
@@ -152,18 +179,15 @@ def test_report_of_a_full_cache_says_why() -> None:
 
 
 async def leave_early(engine: FakeEngine) -> None:
-    import rkv_vllm.server.report as report
-
-    report._slot.set(ReportSlot())
-    outputs = report._reporting(engine.generate)()
+    engine_client.wrap(engine)
+    with engine_client.serving(Call(KvPolicy())):
+        outputs = engine.generate("prompt", params())
     await anext(outputs)
     await outputs.aclose()
 
 
 def test_closing_the_stream_reaches_the_engine() -> None:
     """A client that goes away aborts its request at once, not when the garbage collector comes by."""
-    import asyncio
-
     engine = FakeEngine({"rkv": RESULT})
     asyncio.run(leave_early(engine))
     assert engine.closed_early
@@ -171,16 +195,14 @@ def test_closing_the_stream_reaches_the_engine() -> None:
 
 def test_chunks_pass_untouched_until_the_report_is_there() -> None:
     """On the hot path a message goes on as the same object; a held chunk is never lost at a body's end."""
-    import asyncio
-
     sent: list[Any] = []
-    slot = ReportSlot()
+    call = Call(KvPolicy())
 
     async def record(message: Any) -> None:
         sent.append(message)
 
     async def drive() -> None:
-        send = ReportingSend(record, slot)
+        send = ReportingSend(record, call)
         start = {
             "type": "http.response.start",
             "status": 200,
@@ -190,7 +212,7 @@ def test_chunks_pass_untouched_until_the_report_is_there() -> None:
         await send(start)
         await send(chunk)
         assert sent == [start, chunk] and sent[1] is chunk
-        slot.report = KvCacheReport.from_kv_transfer_params({"rkv": RESULT})
+        call.keep({"rkv": RESULT})
         await send(chunk)
         await send({"type": "http.response.body", "body": b": keep-alive\n\n", "more_body": True})
         assert len(sent) == 3
@@ -211,3 +233,75 @@ def test_a_refusal_is_an_error_of_the_request() -> None:
     app = application(FakeEngine({"rkv": FULL, "rkv_refusal": reason}))
     with pytest.raises(ValueError, match=reason):  # which vLLM's handlers answer with HTTP 400
         TestClient(app).post("/v1/chat/completions", json={"stream": False})
+
+
+def test_several_reports_are_added_up() -> None:
+    """Proves that numbers are sums, and that a reason stays only where nothing at all was compacted."""
+    one = KvCacheReport.from_kv_transfer_params({"rkv": RESULT})
+    none = KvCacheReport.from_kv_transfer_params({"rkv": {**RESULT, "compactions": 0, "reason": "short"}})
+    assert one is not None and none is not None
+    both = json.loads(combined([none, one]).to_json())
+    assert both == {
+        **{key: 2 * PUBLIC[key] for key in ("evicted_tokens", "peak_pages", "pages_without_compaction")},
+        **{key: PUBLIC[key] for key in ("budget", "buffer", "policy", "compactions")},
+        "sequences": 2,
+    }
+    assert combined([none, none]).reason == "short"
+    assert combined([combined([one, none]), one]) == combined([one, combined([none, one])])
+
+
+def test_the_answers_of_one_request_are_added_up_where_they_finish() -> None:
+    """Proves that the last of several answers carries the sum of all; another request's are left alone.
+
+    An answer may report more than once, as one with stop strings does: its newest report counts.
+    """
+    engine = FakeEngine(None)
+    processor = engine.output_processor
+    parent = FakeOutputProcessor()  # anything that can be referred to weakly, as vLLM's ParentRequest can
+    for name in ("0_r", "1_r"):
+        processor.request_states[name] = SimpleNamespace(parent_req=parent)
+    processor.request_states["alone"] = SimpleNamespace(parent_req=None)
+    engine_client.wrap(engine)
+
+    def output(name: str, compactions: int) -> SimpleNamespace:
+        result = {**RESULT, "compactions": compactions}
+        return SimpleNamespace(request_id=name, kv_transfer_params={"rkv": result})
+
+    unfinished = SimpleNamespace(request_id="0_r", kv_transfer_params=None)
+    outputs = [output("0_r", 1), output("0_r", 2), output("alone", 7), unfinished, output("1_r", 40)]
+    processor.process_outputs(outputs)
+    assert processor.processed == [outputs]
+    seen = [o.kv_transfer_params["rkv"]["compactions"] for o in outputs if o.kv_transfer_params]
+    assert seen == [1, 2, 7, 42]
+    report = KvCacheReport.from_kv_transfer_params(outputs[-1].kv_transfer_params)
+    assert report is not None and report.sequences == 2
+    assert outputs[-1].kv_transfer_params["rkv"]["page_size"] == RESULT["page_size"]
+
+
+def test_the_event_that_completes_a_response_carries_the_report() -> None:
+    """Proves that it goes into the response object, and that all other events pass as they are."""
+    sent: list[Any] = []
+    call = Call(KvPolicy())
+    delta = b'event: response.output_text.delta\ndata: {"delta": "a"}\n\n'
+    completed = b'event: response.completed\ndata: {"response": {"id": "\xc3\xa9"}, "type": "x"}\n\n'
+
+    async def record(message: Any) -> None:
+        sent.append(message)
+
+    async def drive() -> None:
+        send = ReportingSend(record, call)
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": delta, "more_body": True})
+        call.keep({"rkv": RESULT})
+        await send({"type": "http.response.body", "body": delta, "more_body": True})
+        await send({"type": "http.response.body", "body": completed, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    asyncio.run(drive())
+    _, first, second, last, end = sent
+    assert first["body"] == second["body"] == delta
+    name, data = last["body"].split(b"\ndata: ")
+    assert name == b"event: response.completed"
+    assert json.loads(data) == {"response": {"id": "\u00e9", "kv_cache": PUBLIC}, "type": "x"}
+    assert end["body"] == b""

@@ -1,0 +1,135 @@
+"""Where every generation of the API server passes: vLLM's engine client, for one HTTP request at a time.
+
+vLLM has many routes that generate, and no hook that sees them all. The one engine client behind them is
+therefore wrapped, as an instance: `generate` gives a request the settings its caller may have, whatever route
+it came by, and keeps the engine's report of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from contextlib import aclosing, contextmanager
+from contextvars import ContextVar
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from vllm.exceptions import VLLMValidationError
+
+from rkv_vllm.config import XARGS_PREFIX, BudgetRequest
+from rkv_vllm.result import REFUSAL_KEY, RESULT_KEY
+from rkv_vllm.server.policy import KvPolicy
+from rkv_vllm.server.protocol import KvCacheReport, combined
+from rkv_vllm.server.request import KvCacheError, read_xargs
+
+
+class Call:
+    """One HTTP request, as the generations that it starts see it.
+
+    `settings` are those its body asks for, already checked against `policy`; None on routes whose bodies are
+    not read, where each generation's own `vllm_xargs` are checked.
+    """
+
+    def __init__(self, policy: KvPolicy, settings: BudgetRequest | None = None) -> None:
+        self.policy = policy
+        self.settings = settings
+        self._reports: list[KvCacheReport] = []  # of its finished generations
+
+    @property
+    def report(self) -> KvCacheReport | None:
+        """Of all finished generations together: several prompts, or turns between tool calls."""
+        return combined(self._reports) if self._reports else None
+
+    def apply(self, sampling_params: Any) -> None:
+        """Write the settings where the engine reads them.
+
+        Raises: VLLMValidationError, which vLLM answers with HTTP 400, for what the policy does not allow.
+        """
+        given = sampling_params.extra_args or {}
+        settings = self.settings or settle_xargs(self.policy, given)
+        others = {key: value for key, value in given.items() if not key.startswith(XARGS_PREFIX)}
+        sampling_params.extra_args = {**others, **settings.model_dump()}
+
+    def keep(self, params: Mapping[str, Any] | None) -> None:
+        """Remember the report in a finished output's `kv_transfer_params`, if it has one."""
+        report = KvCacheReport.from_kv_transfer_params(params)
+        if report is not None:
+            self._reports.append(report)
+
+
+def settle_xargs(policy: KvPolicy, xargs: Mapping[str, Any] | None) -> BudgetRequest:
+    """Raises: VLLMValidationError that names the wrong key."""
+    try:
+        return policy.settle(read_xargs(xargs))
+    except KvCacheError as error:
+        param = error.param(xargs=True)
+        raise VLLMValidationError(f"{param} {error}", parameter=param) from None
+
+
+_call: ContextVar[Call | None] = ContextVar("rkv_call", default=None)
+
+
+@contextmanager
+def serving(call: Call) -> Iterator[None]:
+    """Whatever generates within, also in tasks that are started within, belongs to `call`."""
+    token = _call.set(call)
+    try:
+        yield
+    finally:
+        _call.reset(token)
+
+
+def wrap(engine_client: Any) -> None:
+    """Put this module between vLLM's routes and its engine client; called once for one client."""
+    engine_client.generate = _generate(engine_client.generate)
+    processor = engine_client.output_processor
+    processor.process_outputs = _process_outputs(processor, processor.process_outputs)
+
+
+def _generate(
+    generate: Callable[..., AsyncGenerator[Any, None]],
+) -> Callable[..., AsyncGenerator[Any, None]]:
+    def generate_for_call(
+        prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
+    ) -> AsyncGenerator[Any, None]:
+        call = _call.get()
+        if call is None:
+            return generate(prompt, sampling_params, *args, **kwargs)
+        call.apply(sampling_params)
+        return _kept(generate(prompt, sampling_params, *args, **kwargs), call)
+
+    return generate_for_call
+
+
+async def _kept(outputs: AsyncGenerator[Any, None], call: Call) -> AsyncGenerator[Any, None]:
+    async with aclosing(outputs):  # closing this generator aborts the request, as it does without us
+        async for output in outputs:
+            if output.finished:
+                if reason := (output.kv_transfer_params or {}).get(REFUSAL_KEY):
+                    raise ValueError(f"The request {reason}")  # vLLM answers HTTP 400
+                call.keep(output.kv_transfer_params)
+            yield output
+
+
+def _process_outputs(processor: Any, process: Callable[..., Any]) -> Callable[..., Any]:
+    """`process`, with the results of the `n` answers of a request added up.
+
+    The engine runs each answer as a request of its own. vLLM keeps the result of the one that finishes last;
+    this makes it the sum over all.
+    """
+    reports: WeakKeyDictionary[Any, dict[str, KvCacheReport]] = WeakKeyDictionary()
+
+    def add_up(request_id: str, params: dict[str, Any]) -> None:
+        state = processor.request_states.get(request_id)
+        report = KvCacheReport.from_kv_transfer_params(params)
+        if state is not None and state.parent_req is not None and report is not None:
+            siblings = reports.setdefault(state.parent_req, {})
+            siblings[request_id] = report
+            params[RESULT_KEY] |= combined(list(siblings.values())).to_result()
+
+    def process_and_add_up(engine_core_outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
+        for output in engine_core_outputs:
+            if output.kv_transfer_params is not None:
+                add_up(output.request_id, output.kv_transfer_params)
+        return process(engine_core_outputs, *args, **kwargs)
+
+    return process_and_add_up

@@ -1,0 +1,118 @@
+"""The middleware that vLLM's OpenAI application is given: budgets in, reports out, and `GET /v1/kv_cache`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from rkv_vllm.config import XARGS_PREFIX, BudgetRequest
+from rkv_vllm.server import engine_client
+from rkv_vllm.server.engine_client import Call
+from rkv_vllm.server.openapi import with_kv_cache
+from rkv_vllm.server.policy import KvPolicies, KvPolicy, KvSettings
+from rkv_vllm.server.protocol import FIELD
+from rkv_vllm.server.report import ReportingSend
+from rkv_vllm.server.request import XARGS, KvCacheError, parse_body, read_kv_cache, read_xargs
+
+#: Routes whose bodies take a `kv_cache` object, and whose answers have one.
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+#: Route that tells a client what it may ask for.
+BOUNDS_PATH = "/v1/kv_cache"
+
+
+class KvCacheMiddleware:
+    """ASGI middleware for an application whose `state.engine_client` is vLLM's engine client.
+
+    It reads `KvSettings` from the environment unless it is given policies.
+    """
+
+    def __init__(self, app: ASGIApp, policies: KvPolicies | None = None) -> None:
+        self.app = app
+        self.policies = policies or KvPolicies.load(KvSettings())
+        self._prepared: object = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+            return
+        self._prepare(scope["app"])
+        policy = self.policies.of(Headers(scope=scope).get("authorization"))
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if scope["type"] == "http" and path == BOUNDS_PATH:
+            await bounds(policy, scope)(scope, receive, send)
+        elif scope["type"] == "http" and scope["method"] == "POST" and path in PATHS:
+            await self._generate(policy, scope, receive, send)
+        else:
+            with engine_client.serving(Call(policy)):
+                await self.app(scope, receive, send)
+
+    async def _generate(self, policy: KvPolicy, scope: Scope, receive: Receive, send: Send) -> None:
+        body, messages = await read_body(receive)
+        try:
+            call = Call(policy, settings_of(policy, parse_body(body)))
+        except Refused as error:
+            await refusal(error)(scope, receive, send)
+            return
+
+        async def replay() -> Message:
+            return messages.pop(0) if messages else await receive()
+
+        with engine_client.serving(call):
+            await self.app(scope, replay, ReportingSend(send, call))
+
+    def _prepare(self, app: Any) -> None:
+        """Wrap what vLLM has made by the time of the first request."""
+        client = app.state.engine_client
+        if client is not None and client is not self._prepared:
+            engine_client.wrap(client)
+            app.openapi = with_kv_cache(app.openapi, PATHS, BOUNDS_PATH)
+            self._prepared = client
+
+
+class Refused(Exception):
+    """A request whose `kv_cache` is wrong or not allowed; `param` is the path of the member in the body."""
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(f"{param} {message}")
+        self.param = param
+
+
+def settings_of(policy: KvPolicy, body: dict[str, Any] | None) -> BudgetRequest | None:
+    """What the engine is told about a request with this body; None where vLLM will refuse the body.
+
+    Raises: Refused.
+    """
+    if body is None:
+        return None
+    asked, xargs = body.get(FIELD), body.get(XARGS)
+    flat = isinstance(xargs, dict) and any(key.startswith(XARGS_PREFIX) for key in xargs)
+    if flat and asked is not None:
+        raise Refused(FIELD, f"and the {XARGS_PREFIX} keys of {XARGS} exclude each other")
+    try:
+        return policy.settle(read_xargs(xargs) if flat else read_kv_cache(asked))
+    except KvCacheError as error:
+        raise Refused(error.param(xargs=flat), str(error)) from None
+
+
+async def read_body(receive: Receive) -> tuple[bytes, list[Message]]:
+    """The whole body, and the messages it came in."""
+    messages = [await receive()]
+    while messages[-1]["type"] == "http.request" and messages[-1].get("more_body", False):
+        messages.append(await receive())
+    return b"".join(message.get("body", b"") for message in messages), messages
+
+
+def refusal(error: Refused) -> JSONResponse:
+    """HTTP 400 in the envelope, and with the type, that vLLM gives to its own refusals."""
+    content = {"message": str(error), "type": "BadRequestError", "param": error.param, "code": 400}
+    return JSONResponse({"error": content}, status_code=400)
+
+
+def bounds(policy: KvPolicy, scope: Scope) -> JSONResponse:
+    if scope["method"] not in ("GET", "HEAD"):
+        content = {"message": "Method Not Allowed", "type": "Method Not Allowed", "param": None, "code": 405}
+        return JSONResponse({"error": content}, status_code=405, headers={"allow": "GET, HEAD"})
+    return JSONResponse(policy.bounds().model_dump())

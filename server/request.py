@@ -1,0 +1,123 @@
+"""The `kv_cache` object of a request body, and the flat `rkv_` keys of `vllm_xargs`, which mean the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rkv_vllm.config import OFF, POLICY_NAMES, WINDOW, XARGS_PREFIX, BudgetRequest, PolicyName
+from rkv_vllm.server.protocol import FIELD
+
+#: Budget of a request that keeps its full cache.
+FULL: Literal["full"] = "full"
+XARGS = "vllm_xargs"
+#: No context is longer; it keeps what goes to the engine within its integers.
+MOST_TOKENS = 2**31 - 1
+
+_BUDGET = f'takes an integer above {WINDOW}, or "{FULL}"'
+_BUFFER = f"takes an integer of at least {WINDOW}"
+_POLICY = f"takes one of {', '.join(POLICY_NAMES)}"
+
+
+class KvCacheError(ValueError):
+    """A member of `kv_cache` that is wrong or not allowed; `field` is empty where it is the object."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+    def param(self, *, xargs: bool) -> str:
+        """The path of the member in the request's body."""
+        if xargs:
+            return f"{XARGS}.{XARGS_PREFIX}{self.field}"
+        return f"{FIELD}.{self.field}" if self.field else FIELD
+
+
+class KvCacheRequest(BaseModel):
+    """How much of its KV cache a request keeps while it decodes. What is left out is the server's default."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        json_schema_extra={
+            "examples": [{"budget": 1024}, {"budget": 512, "policy": "rkv"}, {"budget": FULL}]
+        },
+    )
+
+    budget: Annotated[int, Field(gt=WINDOW, le=MOST_TOKENS)] | Literal["full"] | None = Field(
+        default=None,
+        description=(
+            "Tokens kept per layer and KV head after a compaction, or `full`: never compact. "
+            "`GET /v1/kv_cache` says which budgets are allowed."
+        ),
+        examples=[1024, FULL],
+    )
+    buffer: Annotated[int, Field(ge=WINDOW, le=MOST_TOKENS)] | None = Field(
+        default=None,
+        description="Tokens collected between two compactions: the cache grows to budget + buffer.",
+        examples=[128],
+    )
+    policy: PolicyName | None = Field(
+        default=None, description="What scores the tokens that may be evicted.", examples=["rkv"]
+    )
+
+
+_TAKES = {"budget": _BUDGET, "buffer": _BUFFER, "policy": _POLICY}
+
+
+def read_kv_cache(value: Any) -> KvCacheRequest:
+    """The `kv_cache` member of a request's body; None is one that names nothing.
+
+    Raises: KvCacheError for the first wrong member.
+    """
+    if value is None:
+        return KvCacheRequest()
+    if not isinstance(value, dict):
+        raise KvCacheError("", f"takes an object with {', '.join(_TAKES)}, not {_shown(value)}")
+    try:
+        return KvCacheRequest.model_validate(value)
+    except ValidationError as error:
+        field = str(error.errors()[0]["loc"][0])
+        if field not in _TAKES:
+            raise KvCacheError(field[:40], f"is unknown (known: {', '.join(_TAKES)})") from None
+        raise KvCacheError(field, f"{_TAKES[field]}, not {_shown(value[field])}") from None
+
+
+def read_xargs(xargs: Mapping[str, Any] | None) -> KvCacheRequest:
+    """The `rkv_` keys of a request's `vllm_xargs`; those of others are left alone.
+
+    Raises: KvCacheError for the first wrong key.
+    """
+    ours = {key: value for key, value in (xargs or {}).items() if key.startswith(XARGS_PREFIX)}
+    for key, value in ours.items():
+        try:
+            BudgetRequest.from_extra_args({key: value})
+        except ValueError as error:
+            field = key.removeprefix(XARGS_PREFIX)[:40]
+            raise KvCacheError(field, str(error).removeprefix(key).lstrip()) from None
+    named = {key.removeprefix(XARGS_PREFIX): value for key, value in ours.items()}
+    if named.get("budget") == OFF:
+        named["budget"] = FULL
+    return read_kv_cache(named)
+
+
+def parse_body(body: bytes) -> dict[str, Any] | None:
+    """The JSON object that vLLM will read in `body`; None where it will refuse it."""
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _shown(value: Any) -> str:
+    """`value` as the client wrote it, cut to what an error message has room for."""
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        text = type(value).__name__
+    return text if len(text) <= 40 else f"{text[:40]}..."

@@ -1,0 +1,31 @@
+"""Live servers for tests."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+# Tests import the module beside this file by name.
+sys.path.insert(0, str(Path(__file__).parent))
+
+from live_server import MODEL, OPTIONS, StartServer
+
+from rkv_vllm.demo.model import prepare
+from rkv_vllm.demo.server import serving
+
+
+@pytest.fixture(scope="session")
+def start_server(tmp_path_factory: pytest.TempPathFactory) -> StartServer:
+    """Use it in a `with` statement: one server at a time fits beside the other tests' engines."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    model = prepare()
+
+    def start(*options: str) -> AbstractContextManager[str]:
+        log = tmp_path_factory.mktemp("server") / "log"
+        return serving(model, MODEL, [*OPTIONS, *options], log, waiting=lambda _: None)
+
+    return start

@@ -1,0 +1,272 @@
+"""A running server and OpenAI's own client: budgets in, reports out, and what is not allowed is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from live_server import MODEL, PAGE_SIZE, StartServer
+
+pytestmark = pytest.mark.engine
+
+BUDGET, BUFFER, TOKENS = 32, 16, 24
+KV_CACHE = {"budget": BUDGET, "buffer": BUFFER, "policy": "snapkv"}
+TEXT = "One, two, three, four, five, six, seven, eight, nine, ten, eleven, twelve. " * 4
+MESSAGES: Any = [{"role": "user", "content": TEXT}]
+FREE_KEY, STRICT_KEY = "key-of-a-caller-without-bounds", "key-of-a-caller-who-must-choose"
+
+
+@pytest.fixture(scope="module")
+def url(start_server: StartServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    def digest(key: str) -> str:
+        return hashlib.sha256(key.encode()).hexdigest()
+
+    keys: Path = tmp_path_factory.mktemp("keys") / "keys.yaml"
+    keys.write_text(
+        f"{digest(FREE_KEY)}: {{budget: full, budget_max: null}}\n"
+        f"{digest(STRICT_KEY)}: {{require_budget: true}}\n"
+    )
+    policy = "--kv-budget=64 --kv-budget-min=32 --kv-budget-max=256 --kv-buffer=32 --kv-policies=rkv,snapkv"
+    with start_server(*policy.split(), f"--kv-key-policies={keys}", "--enable-scale-out") as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0, timeout=120) as client:
+        yield client
+
+
+def chat(client: openai.OpenAI, kv_cache: Any = KV_CACHE, **more: Any) -> Any:
+    return client.chat.completions.create(
+        model=MODEL,
+        messages=MESSAGES,
+        max_tokens=TOKENS,
+        extra_body={"kv_cache": kv_cache, "ignore_eos": True},
+        **more,
+    )
+
+
+def check_compacted(report: dict[str, Any], sequences: int = 1) -> None:
+    """The settings asked for were in force, tokens left, and fewer pages were held than without."""
+    assert {key: report[key] for key in KV_CACHE} == KV_CACHE
+    assert report["compactions"] >= sequences
+    assert report["evicted_tokens"] > BUDGET
+    assert 0 < report["peak_pages"] <= report["pages_without_compaction"]
+    assert report.get("sequences", 1) == sequences
+    assert "reason" not in report
+
+
+def test_chat(client: openai.OpenAI) -> None:
+    """Proves that a chat completion is compacted as it asked, and that its usage still counts all tokens."""
+    answer = chat(client)
+    check_compacted(answer.kv_cache)
+    assert answer.usage.completion_tokens == TOKENS
+    evicted, total = answer.kv_cache["evicted_tokens"], answer.usage.total_tokens
+    assert BUDGET <= total - evicted <= BUDGET + BUFFER + 1
+
+
+def test_streamed_chat(client: openai.OpenAI) -> None:
+    """Proves that the usage chunk of a stream has the report, and no other chunk."""
+    *chunks, last = chat(client, stream=True, stream_options={"include_usage": True})
+    assert last.usage.completion_tokens == TOKENS
+    check_compacted(last.kv_cache)
+    assert not any("kv_cache" in chunk.model_extra for chunk in chunks)
+
+
+def test_several_choices(client: openai.OpenAI) -> None:
+    """Proves that the report of a whole answer with n = 2 is the sum over both, and so is a stream's."""
+    one = chat(client, temperature=0).kv_cache
+    two = chat(client, n=2).kv_cache
+    check_compacted(two, sequences=2)
+    *_, last = chat(client, n=2, stream=True, stream_options={"include_usage": True})
+    for key in ("compactions", "evicted_tokens", "pages_without_compaction"):
+        assert two[key] == last.kv_cache[key] == 2 * one[key], "all have the same lengths"
+
+
+def test_completions_of_several_prompts(client: openai.OpenAI) -> None:
+    """Proves that the report of two prompts, one of them too short to be compacted, is the sum over both."""
+    answer: Any = client.completions.create(
+        model=MODEL,
+        prompt=[TEXT, "One,"],
+        max_tokens=TOKENS,
+        extra_body={"kv_cache": KV_CACHE, "ignore_eos": True},
+    )
+    report = answer.kv_cache
+    assert report["sequences"] == 2
+    assert report["compactions"] > 0
+    short = (answer.usage.total_tokens, report["pages_without_compaction"])
+    assert short[1] * PAGE_SIZE < short[0] + 2 * PAGE_SIZE
+
+
+def test_responses(client: openai.OpenAI) -> None:
+    """Proves that a response has the report, whole and in the event that completes its stream."""
+    request: Any = {"model": MODEL, "input": TEXT, "max_output_tokens": TOKENS}
+    extra = {"kv_cache": KV_CACHE, "ignore_eos": True}
+    whole: Any = client.responses.create(**request, extra_body=extra)
+    check_compacted(whole.kv_cache)
+    *events, last = client.responses.create(**request, stream=True, extra_body=extra)
+    assert last.type == "response.completed"
+    assert last.response.kv_cache == whole.kv_cache
+    assert not any("kv_cache" in str(event) for event in events)
+
+
+def test_async_client_with_mixed_budgets(url: str) -> None:
+    """Proves that requests in one batch keep their own budgets: small, large, and the server's default."""
+
+    async def ask() -> list[Any]:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client:
+            chats = (
+                client.chat.completions.create(
+                    model=MODEL,
+                    messages=MESSAGES,
+                    max_tokens=TOKENS,
+                    extra_body={"ignore_eos": True, **extra},
+                )
+                for extra in ({"kv_cache": {"budget": 33}}, {"kv_cache": {"budget": 256}}, {})
+            )
+            return list(await asyncio.gather(*chats))
+
+    small, large, default = (answer.kv_cache for answer in asyncio.run(ask()))
+    assert [small["budget"], large["budget"], default["budget"]] == [33, 256, 64]
+    assert small["compactions"] >= 1 and default["compactions"] >= 1
+    assert large["compactions"] == 0
+    assert large["reason"] == "shorter than budget + buffer"
+
+
+def test_an_answer_that_a_stop_string_ends_has_a_report(client: openai.OpenAI) -> None:
+    """Proves that the report is there also where the API server, not the engine, ends the request."""
+    text = chat(client, temperature=0).choices[0].message.content
+    answer = chat(client, temperature=0, stop=[text[10:20]])
+    assert answer.choices[0].finish_reason == "stop"
+    check_compacted(answer.kv_cache)
+
+
+@pytest.mark.parametrize(
+    ("kv_cache", "param"),
+    [
+        ("512", "kv_cache"),
+        ({"budgets": 64}, "kv_cache.budgets"),
+        ({"budget": "64"}, "kv_cache.budget"),
+        ({"budget": True}, "kv_cache.budget"),
+        ({"budget": 8}, "kv_cache.budget"),
+        ({"budget": 31}, "kv_cache.budget"),
+        ({"budget": 257}, "kv_cache.budget"),
+        ({"budget": "full"}, "kv_cache.budget"),
+        ({"budget": 64, "buffer": 33}, "kv_cache.buffer"),
+        ({"budget": 64, "policy": "random"}, "kv_cache.policy"),
+    ],
+)
+def test_what_is_not_allowed_is_refused(client: openai.OpenAI, kv_cache: Any, param: str) -> None:
+    """Proves that the client's own exception names the member that is wrong or out of bounds."""
+    with pytest.raises(openai.BadRequestError) as refused:
+        chat(client, kv_cache)
+    assert refused.value.param == param
+    assert refused.value.type == "BadRequestError"
+    assert param in refused.value.message
+
+
+def test_raw_envelope(url: str) -> None:
+    """Proves that a refusal has exactly the members that vLLM's own have."""
+    body = {"model": MODEL, "prompt": "One,", "max_tokens": 1}
+    ours = httpx.post(f"{url}/v1/completions", json={**body, "kv_cache": {"budget": 9000}})
+    theirs = httpx.post(f"{url}/v1/completions", json={**body, "max_tokens": -1})
+    assert ours.status_code == theirs.status_code == 400
+    assert ours.json() == {
+        "error": {
+            "message": "kv_cache.budget is 9000, which is not allowed here: 32 to 256 tokens",
+            "type": "BadRequestError",
+            "param": "kv_cache.budget",
+            "code": 400,
+        }
+    }
+    assert theirs.json()["error"].keys() == ours.json()["error"].keys()
+    assert theirs.json()["error"]["type"] == "BadRequestError"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 1}),
+        ("/v1/completions", {"prompt": "One,", "max_tokens": 1}),
+        ("/v1/responses", {"input": "One,", "max_output_tokens": 1}),
+        ("/v1/messages", {"messages": MESSAGES, "max_tokens": 1}),
+        ("/v1/chat/completions/batch", {"messages": [MESSAGES], "max_tokens": 1}),
+        ("/invocations", {"prompt": "One,", "max_tokens": 1}),
+    ],
+)
+def test_no_route_leads_around_the_bounds(url: str, path: str, body: dict[str, Any]) -> None:
+    """Proves that the engine's own keys obey the same bounds, also on routes that know no `kv_cache`."""
+    request = {"model": MODEL, **body}
+    refused = httpx.post(f"{url}{path}", json={**request, "vllm_xargs": {"rkv_budget": 9000}}, timeout=60)
+    assert refused.status_code == 400, refused.text
+    assert "vllm_xargs.rkv_budget is 9000" in refused.text
+    allowed = httpx.post(f"{url}{path}", json={**request, "vllm_xargs": {"rkv_budget": 40}}, timeout=60)
+    assert allowed.status_code == 200, allowed.text
+
+
+def test_tokens_in_tokens_out_obeys_the_bounds(url: str) -> None:
+    """Proves the same of the route whose settings are plain sampling parameters."""
+    body = {"model": MODEL, "token_ids": [1, 2, 3]}
+    for budget, status in ((9000, 400), (40, 200)):
+        sampling = {"max_tokens": 1, "extra_args": {"rkv_budget": budget}}
+        answer = httpx.post(f"{url}/inference/v1/generate", json={**body, "sampling_params": sampling})
+        assert answer.status_code == status, answer.text
+
+
+def test_keys_have_policies_of_their_own(url: str, client: openai.OpenAI) -> None:
+    """Proves that the API key decides: one may keep the full cache, and does; one must name a budget."""
+    free = chat(client.with_options(api_key=FREE_KEY), {}).kv_cache
+    assert (free["budget"], free["compactions"], free["reason"]) == ("full", 0, "full cache")
+    assert chat(client.with_options(api_key=FREE_KEY), {"budget": 900}).kv_cache["budget"] == 900
+    strict = client.with_options(api_key=STRICT_KEY)
+    with pytest.raises(openai.BadRequestError) as refused:
+        chat(strict, None)
+    assert refused.value.param == "kv_cache.budget"
+    check_compacted(chat(strict).kv_cache)
+
+
+def test_bounds_of_the_caller(url: str) -> None:
+    """Proves that a client can ask what it may ask for, and is told by its key."""
+
+    def bounds(key: str) -> Any:
+        return httpx.get(f"{url}/v1/kv_cache", headers={"authorization": f"Bearer {key}"}).json()
+
+    assert bounds("any") == {
+        "object": "kv_cache.bounds",
+        "budget": {"default": 64, "required": False, "min": 32, "max": 256, "full": False},
+        "buffer": {"default": 32, "min": 8, "max": 32},
+        "policy": {"default": "rkv", "allowed": ["rkv", "snapkv"]},
+    }
+    assert bounds(FREE_KEY)["budget"] == {
+        "default": "full",
+        "required": False,
+        "min": 32,
+        "max": None,
+        "full": True,
+    }
+    assert bounds(STRICT_KEY)["budget"]["required"] is True
+    assert httpx.post(f"{url}/v1/kv_cache").status_code == 405
+
+
+def test_openapi_documents_the_additions(url: str) -> None:
+    """Proves that the published schema has the object in all three requests and answers."""
+    schema = httpx.get(f"{url}/openapi.json", timeout=60).json()
+    schemas = schema["components"]["schemas"]
+    for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses"):
+        operation = schema["paths"][path]["post"]
+        body = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+        assert schemas[body]["properties"]["kv_cache"]["anyOf"][0] == {
+            "$ref": "#/components/schemas/KvCacheRequest"
+        }
+        answer = operation["responses"]["200"]["content"]["application/json"]["schema"]
+        assert answer["properties"]["kv_cache"] == {"$ref": "#/components/schemas/KvCacheReport"}
+    assert schemas["KvCacheRequest"]["additionalProperties"] is False
+    assert all("description" in member for member in schemas["KvCacheRequest"]["properties"].values())
+    assert "/v1/kv_cache" in schema["paths"]

@@ -1,0 +1,212 @@
+"""Budgets on their way from a request's body to the engine, with a small application in vLLM's place."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import jsonschema
+import pytest
+from fastapi import FastAPI, Request
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel
+from starlette.testclient import TestClient
+from vllm.exceptions import VLLMValidationError
+
+from rkv_vllm.config import POLICY_NAMES
+from rkv_vllm.server.middleware import KvCacheMiddleware, Refused, settings_of
+from rkv_vllm.server.policy import KvPolicies, KvPolicy
+from rkv_vllm.server.request import KvCacheRequest
+
+POLICY = KvPolicy(budget=512, budget_min=256, budget_max=1024)
+DEFAULT = {"rkv_budget": 512, "rkv_buffer": 128, "rkv_policy": "rkv"}
+
+
+class Body(BaseModel):
+    prompt: str = ""
+    vllm_xargs: dict[str, Any] | None = None
+
+
+class Engine:
+    """Remembers what it was asked to generate with."""
+
+    def __init__(self) -> None:
+        self.extra_args: list[Any] = []
+        self.output_processor = SimpleNamespace(process_outputs=lambda outputs: None, request_states={})
+
+    async def generate(self, prompt: str, sampling_params: SimpleNamespace) -> Any:
+        self.extra_args.append(sampling_params.extra_args)
+        yield SimpleNamespace(finished=True, kv_transfer_params=None)
+
+
+def application(engine: Engine, policy: KvPolicy = POLICY) -> TestClient:
+    app = FastAPI()
+    app.state.engine_client = engine
+
+    async def generate(body: Body) -> Any:
+        """Like vLLM's routes, from which the engine gets what is in `vllm_xargs`."""
+        sampling_params = SimpleNamespace(extra_args=body.vllm_xargs)
+        async for _ in engine.generate(body.prompt, sampling_params=sampling_params):
+            pass
+        return {"prompt": body.prompt}
+
+    async def echo(request: Request) -> Any:
+        return {"length": len(await request.body())}
+
+    for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"):
+        app.post(path)(generate)
+    app.post("/echo")(echo)
+    app.add_middleware(KvCacheMiddleware, policies=KvPolicies(policy, {}))
+    return TestClient(app)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses"])
+def test_the_settings_of_the_body_reach_the_engine(path: str) -> None:
+    """Proves that `kv_cache` and the flat keys mean the same on all three routes; others' keys survive."""
+    engine = Engine()
+    client = application(engine)
+    bodies: list[dict[str, Any]] = [
+        {"kv_cache": {"budget": 256, "policy": "snapkv"}, "vllm_xargs": {"theirs": 1}},
+        {"vllm_xargs": {"rkv_budget": 256, "rkv_policy": "snapkv", "theirs": 1}},
+        {},
+        {"kv_cache": None},
+    ]
+    for body in bodies:
+        assert client.post(path, json={"prompt": "a", **body}).json() == {"prompt": "a"}
+    chosen = {**DEFAULT, "rkv_budget": 256, "rkv_policy": "snapkv", "theirs": 1}
+    assert engine.extra_args == [chosen, chosen, DEFAULT, DEFAULT]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"kv_cache": {"budget": 255}}, "kv_cache.budget"),
+        ({"kv_cache": {"budget": "full"}}, "kv_cache.budget"),
+        ({"kv_cache": {"budge": 512}}, "kv_cache.budge"),
+        ({"kv_cache": 512}, "kv_cache"),
+        ({"vllm_xargs": {"rkv_budget": 0}}, "vllm_xargs.rkv_budget"),
+        ({"vllm_xargs": {"rkv_budget": "512"}}, "vllm_xargs.rkv_budget"),
+        ({"kv_cache": {"budget": 512}, "vllm_xargs": {"rkv_budget": 512}}, "kv_cache"),
+    ],
+)
+def test_a_refused_request_starts_nothing(body: dict[str, Any], param: str) -> None:
+    """Proves that the error is OpenAI's envelope with the member's path; the engine hears nothing."""
+    engine = Engine()
+    answer = application(engine).post("/v1/completions", json=body)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["param"], error["code"], error["type"]) == (param, 400, "BadRequestError")
+    assert error["message"].startswith(param)
+    assert engine.extra_args == []
+
+
+def test_other_routes_obey_the_same_bounds() -> None:
+    """Proves that a route whose body is not read gets the default, and cannot ask for more."""
+    engine = Engine()
+    client = application(engine)
+    assert client.post("/v1/messages", json={}).status_code == 200
+    assert client.post("/v1/messages", json={"vllm_xargs": {"rkv_budget": 1024}}).status_code == 200
+    assert engine.extra_args == [DEFAULT, {**DEFAULT, "rkv_budget": 1024}]
+    with pytest.raises(VLLMValidationError, match="rkv_budget is 1025") as refused:  # vLLM answers with 400
+        client.post("/v1/messages", json={"vllm_xargs": {"rkv_budget": 1025}})
+    assert refused.value.parameter == "vllm_xargs.rkv_budget"
+    assert len(engine.extra_args) == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'"a"', b"\xff", b"[" * 100_000])
+def test_what_is_no_json_object_is_left_to_vllm(content: bytes) -> None:
+    """Proves that its own refusal is what the client sees."""
+    headers = {"content-type": "application/json"}
+    answer = application(Engine()).post("/v1/completions", content=content, headers=headers)
+    assert answer.status_code in (400, 422)
+    assert "detail" in answer.json(), "FastAPI's own"
+
+
+def test_a_body_in_parts_arrives_whole() -> None:
+    """Proves that the application reads what the client sent, however it was cut."""
+    engine = Engine()
+    body = json.dumps({"prompt": "b" * 100_000, "kv_cache": {"budget": 300}}).encode()
+    parts = (body[i : i + 1000] for i in range(0, len(body), 1000))
+    headers = {"content-type": "application/json"}
+    answer = application(engine).post("/v1/completions", content=parts, headers=headers)
+    assert answer.json() == {"prompt": "b" * 100_000}
+    assert engine.extra_args[0]["rkv_budget"] == 300
+
+
+def test_the_route_of_its_own_says_what_is_allowed() -> None:
+    """Proves that it answers GET alone."""
+    client = application(Engine())
+    assert client.get("/v1/kv_cache").json()["budget"] == {
+        "default": 512,
+        "required": False,
+        "min": 256,
+        "max": 1024,
+        "full": False,
+    }
+    refused = client.post("/v1/kv_cache")
+    assert (refused.status_code, refused.headers["allow"]) == (405, "GET, HEAD")
+
+
+def test_the_published_schema_says_what_is_added() -> None:
+    """Proves that the additions are there after any request, once, and that references lead somewhere."""
+    client = application(Engine())
+    schema = client.get("/openapi.json").json()
+    assert schema == client.get("/openapi.json").json()
+    assert "/v1/kv_cache" in schema["paths"]
+    assert "kv_cache" in schema["components"]["schemas"]["Body"]["properties"]
+    text = json.dumps(schema)
+    references = {part.partition('"')[0] for part in text.split('"$ref": "#/components/schemas/')[1:]}
+    assert {"KvCacheRequest", "KvCacheReport", "KvCacheBounds"} <= references
+    assert references <= schema["components"]["schemas"].keys()
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=9)
+    | st.sampled_from(["full", "rkv"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=5,
+)
+MEMBERS = st.fixed_dictionaries(
+    {},
+    optional={
+        "budget": st.integers(0, 2000) | JSON,
+        "buffer": st.integers(0, 200) | JSON,
+        "policy": st.sampled_from(POLICY_NAMES) | JSON,
+        "other": JSON,
+    },
+)
+
+
+@settings(deadline=None)
+@given(MEMBERS | JSON)
+def test_any_value_is_settled_within_the_bounds_or_refused_by_name(value: Any) -> None:
+    """Proves that nothing a client can write leads to another error, or around a bound."""
+    try:
+        settled = settings_of(POLICY, {"kv_cache": value})
+    except Refused as refused:
+        assert refused.param.startswith("kv_cache")
+        return
+    assert settled is not None and settled.rkv_budget is not None and settled.rkv_buffer is not None
+    assert 256 <= settled.rkv_budget <= 1024
+    assert 8 <= settled.rkv_buffer <= 128
+
+
+@settings(deadline=None)
+@given(MEMBERS | JSON)
+def test_the_published_schema_accepts_what_the_server_accepts(value: Any) -> None:
+    """Proves that without bounds exactly what follows the schema is served."""
+    if isinstance(value, dict) and any(isinstance(member, float) for member in value.values()):
+        return  # JSON Schema takes 512.0 for an integer
+    published = jsonschema.Draft202012Validator(KvCacheRequest.model_json_schema())
+    try:
+        settings_of(KvPolicy(), {"kv_cache": value})
+    except Refused:
+        assert not published.is_valid(value)
+    else:
+        assert value is None or published.is_valid(value)
