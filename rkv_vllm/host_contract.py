@@ -53,10 +53,6 @@ CONTRACT: Contract = {
     ),
     "vllm.v1.core.sched.scheduler.Scheduler.add_request": ("request",),
     "vllm.v1.core.sched.scheduler.Scheduler.finish_requests": ("request_ids", "finished_status"),
-    "vllm.v1.core.sched.scheduler.Scheduler.update_from_output": (
-        "scheduler_output",
-        "model_runner_output",
-    ),
     "vllm.v1.core.sched.scheduler.Scheduler._preempt_request": (
         "request",
         "timestamp",
