@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from rkv_vllm import __version__
 from rkv_vllm.config import PolicyName, RkvConfig
+from rkv_vllm.server.operations import PREFIX, OperationSettings
 
 app = typer.Typer(
     name="rkv-vllm",
@@ -30,6 +31,11 @@ def _field(name: str) -> str:
     return RkvConfig.model_fields[name].description or ""
 
 
+def _operation(name: str) -> Any:
+    text = f"{OperationSettings.model_fields[name].description} [{PREFIX}{name.upper()}]"
+    return typer.Option(f"--{name.replace('_', '-')}", help=text, rich_help_panel="Operation")
+
+
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     epilog="All other options are vLLM's own: see `vllm serve --help=all`.",
@@ -40,12 +46,32 @@ def serve(
     kv_buffer: Annotated[int | None, typer.Option(help=_field("buffer"))] = None,
     kv_policy: Annotated[PolicyName | None, typer.Option(help=_field("policy"))] = None,
     kv_mix_lambda: Annotated[float | None, typer.Option(help=_field("mix_lambda"))] = None,
+    api_key_file: Annotated[Path | None, _operation("api_key_file")] = None,
+    open_metrics: Annotated[bool | None, _operation("open_metrics")] = None,
+    open_routes: Annotated[str | None, _operation("open_routes")] = None,
+    limit_body_bytes: Annotated[int | None, _operation("limit_body_bytes")] = None,
+    limit_max_tokens: Annotated[int | None, _operation("limit_max_tokens")] = None,
+    limit_n: Annotated[int | None, _operation("limit_n")] = None,
+    limit_concurrent: Annotated[int | None, _operation("limit_concurrent")] = None,
+    limit_concurrent_per_key: Annotated[int | None, _operation("limit_concurrent_per_key")] = None,
+    access_log: Annotated[str | None, _operation("access_log")] = None,
 ) -> None:
     """Run vLLM's OpenAI server with R-KV on: `rkv-vllm serve MODEL` and any option of `vllm serve`.
 
     A request may choose its own settings in `vllm_xargs`: rkv_budget (0: full cache), rkv_buffer, rkv_policy.
     """
     config = _config(budget=kv_budget, buffer=kv_buffer, policy=kv_policy, mix_lambda=kv_mix_lambda)
+    _operation_settings(
+        api_key_file=api_key_file,
+        open_metrics=open_metrics,
+        open_routes=open_routes,
+        limit_body_bytes=limit_body_bytes,
+        limit_max_tokens=limit_max_tokens,
+        limit_n=limit_n,
+        limit_concurrent=limit_concurrent,
+        limit_concurrent_per_key=limit_concurrent_per_key,
+        access_log=access_log,
+    )
     from rkv_vllm.engine_args import rkv_serve_flags
     from rkv_vllm.server.arguments import serve_arguments
 
@@ -119,6 +145,20 @@ def _config(**settings: Any) -> RkvConfig:
     except ValidationError as error:
         lines = (f"{problem['loc'][0]}: {problem['msg']}" for problem in error.errors())
         raise typer.BadParameter("; ".join(lines)) from None
+
+
+def _operation_settings(**flags: Any) -> None:
+    """Validate the settings; flags go before the environment, and into it for vLLM's processes."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    try:
+        settings = OperationSettings(**given)
+        settings.read_keys()
+    except ValidationError as error:
+        lines = (f"{problem['loc'][0]}: {problem['msg']}" for problem in error.errors())
+        raise typer.BadParameter("; ".join(lines)) from None
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from None
+    os.environ.update(settings.to_environment())
 
 
 if __name__ == "__main__":
