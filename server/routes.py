@@ -28,8 +28,8 @@ OPEN_ROUTES = (
     "/v1/chat/completions",
     "/v1/completions",
     "/v1/responses",
-    "/v1/responses/{response_id}",
-    "/v1/responses/{response_id}/cancel",
+    "/v1/responses/resp_{id}",
+    "/v1/responses/resp_{id}/cancel",
     "/v1/messages",
     "/v1/messages/count_tokens",
 )

@@ -139,7 +139,7 @@ CLOSED = [
     *("/invocations", "/ping", "/load", "/tokenize", "/detokenize", "/generative_scoring", "/v1/systemone"),
     *("/sleep", "/wake_up", "/start_profile", "/collective_rpc", "/server_info", "/reset_prefix_cache"),
     *("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/chat/completions/batch", "/pause"),
-    *("/v1/chat/completions/render", "/v1/completions/derender", "/kv_event_sources", "/tokenizer_info"),
+    *("/v1/responses/render", "/v1/completions/derender", "/kv_event_sources", "/tokenizer_info"),
     *("/metrics/x", "/v1/responses/a/b", "/V1/models", "/v1/models/", "/", "", "//v1/models", "/v1"),
 ]
 
