@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from rkv_vllm import __version__
 from rkv_vllm.config import Granularity, PolicyName, RkvConfig
 from rkv_vllm.server.policy import ENVIRONMENT_PREFIX, KvPolicies, KvSettings, explain
+from rkv_vllm.server.operations import PREFIX, OperationSettings
 
 app = typer.Typer(
     name="rkv-vllm",
@@ -36,6 +37,11 @@ def _setting(name: str) -> Any:
     return typer.Option(f"--kv-{name.replace('_', '-')}", help=help, rich_help_panel="KV cache")
 
 
+def _operation(name: str) -> Any:
+    text = f"{OperationSettings.model_fields[name].description} [{PREFIX}{name.upper()}]"
+    return typer.Option(f"--{name.replace('_', '-')}", help=text, rich_help_panel="Operation")
+
+
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     epilog="All other options are vLLM's own: see `vllm serve --help=all`.",
@@ -53,6 +59,15 @@ def serve(
     kv_key_policies: Annotated[Path | None, _setting("key_policies")] = None,
     kv_granularity: Annotated[Granularity | None, _setting("granularity")] = None,
     kv_max_model_len_beyond_pool: Annotated[bool | None, _setting("max_model_len_beyond_pool")] = None,
+    api_key_file: Annotated[Path | None, _operation("api_key_file")] = None,
+    open_metrics: Annotated[bool | None, _operation("open_metrics")] = None,
+    open_routes: Annotated[str | None, _operation("open_routes")] = None,
+    limit_body_bytes: Annotated[int | None, _operation("limit_body_bytes")] = None,
+    limit_max_tokens: Annotated[int | None, _operation("limit_max_tokens")] = None,
+    limit_n: Annotated[int | None, _operation("limit_n")] = None,
+    limit_concurrent: Annotated[int | None, _operation("limit_concurrent")] = None,
+    limit_concurrent_per_key: Annotated[int | None, _operation("limit_concurrent_per_key")] = None,
+    access_log: Annotated[str | None, _operation("access_log")] = None,
 ) -> None:
     """Run vLLM's OpenAI server with R-KV on: `rkv-vllm serve MODEL` and any option of `vllm serve`.
 
@@ -70,6 +85,17 @@ def serve(
         key_policies=kv_key_policies,
         granularity=kv_granularity,
         max_model_len_beyond_pool=kv_max_model_len_beyond_pool,
+    )
+    _operation_settings(
+        api_key_file=api_key_file,
+        open_metrics=open_metrics,
+        open_routes=open_routes,
+        limit_body_bytes=limit_body_bytes,
+        limit_max_tokens=limit_max_tokens,
+        limit_n=limit_n,
+        limit_concurrent=limit_concurrent,
+        limit_concurrent_per_key=limit_concurrent_per_key,
+        access_log=access_log,
     )
     from rkv_vllm.engine_args import rkv_serve_flags
     from rkv_vllm.server.arguments import serve_arguments
@@ -226,6 +252,19 @@ def _kv_settings(**flags: Any) -> KvSettings:
     for line in lines:
         typer.echo(line)
     return settings
+
+
+def _operation_settings(**flags: Any) -> None:
+    """Validate the settings; flags go before the environment, and into it for vLLM's processes."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    try:
+        settings = OperationSettings(**given)
+        settings.read_keys()
+    except ValidationError as error:
+        raise typer.BadParameter(explain(error)) from None
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from None
+    os.environ.update(settings.to_environment())
 
 
 if __name__ == "__main__":

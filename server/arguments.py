@@ -6,6 +6,8 @@ import json
 from collections import deque
 
 MIDDLEWARE = "rkv_vllm.server.middleware.KvCacheMiddleware"
+#: The last one is the outermost.
+OPERATIONS = "rkv_vllm.server.operations.OperationsMiddleware"
 #: Options of vLLM that select what this package puts in their place.
 TAKEN = frozenset({"--scheduler-cls", "--worker-cls"})
 SETTINGS = "--additional-config"
@@ -42,7 +44,8 @@ def serve_arguments(users: list[str], ours: list[str]) -> list[str]:
                 processors.append(words.popleft())
         else:
             merged.append(word)
-    return [*merged, *_with_processors(ours, processors), f"--middleware={MIDDLEWARE}"]
+    middlewares = [f"--middleware={MIDDLEWARE}", f"--middleware={OPERATIONS}"]
+    return [*merged, *_with_processors(ours, processors), *middlewares]
 
 
 def _dotted(text: str) -> list[str]:

@@ -6,11 +6,14 @@ from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rkv_vllm.config import XARGS_PREFIX, BudgetRequest
 from rkv_vllm.server import engine_client
+from rkv_vllm.server.auth import presented_key
+from rkv_vllm.server.body import ClientGone, read_body, replay
 from rkv_vllm.server.engine_client import Call
+from rkv_vllm.server.errors import error_response
 from rkv_vllm.server.openapi import with_kv_cache
 from rkv_vllm.server.policy import KvPolicies, KvPolicy, KvSettings
 from rkv_vllm.server.protocol import FIELD
@@ -39,7 +42,7 @@ class KvCacheMiddleware:
             await self.app(scope, receive, send)
             return
         self._prepare(scope["app"])
-        policy = self.policies.of(Headers(scope=scope).get("authorization"))
+        policy = self.policies.of(presented_key(Headers(scope=scope)))
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         if scope["type"] == "http" and path == BOUNDS_PATH:
             await bounds(policy, scope)(scope, receive, send)
@@ -50,18 +53,16 @@ class KvCacheMiddleware:
                 await self.app(scope, receive, send)
 
     async def _generate(self, policy: KvPolicy, scope: Scope, receive: Receive, send: Send) -> None:
-        body, messages = await read_body(receive)
         try:
+            body = await read_body(scope, receive)
             call = Call(policy, settings_of(policy, parse_body(body)))
+        except ClientGone:
+            return  # nobody is left to answer
         except Refused as error:
-            await refusal(error)(scope, receive, send)
+            await error_response(400, str(error), param=error.param)(scope, receive, send)
             return
-
-        async def replay() -> Message:
-            return messages.pop(0) if messages else await receive()
-
         with engine_client.serving(call):
-            await self.app(scope, replay, ReportingSend(send, call))
+            await self.app(scope, replay(body, receive), ReportingSend(send, call))
 
     def _prepare(self, app: Any) -> None:
         """Wrap what vLLM has made by the time of the first request."""
@@ -95,20 +96,6 @@ def settings_of(policy: KvPolicy, body: dict[str, Any] | None) -> BudgetRequest 
         return policy.settle(read_xargs(xargs) if flat else read_kv_cache(asked))
     except KvCacheError as error:
         raise Refused(error.param(xargs=flat), str(error)) from None
-
-
-async def read_body(receive: Receive) -> tuple[bytes, list[Message]]:
-    """The whole body, and the messages it came in."""
-    messages = [await receive()]
-    while messages[-1]["type"] == "http.request" and messages[-1].get("more_body", False):
-        messages.append(await receive())
-    return b"".join(message.get("body", b"") for message in messages), messages
-
-
-def refusal(error: Refused) -> JSONResponse:
-    """HTTP 400 in the envelope, and with the type, that vLLM gives to its own refusals."""
-    content = {"message": str(error), "type": "BadRequestError", "param": error.param, "code": 400}
-    return JSONResponse({"error": content}, status_code=400)
 
 
 def bounds(policy: KvPolicy, scope: Scope) -> JSONResponse:

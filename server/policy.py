@@ -211,10 +211,9 @@ class KvPolicies:
         path = settings.key_policies
         return cls(server, {} if path is None else dict(_overrides(path, common)))
 
-    def of(self, authorization: str | None) -> KvPolicy:
-        """The policy of a request with this `Authorization` header."""
-        scheme, _, key = (authorization or "").partition(" ")
-        if not self.by_key or scheme.lower() != "bearer":
+    def of(self, key: str | None) -> KvPolicy:
+        """The policy of a request with this API key, or with none."""
+        if key is None or not self.by_key:
             return self.server
         return self.by_key.get(hashlib.sha256(key.encode()).hexdigest(), self.server)
 

@@ -10,7 +10,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from rkv_vllm.config import RkvConfig
 from rkv_vllm.engine_args import SCHEDULER, VALIDATOR, rkv_serve_flags
-from rkv_vllm.server.arguments import MIDDLEWARE, serve_arguments
+from rkv_vllm.server.arguments import MIDDLEWARE, OPERATIONS, serve_arguments
 
 
 def parsed(*users: str) -> Namespace:
@@ -30,7 +30,7 @@ def test_switches_everything_on() -> None:
     assert arguments.worker_cls.startswith("rkv_vllm.")
     assert arguments.logits_processors == [VALIDATOR]
     assert arguments.additional_config["rkv"]["budget"] == 512
-    assert arguments.middleware == [MIDDLEWARE]
+    assert arguments.middleware == [MIDDLEWARE, OPERATIONS]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_keeps_the_users_logits_processors(users: tuple[str, ...]) -> None:
 
 def test_keeps_the_users_middleware() -> None:
     """`--middleware` is one that vLLM collects."""
-    assert parsed("some/model", "--middleware", "a.B").middleware == ["a.B", MIDDLEWARE]
+    assert parsed("some/model", "--middleware", "a.B").middleware == ["a.B", MIDDLEWARE, OPERATIONS]
 
 
 @pytest.mark.parametrize("option", ["--scheduler-cls", "--scheduler_cls=x.Y", "--worker-cls"])

@@ -1,0 +1,310 @@
+"""`rkv-vllm serve` as an operator and 64 clients meet it, with a small model on the CPU."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from openai import APIStatusError, AsyncOpenAI
+
+from rkv_vllm.demo.model import prepare
+from rkv_vllm.demo.server import ENVIRONMENT, free_port, stop, tail, wait_until_ready
+from rkv_vllm.server.routes import OPEN_ROUTES
+
+pytestmark = pytest.mark.engine
+
+MODEL = "smollm2"
+KEYS = {"alice": "sk-alice-0123456789abcdef", "bob": "sk-bob-0123456789abcdef"}
+MOST_TOKENS = 64
+OPTIONS = [
+    *("--dtype", "float32"),
+    *("--block-size", "32"),
+    *("--max-model-len", "512"),
+    *("--max-num-seqs", "64"),
+    *("--max-num-batched-tokens", "512"),
+    *("--kv-cache-memory-bytes", "128M"),  # too little for all clients at once
+    "--enforce-eager",
+    *("--limit-max-tokens", str(MOST_TOKENS)),
+    *("--limit-n", "4"),
+    *("--limit-concurrent-per-key", "64"),
+    *("--access-log", "json"),
+]
+CLIENTS = 64
+BUDGETS = (0, 16, 24, 32)
+#: What the processes of the server may grow by while they serve CLIENTS requests more: allocators and tables
+#: of Python processes move by some MiB.
+GROWTH_BYTES = 48 << 20
+
+
+@dataclass(frozen=True)
+class Server:
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def http(self, key: str | None = "alice") -> httpx.Client:
+        headers = {"authorization": f"Bearer {KEYS[key]}"} if key else {}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=120)
+
+    def openai(self, key: str = "alice") -> AsyncOpenAI:
+        return AsyncOpenAI(base_url=f"{self.url}/v1", api_key=KEYS[key], timeout=300, max_retries=0)
+
+    def metric(self, name: str) -> float:
+        with self.http() as http:
+            text = http.get("/metrics").text
+        return sum(float(value) for value in re.findall(rf"^{name}{{[^}}]*}} (\S+)$", text, re.MULTILINE))
+
+    def idle(self) -> bool:
+        """Whether no request runs or waits and every page is in the pool. vLLM renews these numbers when it
+        runs a step, which a last short request makes it do."""
+        with self.http() as http:
+            http.post("/v1/completions", json={"model": MODEL, "prompt": "a", "max_tokens": 1})
+        names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
+        return not any(self.metric(name) for name in names)
+
+    def access_lines(self) -> list[dict[str, Any]]:
+        lines = self.log.read_text(errors="replace").splitlines()
+        return [json.loads(line) for line in lines if line.startswith('{"time"')]
+
+    def memory(self) -> int:
+        """Resident bytes of all processes of the server."""
+        first = psutil.Process(self.process.pid)
+        return sum(p.memory_info().rss for p in (first, *first.children(recursive=True)))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The tests below use it in their order, and the last one stops it."""
+    directory = tmp_path_factory.mktemp("operations")
+    keys, log, port = directory / "keys", directory / "log", free_port()
+    keys.write_text("# two\n" + "".join(f"{name} {key}\n" for name, key in KEYS.items()))
+    command = [
+        *(sys.executable, "-m", "rkv_vllm.cli", "serve", str(prepare()), "--served-model-name", MODEL),
+        *("--host", "127.0.0.1", "--port", str(port), "--api-key-file", str(keys), *OPTIONS),
+    ]
+    threads = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, **ENVIRONMENT, **threads},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_until_ready(process, url, log, lambda _: None)
+        yield Server(url, process, log)
+    finally:
+        stop(process)
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 60) -> bool:
+    end = time.monotonic() + seconds
+    while not (met := condition()) and time.monotonic() < end:
+        time.sleep(0.1)
+    return met
+
+
+def completion(**fields: Any) -> dict[str, Any]:
+    return {"model": MODEL, "prompt": "Once upon a time", "ignore_eos": True, **fields}
+
+
+def test_guards_every_open_route_and_closes_the_others(server: Server) -> None:
+    """All routes of vLLM's application, as its schema and its log list them, and some of development."""
+    routes = set(re.findall(r"Route: (/\S*),", server.log.read_text()))
+    with server.http() as http, server.http(key=None) as stranger:
+        routes |= set(http.get("/openapi.json").json()["paths"])
+        assert {"/invocations", "/scale_elastic_ep", "/v1/completions", "/metrics"} <= routes
+        routes = {route.replace("{response_id}", "resp_{id}") for route in routes}
+        for route in routes | {"/sleep", "/collective_rpc", "/v1/load_lora_adapter"} | set(OPEN_ROUTES):
+            statuses = {method: stranger.request(method, route).status_code for method in ("GET", "POST")}
+            if route in ("/health", "/ready"):
+                assert statuses["GET"] == 200
+            elif route in OPEN_ROUTES:
+                assert set(statuses.values()) == {401}, route
+            else:
+                assert set(statuses.values()) == {404}, route
+                assert http.get(route).status_code == http.post(route, json={}).status_code == 404, route
+        assert http.get("/ready").json() == {"status": "ready"}
+        assert http.get("/v1/models").status_code == 200
+
+
+def test_request_ids_go_through_vllm_and_into_the_log(server: Server) -> None:
+    """Also on an error; two running requests may have the same one; the log names the caller, not the key."""
+
+    async def ask(key: str, **fields: Any) -> Any:
+        async with server.openai(key) as openai:
+            return await openai.completions.create(
+                model=MODEL, prompt="a", extra_headers={"X-Request-ID": "mine"}, **fields
+            )
+
+    async def ask_three() -> list[Any]:
+        return await asyncio.gather(
+            ask("alice", max_tokens=8), ask("bob", max_tokens=8), ask("bob", n=5), return_exceptions=True
+        )
+
+    first, second, refused = asyncio.run(ask_three())
+    assert first.id == second.id == "cmpl-mine"
+    assert isinstance(refused, APIStatusError)
+    assert refused.response.headers["x-request-id"] == "mine"
+    lines = [line for line in server.access_lines() if line["request_id"] == "mine"]
+    assert sorted((line["key"], line["status"]) for line in lines) == [
+        ("alice", 200),
+        ("bob", 200),
+        ("bob", 400),
+    ]
+    assert not any(key in server.log.read_text() for key in KEYS.values())
+
+
+def test_limits_hold_and_spare_long_prompts(server: Server) -> None:
+    """Above the limit 400 names the field; where nothing is asked for the limit holds, or what the model has
+    left; wrong JSON is refused by vLLM as ever."""
+    chat = {"model": MODEL, "messages": [{"role": "user", "content": "Count."}], "ignore_eos": True}
+    with server.http() as http:
+        answer = http.post("/v1/chat/completions", json={**chat, "max_completion_tokens": MOST_TOKENS + 1})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "max_completion_tokens")
+        answer = http.post("/v1/chat/completions", json=chat)
+        assert answer.json()["usage"]["completion_tokens"] == MOST_TOKENS
+        long = [{"role": "user", "content": "one " * 450}]
+        usage = http.post("/v1/chat/completions", json={**chat, "messages": long}).json()["usage"]
+        assert usage["prompt_tokens"] + MOST_TOKENS > 512
+        assert usage["total_tokens"] == 512
+        answer = http.post("/v1/completions", content="{", headers={"content-type": "application/json"})
+        assert answer.status_code == 400
+
+
+def test_a_disconnect_gives_the_pages_back(server: Server) -> None:
+    """While the stream runs it holds pages; soon after its client has left none is in use."""
+    fields = completion(max_tokens=MOST_TOKENS, stream=True)
+    with server.http() as http:
+        with http.stream(
+            "POST", "/v1/completions", json=fields, headers={"X-Request-ID": "leaver"}
+        ) as answer:
+            chunks = answer.iter_lines()
+            for _ in range(8):
+                next(chunks)
+            assert eventually(lambda: server.metric("vllm:kv_cache_usage_perc") > 0, 5)
+            assert server.metric("vllm:num_requests_running") == 1
+        assert eventually(lambda: any(line["request_id"] == "leaver" for line in server.access_lines()), 10)
+    [line] = [line for line in server.access_lines() if line["request_id"] == "leaver"]
+    assert line["disconnected"]
+    assert eventually(server.idle)
+    assert server.metric("vllm:request_success_total") > 0
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A client of the load test. `leaves_after`: chunks, or tenths of a second where nothing is streamed."""
+
+    prompt: str
+    tokens: int
+    budget: int
+    stream: bool
+    leaves_after: int | None
+
+
+def visits(seed: int) -> list[Visit]:
+    chance = random.Random(seed)
+    leaving = set(chance.sample(range(CLIENTS), CLIENTS // 2))
+    return [
+        Visit(
+            prompt=f"Story {seed}.{number}: " + "once upon a time " * chance.randint(1, 8),
+            tokens=chance.randint(24, MOST_TOKENS),
+            budget=chance.choice(BUDGETS),
+            stream=chance.random() < 0.7,
+            leaves_after=chance.randint(0, 20) if number in leaving else None,
+        )
+        for number in range(CLIENTS)
+    ]
+
+
+async def visit(openai: AsyncOpenAI, wishes: Visit) -> int | None:
+    """Tokens of the whole answer, or None for a client that left."""
+    xargs = {"rkv_budget": wishes.budget, **({"rkv_buffer": 16} if wishes.budget else {})}
+    fields: dict[str, Any] = {
+        "model": MODEL,
+        "prompt": wishes.prompt,
+        "max_tokens": wishes.tokens,
+        "extra_body": {"ignore_eos": True, "vllm_xargs": xargs},
+    }
+    if not wishes.stream:
+        asking = openai.completions.create(**fields)
+        patience = None if wishes.leaves_after is None else wishes.leaves_after / 10
+        try:
+            answer = await asyncio.wait_for(asking, patience)
+        except TimeoutError:
+            return None
+        return int(answer.usage.completion_tokens)
+    tokens, chunks = 0, 0
+    stream = await openai.completions.create(**fields, stream=True, stream_options={"include_usage": True})
+    async with stream:
+        async for chunk in stream:
+            if chunk.usage is not None:
+                tokens = chunk.usage.completion_tokens
+            chunks += 1
+            if wishes.leaves_after is not None and chunks > wishes.leaves_after:
+                return None
+    return tokens
+
+
+def all_at_once(server: Server, seed: int) -> None:
+    async def visit_all() -> list[int | BaseException | None]:
+        async with server.openai("bob") as openai:
+            return await asyncio.gather(
+                *(visit(openai, wishes) for wishes in visits(seed)), return_exceptions=True
+            )
+
+    for wishes, tokens in zip(visits(seed), asyncio.run(visit_all()), strict=True):
+        if wishes.leaves_after is None:
+            assert tokens == wishes.tokens
+        else:
+            assert tokens in (None, wishes.tokens)
+    assert eventually(server.idle)
+
+
+def test_64_clients_half_of_which_leave(server: Server) -> None:
+    """With mixed budgets and too few pages for all: those who stay get every token, then the pool is whole,
+    and a second round leaves the server's memory as large as the first one did."""
+    all_at_once(server, seed=1)
+    before = server.memory()
+    all_at_once(server, seed=2)
+    growth = server.memory() - before
+    print(f"memory grew by {growth / 2**20:.1f} MiB")
+    assert growth < GROWTH_BYTES
+
+
+def test_sigterm_finishes_what_runs_and_ends_with_status_0(server: Server) -> None:
+    """The stream gets all its tokens while newcomers are sent away, and nothing went wrong in the log."""
+    fields = completion(max_tokens=MOST_TOKENS, stream=True, stream_options={"include_usage": True})
+    with server.http() as http, http.stream("POST", "/v1/completions", json=fields) as answer:
+        events = (line.removeprefix("data: ") for line in answer.iter_lines() if line)
+        next(events)
+        server.process.send_signal(signal.SIGTERM)
+        with server.http() as late:
+            assert eventually(lambda: late.get("/ready").status_code == 503, 5)
+            refused = late.post("/v1/completions", json=completion())
+            assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
+            assert late.get("/health").status_code == 200
+        rest = list(events)
+    assert rest[-1] == "[DONE]"
+    assert json.loads(rest[-2])["usage"]["completion_tokens"] == MOST_TOKENS
+    assert server.process.wait(60) == 0, tail(server.log)
+    log = server.log.read_text(errors="replace")
+    assert "Traceback" not in log
+    assert "EngineDeadError" not in log

@@ -1,0 +1,177 @@
+"""Request ids, the access log and closed routes."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import re
+from typing import Any
+
+import pytest
+from asgi_stubs import Connection, Echo, Gate, client, drive
+
+from rkv_vllm.server.access_log import AccessLog
+from rkv_vllm.server.auth import ApiKeys, Authentication
+from rkv_vllm.server.request_id import RequestId
+from rkv_vllm.server.routes import OPEN_ROUTES, ClosedRoutes
+
+KEY = "sk-secret-" + "k" * 40
+
+
+@pytest.mark.parametrize("given", ["abc-123", "a.b:c_D", "x" * 128])
+def test_a_clients_request_id_goes_in_and_comes_back(given: str) -> None:
+    """vLLM finds it in the header, other middlewares in the state, the client in the answer."""
+
+    async def test() -> None:
+        async with client(RequestId(Echo())) as http:
+            answer = await http.get("/v1/models", headers={"X-Request-ID": given})
+        assert answer.headers["x-request-id"] == given
+        assert answer.json()["headers"]["x-request-id"] == given
+        assert answer.json()["state"]["request_id"] == given
+
+    drive(test)
+
+
+@pytest.mark.parametrize("given", [None, "", "x" * 129, "a b", "a\tb", "é", '"', "a/../b", "a%0ab"])
+def test_another_request_id_is_replaced(given: str | None) -> None:
+    """What is missing, too long or unfit for a log never reaches vLLM."""
+
+    async def test() -> None:
+        headers = {} if given is None else {"X-Request-ID": given.encode()}
+        async with client(RequestId(Echo())) as http:
+            answer = await http.get("/v1/models", headers=headers)
+        new = answer.headers["x-request-id"]
+        assert re.fullmatch("[0-9a-f]{32}", new)
+        assert answer.json()["headers"]["x-request-id"] == new
+
+    drive(test)
+
+
+def test_an_unhandled_error_has_its_request_id_and_nothing_else() -> None:
+    """The cause is raised on to the log and not told to the client."""
+
+    async def broken(scope: Any, receive: Any, send: Any) -> None:
+        raise RuntimeError("in /srv/secret.py")
+
+    async def test() -> None:
+        async with client(RequestId(broken)) as http:
+            answer = await http.get("/", headers={"X-Request-ID": "mine"})
+        assert answer.status_code == 500
+        assert answer.headers["x-request-id"] == "mine"
+        assert answer.json()["error"]["type"] == "InternalServerError"
+        assert "secret" not in answer.text
+        connection = Connection()
+        with pytest.raises(RuntimeError):
+            await RequestId(broken)(connection.scope, connection.receive, connection.send)
+
+    drive(test)
+
+
+class Lines:
+    """A logger, and the lines it was given."""
+
+    def __init__(self) -> None:
+        self._text = io.StringIO()
+        self.logger = logging.Logger("access")
+        self.logger.addHandler(logging.StreamHandler(self._text))
+
+    def read(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self._text.getvalue().splitlines()]
+
+
+def test_logs_one_line_a_request_without_secrets() -> None:
+    """What was asked for, by whom and what came of it; not the key, not the query, not the probes."""
+    lines, keys = Lines(), ApiKeys()
+    keys.add(KEY, "alice")
+
+    async def test() -> None:
+        application = AccessLog(RequestId(Authentication(Echo(), keys, ["/health"])), lines.logger)
+        async with client(application) as http:
+            headers = {"authorization": f"Bearer {KEY}", "x-request-id": "mine"}
+            answer = await http.post("/v1/models?key=hidden", headers=headers, content=b"12345")
+            await http.get("/health")
+            await http.get("/v1/models", headers={"authorization": "Bearer sk-wrong"})
+        done, refused = lines.read()
+        assert set(done) == {
+            *("time", "method", "path", "status", "duration_ms", "request_id", "client", "key"),
+            *("disconnected", "bytes_in", "bytes_out"),
+        }
+        assert (done["method"], done["path"], done["status"]) == ("POST", "/v1/models", 200)
+        assert (done["key"], done["request_id"], done["client"]) == ("alice", "mine", "127.0.0.1")
+        assert (done["bytes_in"], done["bytes_out"]) == (5, len(answer.content))
+        assert (refused["status"], refused["key"]) == (401, None)
+        assert not {KEY, "hidden", "sk-wrong"} & set(re.split(r"[^\w-]", json.dumps(lines.read())))
+
+    drive(test)
+
+
+@pytest.mark.parametrize("end", ["left", "failed"])
+def test_logs_what_did_not_end_well(end: str) -> None:
+    """A client that left is told from one that got its answer, and a failure from both."""
+    lines = Lines()
+
+    async def test() -> None:
+        gate = Gate(error=RuntimeError() if end == "failed" else None)
+        connection = Connection()
+        task = connection.start(AccessLog(RequestId(gate), lines.logger))
+        await gate.until_entered(1)
+        (connection.leave if end == "left" else gate.open).set()
+        if end == "failed":
+            with pytest.raises(RuntimeError):
+                await task
+        else:
+            await task
+        [line] = lines.read()
+        assert line["disconnected"] == (end == "left")
+        assert line["status"] == (200 if end == "left" else 500)
+
+    drive(test)
+
+
+CLOSED = [
+    *(
+        "/scale_elastic_ep",
+        "/is_scaling_elastic_ep",
+        "/inference/v1/generate",
+        "/inference/v1/abort_requests",
+    ),
+    *("/invocations", "/ping", "/load", "/tokenize", "/detokenize", "/generative_scoring", "/v1/systemone"),
+    *("/sleep", "/wake_up", "/start_profile", "/collective_rpc", "/server_info", "/reset_prefix_cache"),
+    *("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/chat/completions/batch", "/pause"),
+    *("/v1/responses/render", "/v1/completions/derender", "/kv_event_sources", "/tokenizer_info"),
+    *("/metrics/x", "/v1/responses/a/b", "/V1/models", "/v1/models/", "/", "", "//v1/models", "/v1"),
+]
+
+
+@pytest.mark.parametrize("path", CLOSED)
+def test_what_is_not_on_the_list_is_closed(path: str) -> None:
+    """With and without a proxy's prefix, and whether or not vLLM knows the path."""
+
+    async def test() -> None:
+        for root in ("", "/proxy"):
+            application = Echo()
+            connection = Connection(root + path)
+            connection.scope["root_path"] = root
+            await connection.start(ClosedRoutes(application, OPEN_ROUTES))
+            assert connection.status == 404
+            assert json.loads(connection.body)["error"]["type"] == "NotFoundError"
+            assert application.calls == 0
+
+    drive(test)
+
+
+def test_open_routes_answer_and_more_can_be_opened() -> None:
+    """Templates stand for one part of a path."""
+
+    async def test() -> None:
+        application = ClosedRoutes(Echo(), [*OPEN_ROUTES, "/tokenize"])
+        async with client(application) as http:
+            for path in ("/v1/chat/completions", "/v1/responses/resp_1/cancel", "/health", "/tokenize"):
+                assert (await http.post(path)).status_code == 200
+        connection = Connection("/proxy/v1/models")
+        connection.scope["root_path"] = "/proxy"
+        await connection.start(application)
+        assert connection.status == 200
+
+    drive(test)
