@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import ceil
 from pathlib import Path
 
@@ -43,6 +43,14 @@ def run(paged: Engine, asks: dict[str, Ask]) -> Run:
     return paged.run(list(asks.values()))
 
 
+@pytest.fixture(scope="module")
+def reference(model: Path) -> Iterator[HfReference]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield HfReference(model)
+    torch.set_num_threads(threads)
+
+
 def test_budget_above_the_length_is_stock(paged: Engine, stock: Engine, encode: Encode) -> None:
     """Requests that never reach their budget get stock's tokens and logprobs to the bit."""
     prompts = [encode(text) for text in (texts.multiples(7), texts.COUNTDOWN)]
@@ -55,11 +63,8 @@ def test_budget_above_the_length_is_stock(paged: Engine, stock: Engine, encode: 
     assert not any(step.compacted for step in found.steps)
 
 
-def test_generation_equals_transformers(model: Path, asks: dict[str, Ask], run: Run) -> None:
+def test_generation_equals_transformers(reference: HfReference, asks: dict[str, Ask], run: Run) -> None:
     """Every token is the one that transformers predicts with the same pages cut out of its cache."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    reference = HfReference(model)
     for case, ask, answer in zip(asks, asks.values(), run.answers, strict=True):
         _, budget, buffer, policy = CASES[case]
         teaching = reference.teach(
@@ -69,7 +74,6 @@ def test_generation_equals_transformers(model: Path, asks: dict[str, Ask], run: 
         assert len(teaching.compacted_at) == answer.result["compactions"] >= 2
         assert teaching.logprobs.argmax(dim=-1).tolist() == answer.tokens
         assert (chosen - torch.tensor(answer.logprobs)).abs().max().item() < 1e-3
-    torch.set_num_threads(threads)
 
 
 def test_820_tokens_within_a_budget_of_256(paged: Engine, encode: Encode) -> None:
