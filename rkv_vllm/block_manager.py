@@ -31,7 +31,7 @@ class CompactingSpec(FullAttentionSpec):
         whole = super().max_memory_usage_bytes(vllm_config)
         config = RkvConfig.from_additional_config(vllm_config.additional_config)
         default = config.resolve(BudgetRequest())
-        if not config.max_model_len_beyond_pool or default is None:
+        if not config.beyond_pool or default is None:
             return whole
         slots = lengths_by(config.granularity, 0, default, self.block_size).most_slots
         return min(whole, cdiv(slots, self.block_size) * self.page_size_bytes)

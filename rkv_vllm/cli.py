@@ -16,8 +16,8 @@ from pydantic import ValidationError
 
 from rkv_vllm import __version__
 from rkv_vllm.config import Granularity, PolicyName, RkvConfig
-from rkv_vllm.server.policy import ENVIRONMENT_PREFIX, KvPolicies, KvSettings, explain
 from rkv_vllm.server.operations import PREFIX, OperationSettings
+from rkv_vllm.server.policy import ENVIRONMENT_PREFIX, KvPolicies, KvSettings, explain
 
 app = typer.Typer(
     name="rkv-vllm",
@@ -58,7 +58,7 @@ def serve(
     kv_mix_lambda: Annotated[float | None, _setting("mix_lambda")] = None,
     kv_key_policies: Annotated[Path | None, _setting("key_policies")] = None,
     kv_granularity: Annotated[Granularity | None, _setting("granularity")] = None,
-    kv_max_model_len_beyond_pool: Annotated[bool | None, _setting("max_model_len_beyond_pool")] = None,
+    kv_beyond_pool: Annotated[bool | None, _setting("beyond_pool")] = None,
     api_key_file: Annotated[Path | None, _operation("api_key_file")] = None,
     open_metrics: Annotated[bool | None, _operation("open_metrics")] = None,
     open_routes: Annotated[str | None, _operation("open_routes")] = None,
@@ -84,7 +84,7 @@ def serve(
         mix_lambda=kv_mix_lambda,
         key_policies=kv_key_policies,
         granularity=kv_granularity,
-        max_model_len_beyond_pool=kv_max_model_len_beyond_pool,
+        beyond_pool=kv_beyond_pool,
     )
     _operation_settings(
         api_key_file=api_key_file,
@@ -117,9 +117,7 @@ def args(
     buffer: Annotated[int | None, typer.Option(help=_field("buffer"))] = None,
     policy: Annotated[PolicyName | None, typer.Option(help=_field("policy"))] = None,
     mix_lambda: Annotated[float | None, typer.Option(help=_field("mix_lambda"))] = None,
-    max_model_len_beyond_pool: Annotated[
-        bool, typer.Option("--max-model-len-beyond-pool", help=_field("max_model_len_beyond_pool"))
-    ] = False,
+    beyond_pool: Annotated[bool, typer.Option("--beyond-pool", help=_field("beyond_pool"))] = False,
     granularity: Annotated[Granularity | None, typer.Option(help=_field("granularity"))] = None,
 ) -> None:
     """Print the engine options that switch R-KV on: `vllm serve MODEL $(rkv-vllm args --budget 1024)`."""
@@ -128,7 +126,7 @@ def args(
         buffer=buffer,
         policy=policy,
         mix_lambda=mix_lambda,
-        max_model_len_beyond_pool=max_model_len_beyond_pool,
+        beyond_pool=beyond_pool,
         granularity=granularity,
     )
     # vLLM logs to standard output when imported, and what we print there goes onto a command line.
@@ -150,9 +148,9 @@ def doctor(
     kv_buffer: Annotated[int | None, typer.Option(help=_field("buffer"))] = None,
     kv_policy: Annotated[PolicyName | None, typer.Option(help=_field("policy"))] = None,
     kv_mix_lambda: Annotated[float | None, typer.Option(help=_field("mix_lambda"))] = None,
-    kv_max_model_len_beyond_pool: Annotated[
+    kv_beyond_pool: Annotated[
         bool,
-        typer.Option("--kv-max-model-len-beyond-pool", help=_field("max_model_len_beyond_pool")),
+        typer.Option("--kv-beyond-pool", help=_field("beyond_pool")),
     ] = False,
     kv_granularity: Annotated[Granularity | None, typer.Option(help=_field("granularity"))] = None,
     length: Annotated[
@@ -170,7 +168,7 @@ def doctor(
         buffer=kv_buffer,
         policy=kv_policy,
         mix_lambda=kv_mix_lambda,
-        max_model_len_beyond_pool=kv_max_model_len_beyond_pool,
+        beyond_pool=kv_beyond_pool,
         granularity=kv_granularity,
     )
     os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"

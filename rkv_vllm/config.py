@@ -81,12 +81,12 @@ class RkvConfig(BaseModel):
     mix_lambda: float = Field(
         default=0.1, ge=0.0, le=1.0, description="Weight of importance against redundancy in policy rkv."
     )
-    max_model_len_beyond_pool: bool = Field(
+    beyond_pool: bool = Field(
         default=False,
         description="Let max_model_len exceed what the pool holds; a request that cannot fit is refused.",
     )
 
-    @field_validator("max_model_len_beyond_pool")
+    @field_validator("beyond_pool")
     @classmethod
     def _needs_budget(cls, beyond: bool, info: ValidationInfo) -> bool:
         # Where the budget itself was refused it is not in `data`, and that is the error to show.

@@ -161,9 +161,7 @@ class KvSettings(KvPolicy, BaseSettings):
     granularity: Granularity = Field(
         default="token", description=RkvConfig.model_fields["granularity"].description
     )
-    max_model_len_beyond_pool: bool = Field(
-        default=False, description=RkvConfig.model_fields["max_model_len_beyond_pool"].description
-    )
+    beyond_pool: bool = Field(default=False, description=RkvConfig.model_fields["beyond_pool"].description)
     key_policies: Path | None = Field(
         default=None,
         description="YAML file with what differs by API key: SHA-256 of the key, and settings below it.",
@@ -178,7 +176,7 @@ class KvSettings(KvPolicy, BaseSettings):
             buffer=self.buffer,
             policy=self.policy,
             mix_lambda=self.mix_lambda,
-            max_model_len_beyond_pool=self.max_model_len_beyond_pool,
+            beyond_pool=self.beyond_pool,
             granularity=self.granularity,
         )
 

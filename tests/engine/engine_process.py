@@ -163,7 +163,7 @@ class _Host:
         defaults: dict[str, Any] = {}
         if settings.beyond_pool is not None:
             budget, buffer = settings.beyond_pool
-            defaults = {"budget": budget, "buffer": buffer, "max_model_len_beyond_pool": True}
+            defaults = {"budget": budget, "buffer": buffer, "beyond_pool": True}
         else:
             max_model_len = min(max_model_len, (settings.pages - 1) * PAGE_SIZE)
         defaults["granularity"] = settings.granularity

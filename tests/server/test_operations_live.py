@@ -29,7 +29,7 @@ pytestmark = pytest.mark.engine
 
 MODEL = "smollm2"
 KEYS = {"alice": "sk-alice-0123456789abcdef", "bob": "sk-bob-0123456789abcdef"}
-MOST_TOKENS = 64
+MOST_TOKENS = 128
 OPTIONS = [
     *("--dtype", "float32"),
     *("--block-size", "32"),
@@ -225,7 +225,7 @@ def visits(seed: int) -> list[Visit]:
     return [
         Visit(
             prompt=f"Story {seed}.{number}: " + "once upon a time " * chance.randint(1, 8),
-            tokens=chance.randint(24, MOST_TOKENS),
+            tokens=chance.randint(24, 64),
             budget=chance.choice(BUDGETS),
             stream=chance.random() < 0.7,
             leaves_after=chance.randint(0, 20) if number in leaving else None,

@@ -347,9 +347,9 @@ def test_specs_are_converted_as_they_are() -> None:
     [
         ({}, 4096),
         ({"budget": 100, "buffer": 28}, 4096),
-        ({"budget": 100, "buffer": 28, "max_model_len_beyond_pool": True}, 128),
-        ({"budget": 100, "buffer": 29, "max_model_len_beyond_pool": True}, 128 + PAGE),
-        ({"budget": 5000, "max_model_len_beyond_pool": True}, 4096),
+        ({"budget": 100, "buffer": 28, "beyond_pool": True}, 128),
+        ({"budget": 100, "buffer": 29, "beyond_pool": True}, 128 + PAGE),
+        ({"budget": 5000, "beyond_pool": True}, 4096),
     ],
 )
 def test_what_the_pool_must_hold_at_start(asked: dict[str, Any], tokens: int) -> None:

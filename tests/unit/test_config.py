@@ -29,8 +29,8 @@ from rkv_vllm.config import POLICY_NAMES, WINDOW, BudgetRequest, RequestBudget, 
         ("mix_lambda", -0.1),
         ("mix_lambda", 1.5),
         ("mix_lambda", float("nan")),
-        ("max_model_len_beyond_pool", "perhaps"),
-        ("max_model_len_beyond_pool", True),
+        ("beyond_pool", "perhaps"),
+        ("beyond_pool", True),
         ("granularity", "layer"),
         ("granularity", None),
         ("colour", "red"),
@@ -52,10 +52,10 @@ def test_server_accepts_its_bounds() -> None:
 
 def test_a_pool_below_max_model_len_needs_a_budget() -> None:
     """Proves that the opt-in takes any right budget, and that a wrong one alone is what the error names."""
-    assert RkvConfig(budget=64, max_model_len_beyond_pool=True).max_model_len_beyond_pool
-    assert not RkvConfig(max_model_len_beyond_pool=False).max_model_len_beyond_pool
+    assert RkvConfig(budget=64, beyond_pool=True).beyond_pool
+    assert not RkvConfig(beyond_pool=False).beyond_pool
     with pytest.raises(ValidationError) as refused:
-        RkvConfig(budget=3, max_model_len_beyond_pool=True)
+        RkvConfig(budget=3, beyond_pool=True)
     assert [problem["loc"][0] for problem in refused.value.errors()] == ["budget"]
 
 

@@ -22,7 +22,7 @@ SETTINGS: dict[str, Any] = {
     "buffer": 64,
     "policy": "keydiff",
     "mix_lambda": 0.25,
-    "max_model_len_beyond_pool": True,
+    "beyond_pool": True,
     "granularity": "page",
 }
 
