@@ -41,6 +41,7 @@ SERVER_OPTIONS = [
     ),  # one process less: starts sooner, leaves both cores to the model
     *("--stream-interval", "20"),  # tokens a chunk: fewer chunks leave more of two cores to the model
     "--enforce-eager",  # no compiler needed, and a quick start
+    *("--shutdown-timeout", "0"),  # nothing runs any more when the demo stops it
     "--disable-log-stats",
     "--disable-uvicorn-access-log",
 ]
