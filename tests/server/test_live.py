@@ -11,7 +11,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import schemathesis
+from hypothesis import HealthCheck, assume, given, settings
 from live_server import MODEL, PAGE_SIZE, StartServer
+from schemathesis import GenerationMode
 
 pytestmark = pytest.mark.engine
 
@@ -272,3 +275,45 @@ def test_openapi_documents_the_additions(url: str) -> None:
     assert schemas["KvCacheRequest"]["additionalProperties"] is False
     assert all("description" in member for member in schemas["KvCacheRequest"]["properties"].values())
     assert "/v1/kv_cache" in schema["paths"]
+
+
+def published(url: str) -> Any:
+    """The document of the running server, whose completions take nothing but a `kv_cache` object."""
+    document = httpx.get(f"{url}/openapi.json", timeout=60).json()
+    completions = document["paths"]["/v1/completions"]["post"]
+    completions["requestBody"]["content"]["application/json"]["schema"] = {
+        "$ref": "#/components/schemas/KvCacheRequest"
+    }
+    document["paths"] = {
+        "/v1/completions": {"post": completions},
+        "/v1/kv_cache": document["paths"]["/v1/kv_cache"],
+    }
+    return schemathesis.openapi.from_dict(document)
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
+def test_the_server_keeps_to_its_published_schema(url: str, mode: GenerationMode) -> None:
+    """Proves that what the schema allows is answered as it says, or refused for this server's bounds alone,
+    and that what it forbids is refused by name."""
+    operation = published(url)["/v1/completions"]["POST"]
+    fields = {"model": MODEL, "prompt": "One,", "max_tokens": 1}
+
+    @given(case=operation.as_strategy(generation_mode=mode))
+    @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck])
+    def ask(case: schemathesis.Case) -> None:
+        assume(not isinstance(case.body, bytes))  # no JSON: that is vLLM's to refuse
+        answer = httpx.post(f"{url}/v1/completions", json={**fields, "kv_cache": case.body}, timeout=60)
+        if answer.status_code == 200:
+            assert mode is GenerationMode.POSITIVE, case.body
+            operation.validate_response(answer)
+            assert "kv_cache" in answer.json()
+        else:
+            assert answer.status_code == 400
+            assert answer.json()["error"]["param"].partition(".")[0] == "kv_cache"
+
+    ask()
+
+
+def test_the_bounds_are_as_published(url: str) -> None:
+    """Proves that `GET /v1/kv_cache` answers as its schema says."""
+    published(url)["/v1/kv_cache"]["GET"].validate_response(httpx.get(f"{url}/v1/kv_cache"))
