@@ -13,7 +13,7 @@ from .compact import STAGED_COLUMNS, compact
 from .importance import survey
 from .paged import CompactionBatch, PagedKV
 from .part import Part
-from .redundancy import newest_matches, sums
+from .redundancy import attend_and_link
 from .select import SELECT_LENGTHS, select
 
 _ROUNDING = 128  # per-token tables hold a multiple of this many tokens
@@ -193,8 +193,7 @@ class RkvRound:
         masses: torch.Tensor | None = None,
     ) -> None:
         survey(part, queries, window=self.window, scale=self.scale)
-        newest_matches(part, lam, threshold=self.threshold)
-        sums(part, queries, lam, window=self.window, scale=self.scale)
+        attend_and_link(part, queries, lam, window=self.window, scale=self.scale, threshold=self.threshold)
         combine(part, lam, scores, window=self.window, pool_kernel=self.pool_kernel, masses=masses)
 
     def _own_scores(self, part: Part) -> torch.Tensor:
