@@ -9,6 +9,7 @@ production configuration: Model Runner V2, async scheduling, FULL and PIECEWISE 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import random
 import sys
@@ -19,7 +20,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import derivation
-from vllm import LLM, RequestOutput, SamplingParams
+import prometheus_client
+from vllm import LLM, AsyncEngineArgs, RequestOutput, SamplingParams
+from vllm.v1.engine.async_llm import AsyncLLM
 
 from rkv_vllm import rkv_engine_args
 
@@ -31,6 +34,7 @@ def engine(model: str, *, rkv: bool = True, **overrides: Any) -> LLM:
         "max_model_len": 2304,
         "max_num_seqs": 128,
         "kv_cache_memory_bytes": 4 * 2**30,
+        "gpu_memory_utilization": 0.1,  # only what has to be free at start; checks may run side by side
         "disable_log_stats": False,
         **(rkv_engine_args() if rkv else {}),
     }
@@ -129,14 +133,14 @@ def check_preemption(model: str) -> dict[str, Any]:
     }
 
 
-def check_mixed_load(model: str) -> dict[str, Any]:
-    """1,000 requests of mixed budgets and policies on shared prompts, every fifth aborted."""
-    llm, rng = engine(model, num_gpu_blocks_override=4 * NUM_PAGES_SMALL), random.Random(4)
+def mixed_load(llm: LLM, count: int) -> dict[str, Any]:
+    """Requests of mixed budgets and policies on 40 shared prompts, every fifth aborted while they run."""
+    rng = random.Random(4)
     shared = prompts(40, seed=4)
     started, finished, aborted = time.monotonic(), 0, 0
     core = llm.llm_engine
     to_abort = []
-    for index in range(1000):
+    for index in range(count):
         params = greedy(
             rng.randrange(100, 900),
             rng.choice([0, 128, 256, 512]),
@@ -162,11 +166,60 @@ def check_mixed_load(model: str) -> dict[str, Any]:
     }
 
 
+def check_mixed_load(model: str) -> dict[str, Any]:
+    """1,000 requests of mixed budgets and policies on shared prompts, every fifth aborted."""
+    return mixed_load(engine(model, num_gpu_blocks_override=4 * NUM_PAGES_SMALL), 1000)
+
+
+def check_pages(model: str) -> dict[str, Any]:
+    """Page granularity: full cache where nothing leaves, and a pool that is whole after a mixed load."""
+    pool = {"num_gpu_blocks_override": 4 * NUM_PAGES_SMALL}
+    llm, asked = engine(model, **pool, **rkv_engine_args(granularity="page")), prompts(32, seed=1)
+    off = tokens(llm.generate(asked, greedy(1000, 0), use_tqdm=False))
+    above = tokens(llm.generate(asked, greedy(1000, 4096), use_tqdm=False))
+    results = [output.kv_transfer_params for output in llm.generate(asked, greedy(1000, 256), use_tqdm=False)]
+    return {
+        "budget_above_length": agreement(off, above),
+        "at_budget_256": [results[0], results[-1]],
+        "mixed_load": mixed_load(llm, 400),
+    }
+
+
+def check_metrics(model: str) -> dict[str, Any]:
+    """What a server shows on /metrics of 64 requests at budget 256: counts, and GPU time by events."""
+    arguments = AsyncEngineArgs(
+        model=model, max_model_len=2304, gpu_memory_utilization=0.1, **rkv_engine_args(budget=256)
+    )
+
+    async def serve() -> None:
+        llm = AsyncLLM.from_engine_args(arguments)
+
+        async def answer(index: int, prompt: dict[str, Any]) -> None:
+            async for _ in llm.generate(prompt, greedy(1000), str(index)):
+                pass
+
+        await asyncio.gather(*(answer(*each) for each in enumerate(prompts(64, seed=6))))
+        llm.shutdown()
+
+    asyncio.run(serve())
+    return {
+        sample.name + (f"{{le={sample.labels['le']}}}" if "le" in sample.labels else ""): sample.value
+        for family in prometheus_client.REGISTRY.collect()
+        for sample in family.samples
+        if sample.name.startswith("rkv_")
+        and sample.value
+        and not sample.name.endswith("_created")
+        and (not sample.name.endswith("_bucket") or "duration" in sample.name)
+    }
+
+
 CHECKS = {
     "identity": check_identity,
     "graphs": check_graphs,
     "preemption": check_preemption,
     "mixed_load": check_mixed_load,
+    "pages": check_pages,
+    "metrics": check_metrics,
 }
 
 
