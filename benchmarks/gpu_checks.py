@@ -11,11 +11,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -28,17 +30,17 @@ from rkv_vllm import rkv_engine_args
 
 NUM_PAGES_SMALL = 700  # holds five full caches of the checks' requests, of 16 tokens a page
 
+ENGINE_ARGS: dict[str, Any] = {
+    "max_model_len": 2304,
+    "max_num_seqs": 128,
+    "kv_cache_memory_bytes": 4 * 2**30,
+    "gpu_memory_utilization": 0.1,  # only what has to be free at start; checks may run side by side
+}
+
 
 def engine(model: str, *, rkv: bool = True, **overrides: Any) -> LLM:
-    arguments: dict[str, Any] = {
-        "max_model_len": 2304,
-        "max_num_seqs": 128,
-        "kv_cache_memory_bytes": 4 * 2**30,
-        "gpu_memory_utilization": 0.1,  # only what has to be free at start; checks may run side by side
-        "disable_log_stats": False,
-        **(rkv_engine_args() if rkv else {}),
-    }
-    return LLM(model=model, **(arguments | overrides))
+    extension = rkv_engine_args() if rkv else {}
+    return LLM(model=model, disable_log_stats=False, **(ENGINE_ARGS | extension | overrides))
 
 
 def prompts(count: int, seed: int) -> list[dict[str, Any]]:
@@ -93,15 +95,19 @@ def check_identity(model: str) -> dict[str, Any]:
 
 
 def check_graphs(model: str) -> dict[str, Any]:
-    """FULL graphs replay what the same kernels do without graphs, in batches of odd, padded sizes."""
+    """FULL graphs replay what the same kernels do without graphs, in batches of odd, padded sizes.
+
+    Batch-invariant: else FlashAttention splits long rows in another way inside a graph, in stock vLLM too.
+    """
     by_mode = {}
-    for mode in ("FULL_AND_PIECEWISE", "NONE"):
-        llm = engine(model, compilation_config={"cudagraph_mode": mode})
-        by_mode[mode] = [
-            tokens(llm.generate(prompts(size, seed=size), greedy(1200, 256), use_tqdm=False))
-            for size in (1, 3, 13, 37)
-        ]
-        del llm
+    with mock.patch.dict(os.environ, VLLM_BATCH_INVARIANT="1"):
+        for mode in ("FULL_AND_PIECEWISE", "NONE"):
+            llm = engine(model, compilation_config={"cudagraph_mode": mode})
+            by_mode[mode] = [
+                tokens(llm.generate(prompts(size, seed=size), greedy(1200, 256), use_tqdm=False))
+                for size in (1, 3, 13, 37)
+            ]
+            del llm
     return {
         str(len(graph)): agreement(graph, eager)
         for graph, eager in zip(by_mode["FULL_AND_PIECEWISE"], by_mode["NONE"], strict=True)
@@ -187,9 +193,7 @@ def check_pages(model: str) -> dict[str, Any]:
 
 def check_metrics(model: str) -> dict[str, Any]:
     """What a server shows on /metrics of 64 requests at budget 256: counts, and GPU time by events."""
-    arguments = AsyncEngineArgs(
-        model=model, max_model_len=2304, gpu_memory_utilization=0.1, **rkv_engine_args(budget=256)
-    )
+    arguments = AsyncEngineArgs(model=model, **ENGINE_ARGS, **rkv_engine_args(budget=256))
 
     async def serve() -> None:
         llm = AsyncLLM.from_engine_args(arguments)
