@@ -104,7 +104,7 @@ def check_graphs(model: str) -> dict[str, Any]:
         for mode in ("FULL_AND_PIECEWISE", "NONE"):
             llm = engine(model, compilation_config={"cudagraph_mode": mode})
             by_mode[mode] = [
-                tokens(llm.generate(prompts(size, seed=size), greedy(1200, 256), use_tqdm=False))
+                tokens(llm.generate(prompts(size, seed=size), greedy(600, 256), use_tqdm=False))
                 for size in (1, 3, 13, 37)
             ]
             del llm

@@ -34,10 +34,10 @@ from rkv_vllm.kernels.compact import compact
 from rkv_vllm.kernels.importance import survey
 from rkv_vllm.kernels.paged import CompactionBatch, PagedKV
 from rkv_vllm.kernels.pipeline import RkvRound
-from rkv_vllm.kernels.redundancy import attend_and_link
+from rkv_vllm.kernels.redundancy import newest_matches, sums
 from rkv_vllm.kernels.select import select
 
-STAGES = ("survey", "link", "combine", "select", "move")
+STAGES = ("survey", "matches", "sums", "combine", "select", "move")
 SHIFTS = {"independent": 0.0, "some matches": 0.75, "alike": 2.0}
 WINDOW, THRESHOLD, POOL, LAM = 8, 0.5, 7, 0.1
 
@@ -83,9 +83,8 @@ class Setup:
         for part in self.round._parts(self.batch):
             scores = self.round._own_scores(part)
             calls["survey"].append(partial(survey, part, self.queries, **walk))
-            calls["link"].append(
-                partial(attend_and_link, part, self.queries, self.lam, threshold=THRESHOLD, **walk)
-            )
+            calls["matches"].append(partial(newest_matches, part, self.lam, threshold=THRESHOLD))
+            calls["sums"].append(partial(sums, part, self.queries, self.lam, **walk))
             calls["combine"].append(partial(combine, part, self.lam, scores, window=WINDOW, pool_kernel=POOL))
             calls["select"].append(partial(select, part, scores, window=WINDOW))
             calls["move"].append(partial(compact, part, window=WINDOW))
@@ -101,7 +100,8 @@ class Setup:
         bandwidth, rate = arguments.terabytes * 1e9, arguments.teraflops * 1e9  # a millisecond
         return {
             "survey": key_bytes / bandwidth,
-            "link": products / rate + key_bytes / bandwidth,
+            "matches": products / rate,
+            "sums": key_bytes / bandwidth,
             "combine": heads * self.length * 16 / bandwidth,
             "select": heads * self.length * 8 / bandwidth,
             "move": moved / bandwidth,

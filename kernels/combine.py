@@ -115,7 +115,7 @@ def combine(
     """Joint score of each candidate, given ``part.slots`` (window attention) and ``part.links``.
 
     Args:
-        part: requests and layers, after ``attend_and_link``.
+        part: requests and layers, after ``sums``.
         lam: float32 [R], weight of importance of each request of the batch.
         scores: float32 [layers, requests, H, >= longest] of the part, written up to each request's
             candidates.

@@ -33,7 +33,7 @@ class Part:
         requests: number of requests.
         longest: largest physical length among the requests, in tokens.
         capacity: entries a (layer, request, head) in the per-token tables; a multiple of 128.
-        slots: int32 table: each key's window attention (float32), then the kept slots.
+        slots: int32 table: each key's newest match, then its window attention (float32), then the kept slots.
         weights: float32 table: inverse norm of each key.
         links: int64 table: sum of a key's similarities in units of 1 / LINK_SCALE.
         scores: float32 table: joint scores.
@@ -65,12 +65,27 @@ class Part:
 
 
 @triton.jit
-def slot_offsets(pages, slots, inside, stride_page, stride_slot, PAGE_SIZE: tl.constexpr):
-    """Element offsets of token slots within one KV head of one layer."""
+def offsets_in_pages(page, slots, stride_page, stride_slot, PAGE_SIZE: tl.constexpr):
+    """Element offsets of token slots within one KV head of one layer, given the page of each."""
     slots = slots.to(tl.uint32)  # never negative; without a sign, division by the page size is a shift
-    page = tl.load(pages + slots // PAGE_SIZE, mask=inside, other=0).to(tl.uint32)
     page_offset = page.to(tl.uint64) * tl.cast(stride_page, tl.uint32).to(tl.uint64)  # one wide product
     return page_offset.to(tl.int64) + (slots % PAGE_SIZE).to(tl.int32) * stride_slot
+
+
+@triton.jit
+def slot_offsets(pages, slots, inside, stride_page, stride_slot, PAGE_SIZE: tl.constexpr):
+    """Element offsets of token slots within one KV head of one layer."""
+    page = tl.load(pages + slots.to(tl.uint32) // PAGE_SIZE, mask=inside, other=0).to(tl.uint32)
+    return offsets_in_pages(page, slots, stride_page, stride_slot, PAGE_SIZE)
+
+
+@triton.jit
+def load_rows(kv, offsets, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[tokens, BLOCK_D] keys at the offsets of their slots, all of which exist."""
+    d = tl.arange(0, BLOCK_D)
+    if BLOCK_D == HEAD_SIZE:
+        return tl.load(kv + offsets[:, None] + d[None, :])
+    return tl.load(kv + offsets[:, None] + d[None, :], mask=(d < HEAD_SIZE)[None, :], other=0.0)
 
 
 @triton.jit

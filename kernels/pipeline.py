@@ -10,14 +10,13 @@ import torch
 
 from .combine import MASS_SCALE, combine
 from .compact import STAGED_COLUMNS, compact
-from .importance import survey
+from .importance import CHUNK, survey
 from .paged import CompactionBatch, PagedKV
 from .part import Part
-from .redundancy import attend_and_link
+from .redundancy import newest_matches, sums
 from .select import SELECT_LENGTHS, select
 
 _ROUNDING = 128  # per-token tables hold a multiple of this many tokens
-_BLOCK = 32  # fewest tokens of which a kernel keeps a record
 _TOKEN_BYTES = 4 + 4 + 8 + 4  # weights, slots, links, scores
 
 
@@ -193,7 +192,8 @@ class RkvRound:
         masses: torch.Tensor | None = None,
     ) -> None:
         survey(part, queries, window=self.window, scale=self.scale)
-        attend_and_link(part, queries, lam, window=self.window, scale=self.scale, threshold=self.threshold)
+        newest_matches(part, lam, threshold=self.threshold)
+        sums(part, queries, lam, window=self.window, scale=self.scale)
         combine(part, lam, scores, window=self.window, pool_kernel=self.pool_kernel, masses=masses)
 
     def _own_scores(self, part: Part) -> torch.Tensor:
@@ -228,7 +228,7 @@ class RkvRound:
 
     def _head_bytes(self, longest: int) -> int:
         capacity = -(-longest // _ROUNDING) * _ROUNDING
-        return capacity * _TOKEN_BYTES + 8 * self.kv.head_size + capacity // _BLOCK * 8 * self.window
+        return capacity * _TOKEN_BYTES + 8 * self.kv.head_size + -(-capacity // CHUNK) * 8 * self.window
 
     def _part(
         self,
@@ -241,7 +241,7 @@ class RkvRound:
     ) -> Part:
         capacity = -(-longest // _ROUNDING) * _ROUNDING
         owners = layers * requests * self.kv.num_heads
-        blocks = capacity // _BLOCK
+        blocks = -(-capacity // CHUNK)
         position = 0
 
         def take(count: int, dtype: torch.dtype) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Second walk over the keys: window attention, each key's newest match, and the sums without the cut links.
+"""Redundancy of keys: each key's newest match, then the sums of similarities without the cut links.
 
 The similarity matrix never leaves the chip. A program owns a block of rows, visits the tiles of columns from
 the newest on, and stops once all of its rows have a match. It keeps one number a row: the newest column above
@@ -8,7 +8,7 @@ that memory stays O(N).
 The matrix is symmetric, but computing half of it was measured to be no faster: what a tile tells its columns
 then has to cross warps and go through memory, and programs can no longer stop early on their own.
 
-Formulas: rkv_spec 1.3, 1.4 and 4.4 B and C; references: ``naive.importance``, ``naive.redundancy``.
+Formulas: rkv_spec 1.4 and 4.4 B and C; reference: ``naive.redundancy``.
 """
 
 # Triton reads its kernels' arguments without types.
@@ -23,9 +23,11 @@ import triton
 import triton.language as tl
 
 from .importance import load_queries, window_logits
-from .part import LINK_SCALE, Part, slot_offsets
+from .part import LINK_SCALE, Part, load_rows, offsets_in_pages, slot_offsets
 
-_MATCH = tl.constexpr(0x80000000)  # the bit that marks a match
+_SUMS_BLOCK = 64  # tokens a program of the second walk
+_SUMS_WARPS = 4
+_SUMS_STEP = 64  # columns of a key that the second walk takes at a time
 
 
 @dataclass(frozen=True)
@@ -56,129 +58,83 @@ def match_tiles(head_size: int, dtype: torch.dtype) -> MatchTiles:
     return MatchTiles(rows=64, columns=64, span=4, warps=4, stages=2)
 
 
-@triton.jit
-def _load_keys(
-    kv, pages, slots, length, stride_page, stride_slot, HEAD_SIZE, BLOCK_D, PAGE_SIZE: tl.constexpr
-):
-    inside = slots < length
-    d = tl.arange(0, BLOCK_D)
-    offsets = slot_offsets(pages, slots, inside, stride_page, stride_slot, PAGE_SIZE)
-    return tl.load(
-        kv + offsets[:, None] + d[None, :], mask=inside[:, None] & (d < HEAD_SIZE)[None, :], other=0.0
-    )
-
-
-@triton.jit
-def _newest_in_tile(
-    own,
-    bound,
-    rows,
-    columns,
+@triton.jit(do_not_specialize=["stride_pages", "first_layer", "first_request", "requests"])
+def _matches_kernel(
     kv,
-    pages,
-    inverse_norms,
-    length,
+    layer_offsets,
     stride_page,
+    stride_kv_head,
     stride_slot,
+    source_pages,
+    stride_pages,
+    lengths,
+    lam,
+    inverse_norms,
+    newest,
+    threshold,
+    first_layer,
+    first_request,
+    requests,
+    capacity,
+    HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
-    DIAGONAL: tl.constexpr,
-):
-    """Newest match of each row among a tile's columns, with the top bit set; less than that without a match.
-
-    ``bound`` is the threshold times each row's norm. A pair is a match if its product exceeds it: then the
-    difference is negative, and its sign becomes the top bit of the column's number.
-    """
-    other = _load_keys(kv, pages, columns, length, stride_page, stride_slot, HEAD_SIZE, BLOCK_D, PAGE_SIZE)
-    inverse = tl.load(inverse_norms + columns, mask=columns < length, other=0.0)
-    products = tl.dot(own, tl.trans(other), input_precision="ieee")
-    missing = products * -inverse[None, :] + bound[:, None]
-    if DIAGONAL:
-        missing = tl.where(rows[:, None] == columns[None, :], 1.0, missing)
-    sign = missing.to(tl.uint32, bitcast=True) & 0x80000000
-    return tl.max(sign | columns[None, :].to(tl.uint32), axis=1)
-
-
-@triton.jit
-def _bounds(inverse_norms, rows, length, threshold):
-    inverse = tl.load(inverse_norms + rows, mask=rows < length, other=1.0)
-    return tl.where(rows < length, threshold / inverse, float("inf"))
-
-
-@triton.jit
-def _window_attention(
-    keys,
-    queries,
-    stride_window,
-    stride_head,
-    peaks,
-    totals,
-    scale,
-    GROUP: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
-    WINDOW: tl.constexpr,
-    WINDOW_PAD: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SPAN: tl.constexpr,
 ):
-    """Softmax over all candidates, mean over the window: float32 [ROWS]."""
-    window = load_queries(
-        queries, stride_window, stride_head, GROUP, GROUP_PAD, WINDOW, WINDOW_PAD, HEAD_SIZE, BLOCK_D
-    )
-    logits = window_logits(window, keys, scale, GROUP_PAD, WINDOW_PAD, ROWS)
-    row = tl.arange(0, WINDOW_PAD)
-    peak = tl.load(peaks + row, mask=row < WINDOW, other=0.0)
-    total = tl.load(totals + row, mask=row < WINDOW, other=1.0)
-    chance = tl.exp(logits - peak[:, None]) / total[:, None]
-    return tl.sum(tl.where((row < WINDOW)[:, None], chance, 0.0), axis=0) / WINDOW
+    block = tl.program_id(0)
+    head = tl.program_id(1) % HEADS
+    local_request = tl.program_id(1) // HEADS
+    request = first_request + local_request
+    layer = first_layer + tl.program_id(2)
+    length = tl.load(lengths + request)
+    if (block * ROWS >= length) | (tl.load(lam + request) >= 1.0):
+        return
+    owner = ((tl.program_id(2) * requests + local_request) * HEADS + head).to(tl.int64)
+    inverse_norms += owner * capacity
+    newest += owner * capacity
+    pages = source_pages + request * stride_pages
+    kv += tl.multiple_of(tl.load(layer_offsets + layer), 16) + head.to(tl.int64) * stride_kv_head
 
-
-@triton.jit
-def _add_links(
-    kv,
-    pages,
-    rows,
-    match,
-    length,
-    stride_page,
-    stride_slot,
-    inverse_norms,
-    direction,
-    links,
-    HEAD_SIZE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    STEP_D: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """Adds each row's similarities to its column's sum, and takes its cut link from its match's."""
+    rows = block * ROWS + tl.arange(0, ROWS)
     inside = rows < length
-    offsets = slot_offsets(pages, rows, inside, stride_page, stride_slot, PAGE_SIZE)
-    match_offsets = slot_offsets(pages, match, inside, stride_page, stride_slot, PAGE_SIZE)
-    with_all = tl.zeros((ROWS,), tl.float32)
-    with_match = tl.zeros((ROWS,), tl.float32)
-    # The keys again, a slice at a time: kept from before the search, they would take its registers.
-    for start in tl.static_range(0, BLOCK_D, STEP_D):
-        d = start + tl.arange(0, STEP_D)
-        mask = inside[:, None] & (d < HEAD_SIZE)[None, :]
-        keys = tl.load(kv + offsets[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
-        partners = tl.load(kv + match_offsets[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
-        exact = tl.load(direction + d, mask=d < HEAD_SIZE, other=0)
-        with_all += tl.sum(keys * (exact.to(tl.float32) * (1.0 / LINK_SCALE))[None, :], axis=1)
-        with_match += tl.sum(keys * partners, axis=1)
-    inverse = tl.load(inverse_norms + rows, mask=inside, other=0.0)
-    own = 1.0 - 1e-8 * inverse  # a normalised key's length, by the epsilon of its norm just below 1
-    both = with_all * inverse - own * own  # all similarities, less the key's own
-    link = with_match * inverse * tl.load(inverse_norms + match, mask=inside, other=0.0)
-    cut = tl.where(match == rows, 0.0, link)  # only slot 0 without a match: the diagonal is zero
-    tl.atomic_add(links + rows, (both * LINK_SCALE).to(tl.int64), mask=inside, sem="relaxed")
-    tl.atomic_add(links + match, (cut * -LINK_SCALE).to(tl.int64), mask=inside, sem="relaxed")
+    own_offsets = slot_offsets(pages, rows, inside, stride_page, stride_slot, PAGE_SIZE)
+    own = load_rows(kv, own_offsets, HEAD_SIZE, BLOCK_D)  # what lies behind the length is never stored
+    # A pair is a match if its product, less the column's norm, exceeds the threshold times the row's norm.
+    bound = threshold / tl.load(inverse_norms + rows, mask=inside, other=1.0)
+    best = tl.where(inside, -1, 0)
+
+    tiles = tl.cdiv(length, COLUMNS)  # those still to visit
+    span = 1  # the newest tile alone serves most rows, where keys are alike
+    column = tl.arange(0, COLUMNS)
+    # Page numbers are read one tile ahead: so the pipeline spends none of its stages on them.
+    page = tl.load(pages + tl.minimum((tiles - 1) * COLUMNS + column, length - 1) // PAGE_SIZE)
+    while (tiles > 0) & (tl.min(best, axis=0) < 0):
+        count = tl.minimum(span, tiles)
+        span = SPAN
+        for step in range(0, count):
+            columns = (tiles - 1 - step) * COLUMNS + column
+            offsets = offsets_in_pages(page, columns, stride_page, stride_slot, PAGE_SIZE)
+            other = load_rows(kv, offsets, HEAD_SIZE, BLOCK_D)
+            page = tl.load(pages + tl.maximum(columns - COLUMNS, 0) // PAGE_SIZE)
+            inverse = tl.load(inverse_norms + columns, mask=columns < length, other=0.0)
+            products = tl.dot(own, tl.trans(other), input_precision="ieee")
+            excess = products * inverse[None, :] - bound[:, None]
+            # Most tiles hold nothing new, and are done with one maximum: as integers, positive floats are
+            # in order and above all negative ones. A row's match with itself is told apart behind it.
+            highest = tl.max(excess.to(tl.int32, bitcast=True), axis=1)
+            if tl.max(((highest > 0) & (best < 0)).to(tl.int32), axis=0) > 0:
+                is_match = (excess > 0.0) & (rows[:, None] != columns[None, :])
+                found = tl.max(tl.where(is_match, columns[None, :], -1), axis=1)
+                best = tl.where(best < 0, found, best)
+        tiles -= count
+    tl.store(newest + rows, tl.maximum(best, 0), mask=inside)
 
 
 @triton.jit(do_not_specialize=["stride_pages", "first_layer", "first_request", "requests", "blocks"])
-def _attend_and_link_kernel(
+def _sums_kernel(
     kv,
     layer_offsets,
     stride_page,
@@ -195,13 +151,13 @@ def _attend_and_link_kernel(
     lengths,
     lam,
     inverse_norms,
+    newest,
     attention,
     links,
     peaks,
     totals,
     directions,
     scale,
-    threshold,
     first_layer,
     first_request,
     requests,
@@ -215,169 +171,118 @@ def _attend_and_link_kernel(
     HEAD_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SPAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
 ):
-    block = tl.program_id(0)
     head = tl.program_id(1) % HEADS
     local_request = tl.program_id(1) // HEADS
     request = first_request + local_request
     layer = first_layer + tl.program_id(2)
     length = tl.load(lengths + request)
-    if block * ROWS >= length:
+    slots = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if tl.program_id(0) * BLOCK >= length:
         return
     owner = ((tl.program_id(2) * requests + local_request) * HEADS + head).to(tl.int64)
+    table = owner * capacity
     pages = source_pages + request * stride_pages
     kv += tl.multiple_of(tl.load(layer_offsets + layer), 16) + head.to(tl.int64) * stride_kv_head
+    inside = slots < length
+    match = tl.load(newest + table + slots, mask=inside, other=0)
+    tl.debug_barrier()  # attention goes where the matches were
+    own = slot_offsets(pages, slots, inside, stride_page, stride_slot, PAGE_SIZE)
+    keys = load_rows(kv, own, HEAD_SIZE, BLOCK_D)  # what lies behind the length goes nowhere
 
-    rows = block * ROWS + tl.arange(0, ROWS)
-    own = _load_keys(kv, pages, rows, length, stride_page, stride_slot, HEAD_SIZE, BLOCK_D, PAGE_SIZE)
     ring_row = tl.load(query_rows + request).to(tl.int64)
     queries += layer.to(tl.int64) * stride_layer + ring_row * stride_ring + head * GROUP * stride_head
-    statistics = owner * blocks * WINDOW
-    mean = _window_attention(
-        own,
-        queries,
-        stride_window,
-        stride_head,
-        peaks + statistics,
-        totals + statistics,
-        scale,
-        GROUP,
-        GROUP_PAD,
-        WINDOW,
-        WINDOW_PAD,
-        HEAD_SIZE,
-        BLOCK_D,
-        ROWS,
+    window = load_queries(
+        queries, stride_window, stride_head, GROUP, GROUP_PAD, WINDOW, WINDOW_PAD, HEAD_SIZE, BLOCK_D
     )
-    tl.store(attention + owner * capacity + rows, mean, mask=rows < length - WINDOW)
-    if tl.load(lam + request) >= 1.0:
-        return
+    logits = window_logits(window, keys, scale, GROUP_PAD, WINDOW_PAD, BLOCK)
+    row = tl.arange(0, WINDOW_PAD)
+    statistics = owner * blocks * WINDOW + row
+    peak = tl.load(peaks + statistics, mask=row < WINDOW, other=0.0)
+    total = tl.load(totals + statistics, mask=row < WINDOW, other=1.0)
+    chance = tl.exp(logits - peak[:, None]) / total[:, None]
+    mean = tl.sum(tl.where((row < WINDOW)[:, None], chance, 0.0), axis=0) / WINDOW
+    tl.store(attention + table + slots, mean, mask=slots < length - WINDOW)
 
-    inverse_norms += owner * capacity
-    bound = _bounds(inverse_norms, rows, length, threshold)
-    best = tl.where(rows < length, 0, -1).to(tl.uint32, bitcast=True)
-
-    own_tile = block * (ROWS // COLUMNS)
-    newer_tile = own_tile + ROWS // COLUMNS
-    end = tl.cdiv(length, COLUMNS)  # tiles from here on are done
-    span = 1  # the newest tile alone serves most rows, where keys are alike
-    while (end > newer_tile) & (tl.min(best, axis=0) < _MATCH):
-        start = tl.maximum(end - span, newer_tile)
-        span = SPAN
-        for tile in range(start, end):
-            columns = tile * COLUMNS + tl.arange(0, COLUMNS)
-            newest_here = _newest_in_tile(
-                own,
-                bound,
-                rows,
-                columns,
-                kv,
-                pages,
-                inverse_norms,
-                length,
-                stride_page,
-                stride_slot,
-                HEAD_SIZE,
-                BLOCK_D,
-                PAGE_SIZE,
-                False,
-            )
-            best = tl.maximum(best, newest_here)
-        end = start
-    if tl.min(best, axis=0) < _MATCH:
-        for tile in range(own_tile, tl.minimum(newer_tile, end)):
-            columns = tile * COLUMNS + tl.arange(0, COLUMNS)
-            newest_here = _newest_in_tile(
-                own,
-                bound,
-                rows,
-                columns,
-                kv,
-                pages,
-                inverse_norms,
-                length,
-                stride_page,
-                stride_slot,
-                HEAD_SIZE,
-                BLOCK_D,
-                PAGE_SIZE,
-                True,
-            )
-            best = tl.maximum(best, newest_here)
-    end = own_tile
-    while (end > 0) & (tl.min(best, axis=0) < _MATCH):
-        start = tl.maximum(end - span, 0)
-        span = SPAN
-        for tile in range(start, end):
-            columns = tile * COLUMNS + tl.arange(0, COLUMNS)
-            newest_here = _newest_in_tile(
-                own,
-                bound,
-                rows,
-                columns,
-                kv,
-                pages,
-                inverse_norms,
-                length,
-                stride_page,
-                stride_slot,
-                HEAD_SIZE,
-                BLOCK_D,
-                PAGE_SIZE,
-                False,
-            )
-            best = tl.maximum(best, newest_here)
-        end = start
-    match = tl.where(best < _MATCH, 0, best & 0x7FFFFFFF).to(tl.int32)
-    match = tl.where(rows < length, match, 0)
-    _add_links(
-        kv,
-        pages,
-        rows,
-        match,
-        length,
-        stride_page,
-        stride_slot,
-        inverse_norms,
-        directions + owner * HEAD_SIZE,
-        links + owner * capacity,
-        HEAD_SIZE,
-        BLOCK_D,
-        BLOCK_D if BLOCK_D <= 64 else 64,
-        PAGE_SIZE,
-        ROWS,
-    )
+    if tl.load(lam + request) < 1.0:
+        inverse_norms += table
+        partner = slot_offsets(pages, match, inside, stride_page, stride_slot, PAGE_SIZE)
+        with_all = tl.zeros((BLOCK,), tl.float32)
+        with_match = tl.zeros((BLOCK,), tl.float32)
+        for start in tl.static_range(0, BLOCK_D, STEP):  # in slices, for whole rows would fill the registers
+            d = start + tl.arange(0, STEP)
+            mask = inside[:, None] & (d < HEAD_SIZE)[None, :]
+            some = tl.load(kv + own[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
+            others = tl.load(kv + partner[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
+            exact = tl.load(directions + owner * HEAD_SIZE + d, mask=d < HEAD_SIZE, other=0)
+            with_all += tl.sum(some * (exact.to(tl.float32) * (1.0 / LINK_SCALE))[None, :], axis=1)
+            with_match += tl.sum(some * others, axis=1)
+        inverse = tl.load(inverse_norms + slots, mask=inside, other=0.0)
+        unit = 1.0 - 1e-8 * inverse  # length of a normalised key: by the norm's epsilon just below 1
+        both = with_all * inverse - unit * unit  # all similarities, less the key's own
+        link = with_match * inverse * tl.load(inverse_norms + match, mask=inside, other=0.0)
+        cut = tl.where(match == slots, 0.0, link)  # only slot 0 without a match: the diagonal is zero
+        tl.atomic_add(links + table + slots, (both * LINK_SCALE).to(tl.int64), mask=inside, sem="relaxed")
+        tl.atomic_add(links + table + match, (cut * -LINK_SCALE).to(tl.int64), mask=inside, sem="relaxed")
 
 
-def attend_and_link(
-    part: Part,
-    queries: torch.Tensor,
-    lam: torch.Tensor,
-    *,
-    window: int,
-    scale: float,
-    threshold: float,
-    tiles: MatchTiles | None = None,
+def newest_matches(
+    part: Part, lam: torch.Tensor, *, threshold: float, tiles: MatchTiles | None = None
 ) -> None:
-    """Window attention into ``slots``, sums without cut links into ``links``, after ``survey``.
+    """Write each key's newest match to ``part.slots``, given the inverse norms in ``part.weights``.
 
     Args:
         part: requests and layers, after ``survey``.
-        queries: [L, rows, window, Hq, D], the ring of window queries, in the cache's dtype.
-        lam: float32 [R], weight of importance of each request of the batch; at 1 its keys are not compared.
-        window: number of newest keys that are no candidates.
-        scale: factor on the logits.
+        lam: float32 [R], weight of importance of each request of the batch; at 1 a request is left out.
         threshold: cosine similarity above which two keys count as duplicates.
         tiles: launch shape; ``match_tiles`` when None.
     """
     kv, batch = part.kv, part.batch
     tiles = tiles or match_tiles(kv.head_size, kv.dtype)
+    _matches_kernel[(-(-part.longest // tiles.rows), part.requests * kv.num_heads, part.layers)](
+        kv.layers[0],
+        kv.layer_offsets,
+        *kv.layers[0].stride()[:3],
+        batch.source_pages,
+        batch.source_pages.stride(0),
+        batch.lengths_on_device,
+        lam,
+        part.weights,
+        part.slots,
+        threshold,
+        part.first_layer,
+        part.first_request,
+        part.requests,
+        part.capacity,
+        HEADS=kv.num_heads,
+        HEAD_SIZE=kv.head_size,
+        BLOCK_D=triton.next_power_of_2(kv.head_size),
+        PAGE_SIZE=kv.page_size,
+        ROWS=tiles.rows,
+        COLUMNS=tiles.columns,
+        SPAN=tiles.span,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+
+
+def sums(part: Part, queries: torch.Tensor, lam: torch.Tensor, *, window: int, scale: float) -> None:
+    """Second walk over the keys: window attention into ``slots``, sums without cut links into ``links``.
+
+    Args:
+        part: requests and layers, after ``newest_matches``.
+        queries: [L, rows, window, Hq, D], the ring of window queries, in the cache's dtype.
+        lam: float32 [R], weight of importance of each request of the batch.
+        window: number of newest keys that are no candidates.
+        scale: factor on the logits.
+    """
+    kv, batch = part.kv, part.batch
     group = queries.shape[3] // kv.num_heads
     window_pad = triton.next_power_of_2(window)
-    _attend_and_link_kernel[(-(-part.longest // tiles.rows), part.requests * kv.num_heads, part.layers)](
+    block = _SUMS_BLOCK if kv.dtype.itemsize == 2 and kv.head_size <= 128 else 32
+    _sums_kernel[(-(-part.longest // block), part.requests * kv.num_heads, part.layers)](
         kv.layers[0],
         kv.layer_offsets,
         *kv.layers[0].stride()[:3],
@@ -389,13 +294,13 @@ def attend_and_link(
         batch.lengths_on_device,
         lam,
         part.weights,
+        part.slots,
         part.slots.view(torch.float32),
         part.links,
         part.peaks,
         part.totals,
         part.directions,
         scale,
-        threshold,
         part.first_layer,
         part.first_request,
         part.requests,
@@ -409,9 +314,7 @@ def attend_and_link(
         HEAD_SIZE=kv.head_size,
         BLOCK_D=triton.next_power_of_2(kv.head_size),
         PAGE_SIZE=kv.page_size,
-        ROWS=tiles.rows,
-        COLUMNS=tiles.columns,
-        SPAN=tiles.span,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
+        BLOCK=block,
+        STEP=min(triton.next_power_of_2(kv.head_size), _SUMS_STEP),
+        num_warps=_SUMS_WARPS,
     )
