@@ -13,17 +13,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .part import LINK_SCALE, Part, inverse_norm, load_rows, offsets_in_pages
+from .part import LINK_SCALE, Part, inverse_norm, slot_offsets
 
 NO_LOGIT = tl.constexpr(-3.0e38)
 """Logit of what is no candidate: finite, so that a block without candidates needs no special case."""
 
-CHUNK = 256
-"""Tokens a program, which keeps one record of them."""
-
-_BLOCK = 32  # tokens at a time
+_BLOCK = 64  # tokens a program
 _WARPS = 2
-_STAGES = 3
 
 
 @triton.jit
@@ -92,54 +88,45 @@ def _survey_kernel(
     BLOCK_D: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
 ):
-    chunk = tl.program_id(0)
+    block = tl.program_id(0)
     head = tl.program_id(1) % HEADS
     local_request = tl.program_id(1) // HEADS
     request = first_request + local_request
     layer = first_layer + tl.program_id(2)
     length = tl.load(lengths + request)
-    if chunk * CHUNK >= length:
+    if block * BLOCK >= length:
         return
     owner = ((tl.program_id(2) * requests + local_request) * HEADS + head).to(tl.int64)
     table = owner * capacity
     pages = source_pages + request * stride_pages
     kv += tl.multiple_of(tl.load(layer_offsets + layer), 16) + head.to(tl.int64) * stride_kv_head
+
+    slots = block * BLOCK + tl.arange(0, BLOCK)
+    inside = slots < length
+    d = tl.arange(0, BLOCK_D)
+    offsets = slot_offsets(pages, slots, inside, stride_page, stride_slot, PAGE_SIZE)
+    mask = inside[:, None] & (d < HEAD_SIZE)[None, :]
+    keys = tl.load(kv + offsets[:, None] + d[None, :], mask=mask, other=0.0)
+
+    inverse = inverse_norm(keys)
+    direction = tl.sum(keys.to(tl.float32) * inverse[:, None], axis=0)
+    exact = (direction * LINK_SCALE).to(tl.int64)
+    tl.atomic_add(directions + owner * HEAD_SIZE + d, exact, mask=d < HEAD_SIZE, sem="relaxed")
+    tl.store(weights + table + slots, inverse, mask=inside)
+    tl.store(links + table + slots, tl.zeros((BLOCK,), tl.int64), mask=inside)
+
     ring_row = tl.load(query_rows + request).to(tl.int64)
     queries += layer.to(tl.int64) * stride_layer + ring_row * stride_ring + head * GROUP * stride_head
     window = load_queries(
         queries, stride_window, stride_head, GROUP, GROUP_PAD, WINDOW, WINDOW_PAD, HEAD_SIZE, BLOCK_D
     )
-
-    directions_of = tl.zeros((BLOCK, BLOCK_D), tl.float32)
-    peak = tl.full((WINDOW_PAD,), NO_LOGIT, tl.float32)
-    total = tl.zeros((WINDOW_PAD,), tl.float32)
-    first = chunk * CHUNK + tl.arange(0, BLOCK)
-    page = tl.load(pages + tl.minimum(first, length - 1) // PAGE_SIZE)
-    for start in range(0, tl.minimum(length - chunk * CHUNK, CHUNK), BLOCK):
-        slots = start + first
-        inside = slots < length
-        offsets = offsets_in_pages(page, slots, stride_page, stride_slot, PAGE_SIZE)
-        keys = load_rows(kv, offsets, HEAD_SIZE, BLOCK_D)
-        page = tl.load(pages + tl.minimum(slots + BLOCK, length - 1) // PAGE_SIZE)
-
-        inverse = inverse_norm(keys)
-        unit = keys.to(tl.float32) * inverse[:, None]
-        directions_of += tl.where(inside[:, None], unit, 0.0)
-        tl.store(weights + table + slots, inverse, mask=inside)
-        tl.store(links + table + slots, tl.zeros((BLOCK,), tl.int64), mask=inside)
-
-        logits = window_logits(window, keys, scale, GROUP_PAD, WINDOW_PAD, BLOCK)
-        logits = tl.where((slots < length - WINDOW)[None, :], logits, NO_LOGIT)
-        higher = tl.maximum(peak, tl.max(logits, axis=1))
-        total = total * tl.exp(peak - higher) + tl.sum(tl.exp(logits - higher[:, None]), axis=1)
-        peak = higher
-    d = tl.arange(0, BLOCK_D)
-    exact = (tl.sum(directions_of, axis=0) * LINK_SCALE).to(tl.int64)
-    tl.atomic_add(directions + owner * HEAD_SIZE + d, exact, mask=d < HEAD_SIZE, sem="relaxed")
+    logits = window_logits(window, keys, scale, GROUP_PAD, WINDOW_PAD, BLOCK)
+    logits = tl.where((slots < length - WINDOW)[None, :], logits, NO_LOGIT)
+    peak = tl.max(logits, axis=1)
+    total = tl.sum(tl.exp(logits - peak[:, None]), axis=1)
     row = tl.arange(0, WINDOW_PAD)
-    statistics = (owner * stat_blocks + chunk) * WINDOW + row
+    statistics = (owner * stat_blocks + block) * WINDOW + row
     tl.store(peaks + statistics, peak, mask=row < WINDOW)
     tl.store(totals + statistics, total, mask=row < WINDOW)
 
@@ -154,13 +141,13 @@ def _merge_kernel(
     blocks,
     WINDOW: tl.constexpr,
     WINDOW_PAD: tl.constexpr,
-    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Softmax statistics of all candidates from those of each chunk of them, into the first chunk's place."""
+    """Softmax statistics of all candidates from those of each block of them, into the first block's place."""
     owner = (tl.program_id(2) * requests + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
     peaks += owner.to(tl.int64) * blocks * WINDOW
     totals += owner.to(tl.int64) * blocks * WINDOW
-    used = tl.cdiv(tl.load(lengths + first_request + tl.program_id(1)), CHUNK)
+    used = tl.cdiv(tl.load(lengths + first_request + tl.program_id(1)), BLOCK)
     row = tl.arange(0, WINDOW_PAD)
     peak = tl.full((WINDOW_PAD,), NO_LOGIT, tl.float32)
     total = tl.zeros((WINDOW_PAD,), tl.float32)
@@ -174,7 +161,7 @@ def _merge_kernel(
         total = total * tl.exp(peak - higher)
         total += tl.sum(some_totals * tl.exp(some_peaks - higher[None, :]), axis=0)
         peak = higher
-    tl.debug_barrier()  # every thread has read before the first chunk's place is overwritten
+    tl.debug_barrier()  # every thread has read before the first block's place is overwritten
     tl.store(peaks + row, peak, mask=row < WINDOW)
     tl.store(totals + row, total, mask=row < WINDOW)
 
@@ -191,8 +178,9 @@ def survey(part: Part, queries: torch.Tensor, *, window: int, scale: float) -> N
     kv, batch = part.kv, part.batch
     group = queries.shape[3] // kv.num_heads
     window_pad = triton.next_power_of_2(window)
+    block = _BLOCK if kv.dtype.itemsize == 2 and kv.head_size <= 128 else 32
     part.directions.zero_()
-    _survey_kernel[(-(-part.longest // CHUNK), part.requests * kv.num_heads, part.layers)](
+    _survey_kernel[(-(-part.longest // block), part.requests * kv.num_heads, part.layers)](
         kv.layers[0],
         kv.layer_offsets,
         *kv.layers[0].stride()[:3],
@@ -221,10 +209,8 @@ def survey(part: Part, queries: torch.Tensor, *, window: int, scale: float) -> N
         HEAD_SIZE=kv.head_size,
         BLOCK_D=triton.next_power_of_2(kv.head_size),
         PAGE_SIZE=kv.page_size,
-        BLOCK=_BLOCK,
-        CHUNK=CHUNK,
-        num_warps=_WARPS if kv.dtype.itemsize == 2 and kv.head_size <= 128 else 8,
-        num_stages=_STAGES,
+        BLOCK=block,
+        num_warps=_WARPS if block == _BLOCK else 8,
     )
     _merge_kernel[(kv.num_heads, part.requests, part.layers)](
         part.peaks,
@@ -235,6 +221,6 @@ def survey(part: Part, queries: torch.Tensor, *, window: int, scale: float) -> N
         part.blocks,
         WINDOW=window,
         WINDOW_PAD=window_pad,
-        CHUNK=CHUNK,
+        BLOCK=block,
         num_warps=1,
     )

@@ -10,13 +10,14 @@ import torch
 
 from .combine import MASS_SCALE, combine
 from .compact import STAGED_COLUMNS, compact
-from .importance import CHUNK, survey
+from .importance import survey
 from .paged import CompactionBatch, PagedKV
 from .part import Part
 from .redundancy import newest_matches, sums
 from .select import SELECT_LENGTHS, select
 
 _ROUNDING = 128  # per-token tables hold a multiple of this many tokens
+_BLOCK = 32  # fewest tokens of which a kernel keeps a record
 _TOKEN_BYTES = 4 + 4 + 8 + 4  # weights, slots, links, scores
 
 
@@ -228,7 +229,7 @@ class RkvRound:
 
     def _head_bytes(self, longest: int) -> int:
         capacity = -(-longest // _ROUNDING) * _ROUNDING
-        return capacity * _TOKEN_BYTES + 8 * self.kv.head_size + -(-capacity // CHUNK) * 8 * self.window
+        return capacity * _TOKEN_BYTES + 8 * self.kv.head_size + capacity // _BLOCK * 8 * self.window
 
     def _part(
         self,
@@ -241,7 +242,7 @@ class RkvRound:
     ) -> Part:
         capacity = -(-longest // _ROUNDING) * _ROUNDING
         owners = layers * requests * self.kv.num_heads
-        blocks = -(-capacity // CHUNK)
+        blocks = capacity // _BLOCK
         position = 0
 
         def take(count: int, dtype: torch.dtype) -> torch.Tensor:

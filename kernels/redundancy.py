@@ -25,8 +25,8 @@ import triton.language as tl
 from .importance import load_queries, window_logits
 from .part import LINK_SCALE, Part, load_rows, offsets_in_pages, slot_offsets
 
-_SUMS_BLOCK = 64  # tokens a program of the second walk
-_SUMS_WARPS = 4
+_SUMS_BLOCK = 32  # tokens a program of the second walk
+_SUMS_WARPS = 2
 _SUMS_STEP = 64  # columns of a key that the second walk takes at a time
 
 
@@ -54,7 +54,7 @@ def match_tiles(head_size: int, dtype: torch.dtype) -> MatchTiles:
     if dtype.itemsize == 4:
         return MatchTiles(rows=32, columns=32, span=2, warps=4, stages=2)
     if head_size <= 128:
-        return MatchTiles(rows=128, columns=128, span=8, warps=4, stages=3)
+        return MatchTiles(rows=128, columns=128, span=8, warps=4, stages=2)
     return MatchTiles(rows=64, columns=64, span=4, warps=4, stages=2)
 
 
@@ -281,8 +281,7 @@ def sums(part: Part, queries: torch.Tensor, lam: torch.Tensor, *, window: int, s
     kv, batch = part.kv, part.batch
     group = queries.shape[3] // kv.num_heads
     window_pad = triton.next_power_of_2(window)
-    block = _SUMS_BLOCK if kv.dtype.itemsize == 2 and kv.head_size <= 128 else 32
-    _sums_kernel[(-(-part.longest // block), part.requests * kv.num_heads, part.layers)](
+    _sums_kernel[(-(-part.longest // _SUMS_BLOCK), part.requests * kv.num_heads, part.layers)](
         kv.layers[0],
         kv.layer_offsets,
         *kv.layers[0].stride()[:3],
@@ -314,7 +313,7 @@ def sums(part: Part, queries: torch.Tensor, lam: torch.Tensor, *, window: int, s
         HEAD_SIZE=kv.head_size,
         BLOCK_D=triton.next_power_of_2(kv.head_size),
         PAGE_SIZE=kv.page_size,
-        BLOCK=block,
+        BLOCK=_SUMS_BLOCK,
         STEP=min(triton.next_power_of_2(kv.head_size), _SUMS_STEP),
-        num_warps=_SUMS_WARPS,
+        num_warps=_SUMS_WARPS if kv.dtype.itemsize == 2 and kv.head_size <= 128 else 8,
     )
