@@ -15,7 +15,7 @@ import typer
 from pydantic import ValidationError
 
 from rkv_vllm import __version__
-from rkv_vllm.config import Granularity, PolicyName, RkvConfig
+from rkv_vllm.config import Granularity, Order, PolicyName, RkvConfig, Scope
 from rkv_vllm.server.operations import PREFIX, OperationSettings
 from rkv_vllm.server.policy import ENVIRONMENT_PREFIX, KvPolicies, KvSettings, explain
 
@@ -58,6 +58,8 @@ def serve(
     kv_mix_lambda: Annotated[float | None, _setting("mix_lambda")] = None,
     kv_key_policies: Annotated[Path | None, _setting("key_policies")] = None,
     kv_granularity: Annotated[Granularity | None, _setting("granularity")] = None,
+    kv_scope: Annotated[Scope | None, _setting("scope")] = None,
+    kv_order: Annotated[Order | None, _setting("order")] = None,
     kv_beyond_pool: Annotated[bool | None, _setting("beyond_pool")] = None,
     api_key_file: Annotated[Path | None, _operation("api_key_file")] = None,
     open_metrics: Annotated[bool | None, _operation("open_metrics")] = None,
@@ -84,6 +86,8 @@ def serve(
         mix_lambda=kv_mix_lambda,
         key_policies=kv_key_policies,
         granularity=kv_granularity,
+        scope=kv_scope,
+        order=kv_order,
         beyond_pool=kv_beyond_pool,
     )
     _operation_settings(
@@ -119,6 +123,8 @@ def args(
     mix_lambda: Annotated[float | None, typer.Option(help=_field("mix_lambda"))] = None,
     beyond_pool: Annotated[bool, typer.Option("--beyond-pool", help=_field("beyond_pool"))] = False,
     granularity: Annotated[Granularity | None, typer.Option(help=_field("granularity"))] = None,
+    scope: Annotated[Scope | None, typer.Option(help=_field("scope"))] = None,
+    order: Annotated[Order | None, typer.Option(help=_field("order"))] = None,
 ) -> None:
     """Print the engine options that switch R-KV on: `vllm serve MODEL $(rkv-vllm args --budget 1024)`."""
     config = _config(
@@ -128,6 +134,8 @@ def args(
         mix_lambda=mix_lambda,
         beyond_pool=beyond_pool,
         granularity=granularity,
+        scope=scope,
+        order=order,
     )
     # vLLM logs to standard output when imported, and what we print there goes onto a command line.
     os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"
@@ -153,6 +161,8 @@ def doctor(
         typer.Option("--kv-beyond-pool", help=_field("beyond_pool")),
     ] = False,
     kv_granularity: Annotated[Granularity | None, typer.Option(help=_field("granularity"))] = None,
+    kv_scope: Annotated[Scope | None, typer.Option(help=_field("scope"))] = None,
+    kv_order: Annotated[Order | None, typer.Option(help=_field("order"))] = None,
     length: Annotated[
         int | None, typer.Option(help="Tokens of a request, prompt and answer; default: max_model_len.")
     ] = None,
@@ -170,6 +180,8 @@ def doctor(
         mix_lambda=kv_mix_lambda,
         beyond_pool=kv_beyond_pool,
         granularity=kv_granularity,
+        scope=kv_scope,
+        order=kv_order,
     )
     os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
