@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 Order = Literal["temporal", "score"]
-"""How the kept candidates lie afterwards: oldest first, or best first; the window is last in its own order."""
+"""How the kept candidates lie afterwards: oldest first, or best first; the window comes last as it was."""
 
 _ALIGNMENT = 16  # elements; a row that starts at such a multiple can be read in 16-byte pieces
 

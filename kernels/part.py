@@ -39,8 +39,8 @@ class Part:
         scores: float32 table: joint scores.
         peaks: float32 [layers * requests * H * blocks * window]: largest logit of each window row in a block.
         totals: float32, as ``peaks``: sum of exponentials of each window row in a block.
-        shared: float32 [requests * capacity]: scores that all layers share, which outlast the part; empty where
-            none are.
+        shared: float32 [requests * capacity]: scores that all layers share, the same memory in all parts of a
+            request; empty where none are.
         directions: int64 [layers * requests * H * D]: sum of the normalised keys in units of 1 / LINK_SCALE.
         blocks: most blocks into which a kernel may split a request's tokens.
         staging: flat, in the cache's dtype: all of the scratch memory but ``shared`` and ``slots``, free once

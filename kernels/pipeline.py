@@ -20,7 +20,7 @@ from .select import SELECT_LENGTHS, select
 from .share import add_layers, share_in_layer
 
 Scope = Literal["head", "layer", "global"]
-"""Who shares one set of kept tokens: each KV head has its own, the heads of a layer one, or all layers one."""
+"""Who shares one set of kept tokens: no other KV head, the heads of a layer, or all layers."""
 
 _ROUNDING = 128  # per-token tables hold a multiple of this many tokens
 _BLOCK = 32  # fewest tokens of which a kernel keeps a record
@@ -190,7 +190,7 @@ class RkvRound:
             select(dataclasses.replace(part, longest=longest), self._own_scores(part), window=self.window)
 
     def _run(self, batch: CompactionBatch, scores_of: Callable[[Part], torch.Tensor]) -> None:
-        """Score, select and move, part by part; scores that all layers share need all of their parts first."""
+        """Score, select and move, part by part; what all layers share needs the scores of all parts first."""
         for parts in self._parts(batch):
             if self.scope == "global":
                 for part in parts:

@@ -112,7 +112,7 @@ class RkvConfig(BaseModel):
     )
     order: Order = Field(
         default="temporal",
-        description="How survivors lie in the cache: oldest first, or best first with the window behind them.",
+        description="How survivors lie in the cache: oldest first, or best first and the window behind them.",
     )
 
     @field_validator("scope", "order")
