@@ -252,9 +252,9 @@ def figure(by_window: np.ndarray, seed: int) -> Figure:
     if len(by_window) < 2:
         return Figure(mean=mean, low=None, high=None)
     drawn = np.random.default_rng(seed).integers(len(by_window), size=(RESAMPLES, len(by_window)))
-    outside = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(by_window[drawn].mean(axis=1), [outside, 100 - outside])
-    return Figure(mean=mean, low=float(low), high=float(high))
+    means = by_window[drawn].mean(axis=1)
+    low, high = (float(np.quantile(means, share)) for share in ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
+    return Figure(mean=mean, low=low, high=high)
 
 
 def row_of(setting: Setting, planned: Schedule, measured: np.ndarray, seed: int) -> Row:
