@@ -54,7 +54,8 @@ class Queries(CpuQueryWindow):
 def milliseconds(arguments: argparse.Namespace, policy: PolicyName, length: int, keep: int) -> float:
     source, target = -(-length // arguments.page_size), -(-keep // arguments.page_size)
     cache = CpuLayerCache(layer(arguments, source + target))
-    compactor = CpuCompactor([cache], Queries(arguments), make_policies(RkvConfig()))
+    config = RkvConfig()
+    compactor = CpuCompactor([cache], Queries(arguments), config, make_policies(config))
     compaction = Compaction(
         request_id="",
         source_pages=tuple(range(source)),

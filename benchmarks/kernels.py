@@ -80,7 +80,7 @@ class Setup:
         """The round's stages, one call a part of the batch, in the order of ``RkvRound.run``."""
         calls: dict[str, list[Callable[[], None]]] = {stage: [] for stage in STAGES}
         walk = {"window": WINDOW, "scale": self.round.scale}
-        for part in self.round._parts(self.batch):
+        for part in self.round._all_parts(self.batch):
             scores = self.round._own_scores(part)
             calls["survey"].append(partial(survey, part, self.queries, **walk))
             calls["matches"].append(partial(newest_matches, part, self.lam, threshold=THRESHOLD))

@@ -1,9 +1,9 @@
 """Movement of the survivors, keys and values together, into the target pages.
 
-One program moves one (layer, request, KV head) from the oldest slot on. Because survivors keep their order,
-none moves to a later slot: what a step overwrites has been read already, and no scratch memory is needed.
-Requests whose target pages break that rule (``CompactionBatch.staged``) go through scratch memory instead,
-a slice of columns at a time. Reference: ``naive.compact``.
+One program moves one (layer, request, KV head) from the first target slot on. Where survivors keep their
+order, none moves to a later slot: what a step overwrites has been read already, and no scratch memory is
+needed. Requests whose target pages break that rule (``CompactionBatch.staged``) go through scratch memory
+instead, a slice of columns at a time. Reference: ``naive.compact``.
 """
 
 # Triton reads its kernels' arguments without types.

@@ -11,6 +11,7 @@ after rotary embedding, the window's keys take part in redundancy, and each row 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 
@@ -138,12 +139,33 @@ def rkv_scores(
     return lam * important - (1.0 - lam) * redundant
 
 
-def select(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Indices of the highest scores, ascending; among equal scores the lower index wins (rkv_spec 1.5).
+def shared_scores(scores: torch.Tensor, scope: Literal["head", "layer", "global"]) -> torch.Tensor:
+    """What every head selects by: its own scores, its layer's, or those of all layers (rkv_spec 1.9).
+
+    Args:
+        scores: [L, H, candidates]; where one head's score is NaN, so is what it is shared in.
+        scope: ``layer`` takes the mean over the heads, ``global`` the sum of those means over the layers.
+
+    Returns:
+        [L, H, candidates] in the dtype of ``scores``.
+    """
+    if scope == "head":
+        return scores
+    shared = scores.mean(dim=1, keepdim=True)
+    if scope == "global":
+        shared = torch.stack([sum(shared.unbind())])  # layer after layer: rounding is part of what is defined
+    return shared.expand_as(scores)
+
+
+def select(
+    scores: torch.Tensor, count: int, order: Literal["temporal", "score"] = "temporal"
+) -> torch.Tensor:
+    """Indices of the highest scores; among equal scores the lower index wins (rkv_spec 1.5, 1.7).
 
     Args:
         scores: [H, candidates]; NaN counts as the lowest score.
         count: number of indices a head, 0 to ``candidates``.
+        order: ``temporal`` gives them ascending, ``score`` the best first.
 
     Returns:
         int64 [H, count].
@@ -154,25 +176,29 @@ def select(scores: torch.Tensor, count: int) -> torch.Tensor:
     if not 0 <= count <= scores.shape[-1]:
         raise ValueError(f"cannot select {count} of {scores.shape[-1]} candidates")
     ranked = torch.where(scores.isnan(), -math.inf, scores).sort(dim=-1, descending=True, stable=True)
-    return ranked.indices[..., :count].sort(dim=-1).values
+    best = ranked.indices[..., :count]
+    return best.sort(dim=-1).values if order == "temporal" else best
 
 
-def kept_indices(scores: torch.Tensor, keep: int, length: int) -> torch.Tensor:
-    """The survivors of a round: the best candidates in temporal order, then the window (rkv_spec 1.5, 1.7).
+def kept_indices(
+    scores: torch.Tensor, keep: int, length: int, order: Literal["temporal", "score"] = "temporal"
+) -> torch.Tensor:
+    """The survivors of a round: the best candidates in their order, then the window (rkv_spec 1.5, 1.7).
 
     Args:
         scores: [H, candidates]; the ``length - candidates`` newest tokens are the window.
         keep: tokens kept, the window included.
         length: physical length N in tokens.
+        order: of the candidates, as in ``select``.
 
     Returns:
-        int64 [H, keep], ascending.
+        int64 [H, keep].
 
     Raises:
         ValueError: ``keep`` is smaller than the window or larger than ``length``.
     """
     heads, candidates = scores.shape
-    chosen = select(scores, keep - (length - candidates))
+    chosen = select(scores, keep - (length - candidates), order)
     tail = torch.arange(candidates, length, device=scores.device).expand(heads, -1)
     return torch.cat([chosen, tail], dim=-1)
 
@@ -182,7 +208,7 @@ def compact(tokens: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
 
     Args:
         tokens: [H, N, C], keys, values, or both side by side.
-        kept: int64 [H, keep], ascending.
+        kept: int64 [H, keep], in the order in which they are to lie.
 
     Returns:
         [H, keep, C] in the dtype of ``tokens``.

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
+
+Order = Literal["temporal", "score"]
+"""How the kept candidates lie afterwards: oldest first, or best first; the window comes last as it was."""
 
 _ALIGNMENT = 16  # elements; a row that starts at such a multiple can be read in 16-byte pieces
 
@@ -105,6 +109,7 @@ class CompactionBatch:
     Attributes:
         lengths: physical length N of each request, in tokens.
         keeps: tokens kept of each request, the window included.
+        order: in which the kept candidates are to lie.
         staged: requests whose target pages could overwrite tokens not yet moved; they go through scratch
             memory.
         highest_page: highest page id in use.
@@ -118,6 +123,7 @@ class CompactionBatch:
 
     lengths: list[int]
     keeps: list[int]
+    order: Order
     staged: list[int]
     highest_page: int
     lengths_on_device: torch.Tensor
@@ -138,6 +144,7 @@ class CompactionBatch:
         query_rows: Sequence[int],
         page_size: int,
         device: torch.device | str,
+        order: Order = "temporal",
     ) -> CompactionBatch:
         """Check the requests and send them to the device in one asynchronous copy.
 
@@ -151,6 +158,7 @@ class CompactionBatch:
             query_rows: row of the query ring of each request.
             page_size: tokens a page.
             device: where the kernels run.
+            order: in which the kept candidates are to lie.
 
         Raises:
             ValueError: no request, unequal list lengths, a count out of range, too few pages, a page or row
@@ -175,7 +183,9 @@ class CompactionBatch:
             raise ValueError("page ids and query rows must not be negative")
         _check_owners(sources, targets)
 
-        staged = [int(_overwrites(source, target)) for source, target in zip(sources, targets, strict=True)]
+        staged = [
+            int(_overwrites(source, target, order)) for source, target in zip(sources, targets, strict=True)
+        ]
         source_width, target_width = max(map(len, sources)), max(map(len, targets))
         columns = [list(lengths), list(keeps), staged, list(query_rows)]
         columns.append([page for row in sources for page in row + [0] * (source_width - len(row))])
@@ -184,6 +194,7 @@ class CompactionBatch:
         return cls(
             lengths=list(lengths),
             keeps=list(keeps),
+            order=order,
             staged=[index for index, flag in enumerate(staged) if flag],
             highest_page=max(max(map(max, sources)), max(map(max, targets))),
             lengths_on_device=views[0],
@@ -216,6 +227,7 @@ class CompactionBatch:
         return cls(
             lengths=list(lengths),
             keeps=list(lengths),
+            order="temporal",
             staged=[],
             highest_page=0,
             lengths_on_device=on_device,
@@ -244,13 +256,15 @@ def _send(columns: Sequence[list[int]], device: torch.device) -> list[torch.Tens
     return [tables[start : start + len(column)] for start, column in zip(starts, columns, strict=True)]
 
 
-def _overwrites(source: list[int], target: list[int]) -> bool:
-    """Whether moving the survivors in ascending order could overwrite one that has not moved yet.
+def _overwrites(source: list[int], target: list[int], order: Order) -> bool:
+    """Whether moving the survivors one after the other could overwrite one that has not moved yet.
 
     In temporal order a survivor never moves to a later slot. So the source page at position b is done once
     target position b is written, and only a target page that sits at a later position in the source is a
-    danger.
+    danger. In any other order every source page is.
     """
+    if order != "temporal":
+        return not set(source).isdisjoint(target)
     position = {page: index for index, page in enumerate(source)}
     return any(position.get(page, -1) > index for index, page in enumerate(target))
 

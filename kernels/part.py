@@ -39,10 +39,12 @@ class Part:
         scores: float32 table: joint scores.
         peaks: float32 [layers * requests * H * blocks * window]: largest logit of each window row in a block.
         totals: float32, as ``peaks``: sum of exponentials of each window row in a block.
+        shared: float32 [requests * capacity]: scores that all layers share, the same memory in all parts of a
+            request; empty where none are.
         directions: int64 [layers * requests * H * D]: sum of the normalised keys in units of 1 / LINK_SCALE.
         blocks: most blocks into which a kernel may split a request's tokens.
-        staging: flat, in the cache's dtype: all of the scratch memory but ``slots``, free once slots are
-            selected.
+        staging: flat, in the cache's dtype: all of the scratch memory but ``shared`` and ``slots``, free once
+            slots are selected.
     """
 
     kv: PagedKV
@@ -59,6 +61,7 @@ class Part:
     scores: torch.Tensor
     peaks: torch.Tensor
     totals: torch.Tensor
+    shared: torch.Tensor
     directions: torch.Tensor
     blocks: int
     staging: torch.Tensor

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Literal
 
 import torch
 
 from .combine import MASS_SCALE, combine
 from .compact import STAGED_COLUMNS, compact
 from .importance import survey
-from .paged import CompactionBatch, PagedKV
+from .paged import CompactionBatch, Order, PagedKV
 from .part import Part
 from .redundancy import newest_matches, sums
 from .select import SELECT_LENGTHS, select
+from .share import add_layers, share_in_layer
+
+Scope = Literal["head", "layer", "global"]
+"""Who shares one set of kept tokens: no other KV head, the heads of a layer, or all layers."""
 
 _ROUNDING = 128  # per-token tables hold a multiple of this many tokens
 _BLOCK = 32  # fewest tokens of which a kernel keeps a record
@@ -26,8 +32,7 @@ class RkvRound:
 
     A call only enqueues work on the current stream: it never waits for the device, and the device memory
     that it uses does not grow with time. The current device must be the cache's. The scratch memory is not
-    shared between
-    streams: one instance a stream.
+    shared between streams: one instance a stream.
 
     Attributes:
         kv: the cache.
@@ -35,6 +40,7 @@ class RkvRound:
         threshold: cosine similarity above which two keys count as duplicates.
         pool_kernel: odd width, in tokens, of the max-pooling of importance.
         scale: factor on the attention logits.
+        scope: who shares one set of kept tokens.
     """
 
     def __init__(
@@ -45,6 +51,7 @@ class RkvRound:
         threshold: float = 0.5,
         pool_kernel: int = 7,
         scale: float | None = None,
+        scope: Scope = "head",
         scratch_bytes: int = 64 * 2**20,
     ) -> None:
         """Allocate the scratch memory.
@@ -55,6 +62,7 @@ class RkvRound:
             threshold: 0 to 1.
             pool_kernel: odd and positive.
             scale: ``1 / sqrt(D)`` when None.
+            scope: who shares one set of kept tokens.
             scratch_bytes: device memory for everything that a round keeps for itself.
 
         Raises:
@@ -75,6 +83,7 @@ class RkvRound:
         self.threshold = threshold
         self.pool_kernel = pool_kernel
         self.scale = 1.0 / math.sqrt(kv.head_size) if scale is None else scale
+        self.scope = scope
         self._scratch = torch.empty(scratch_bytes // 64 * 64, dtype=torch.uint8, device=kv.device)
 
     def run(self, queries: torch.Tensor, batch: CompactionBatch, lam: torch.Tensor) -> None:
@@ -92,11 +101,7 @@ class RkvRound:
                 Nothing has been moved then.
         """
         self._check(batch, queries, lam)
-        for part in self._parts(batch):
-            scores = self._own_scores(part)
-            self._score(part, queries, lam, scores)
-            select(part, scores, window=self.window)
-            compact(part, window=self.window)
+        self._run(batch, partial(self._score_in_scratch, queries, lam))
 
     def select_and_move(self, scores: torch.Tensor, batch: CompactionBatch) -> None:
         """Select by given scores and move the survivors, for policies that score elsewhere.
@@ -111,14 +116,12 @@ class RkvRound:
         """
         self._check(batch)
         self._check_scores(scores, batch)
-        for part in self._parts(batch):
-            select(part, self._of_part(scores, part), window=self.window)
-            compact(part, window=self.window)
+        self._run(batch, partial(self._of_part, scores))
 
     def score(
         self, queries: torch.Tensor, batch: CompactionBatch, lam: torch.Tensor, scores: torch.Tensor
     ) -> None:
-        """Write the joint scores that ``run`` would select by, and move nothing.
+        """Write each head's own joint scores, by which ``run`` selects, and move nothing.
 
         Args:
             queries: as in ``run``.
@@ -132,7 +135,7 @@ class RkvRound:
         """
         self._check(batch, queries, lam)
         self._check_scores(scores, batch)
-        for part in self._parts(batch):
+        for part in self._all_parts(batch):
             self._score(part, queries, lam, self._of_part(scores, part))
 
     def page_scores(self, queries: torch.Tensor, batch: CompactionBatch, lam: torch.Tensor) -> torch.Tensor:
@@ -153,15 +156,16 @@ class RkvRound:
         self._check(batch, queries, lam)
         shape = (*batch.source_pages.shape, 2)
         masses = torch.zeros(shape, dtype=torch.int64, device=self.kv.device)
-        for part in self._parts(batch):
+        for part in self._all_parts(batch):
             self._score(part, queries, lam, self._own_scores(part), masses)
         return masses.float().div_(MASS_SCALE)
 
-    def warm_up(self, queries: torch.Tensor) -> None:
+    def warm_up(self, queries: torch.Tensor, order: Order = "temporal") -> None:
         """Compile and run every kernel once, on the first slots of page 0, whose contents stay as they are.
 
         Args:
             queries: the ring of window queries that later rounds will be given.
+            order: that of later rounds.
         """
         length = self.window + 1
         batch = CompactionBatch.build(
@@ -172,6 +176,7 @@ class RkvRound:
             query_rows=[0],
             page_size=self.kv.page_size,
             device=self.kv.device,
+            order=order,
         )
         staged = dataclasses.replace(
             batch, staged=[0], staged_on_device=torch.ones_like(batch.staged_on_device)
@@ -180,9 +185,31 @@ class RkvRound:
         self.page_scores(queries, batch, lam)
         for each in (batch, staged):
             self.run(queries, each, lam)
-        part = next(self._parts(batch))
+        part = next(self._all_parts(batch))
         for longest in SELECT_LENGTHS:
             select(dataclasses.replace(part, longest=longest), self._own_scores(part), window=self.window)
+
+    def _run(self, batch: CompactionBatch, scores_of: Callable[[Part], torch.Tensor]) -> None:
+        """Score, select and move, part by part; what all layers share needs the scores of all parts first."""
+        for parts in self._parts(batch):
+            if self.scope == "global":
+                for part in parts:
+                    add_layers(part, scores_of(part), window=self.window)
+            for part in parts:
+                if self.scope == "global":
+                    scores = part.shared.view(1, part.requests, 1, part.capacity)
+                    scores = scores.expand(part.layers, -1, self.kv.num_heads, -1)
+                else:
+                    scores = scores_of(part)
+                    if self.scope == "layer":
+                        scores = share_in_layer(part, scores, window=self.window)
+                select(part, scores, window=self.window)
+                compact(part, window=self.window)
+
+    def _score_in_scratch(self, queries: torch.Tensor, lam: torch.Tensor, part: Part) -> torch.Tensor:
+        scores = self._own_scores(part)
+        self._score(part, queries, lam, scores)
+        return scores
 
     def _score(
         self,
@@ -207,8 +234,12 @@ class RkvRound:
             part.first_request : part.first_request + part.requests,
         ]
 
-    def _parts(self, batch: CompactionBatch) -> Iterator[Part]:
-        """Parts that fit the scratch memory: some requests, or some layers of one that is too long."""
+    def _all_parts(self, batch: CompactionBatch) -> Iterator[Part]:
+        for parts in self._parts(batch):
+            yield from parts
+
+    def _parts(self, batch: CompactionBatch) -> Iterator[list[Part]]:
+        """Parts that fit the scratch memory: some requests in one, or layer by layer one that is too long."""
         layers, first = self.kv.num_layers, 0
         while first < batch.num_requests:
             longest, last = batch.lengths[first], first + 1
@@ -218,17 +249,22 @@ class RkvRound:
                     break
                 longest, last = longer, last + 1
             step = min(layers, self._layers_that_fit(longest, last - first))
-            for first_layer in range(0, layers, step):
-                yield self._part(
-                    batch, first_layer, min(step, layers - first_layer), first, last - first, longest
-                )
+            yield [
+                self._part(batch, first_layer, min(step, layers - first_layer), first, last - first, longest)
+                for first_layer in range(0, layers, step)
+            ]
             first = last
 
     def _layers_that_fit(self, longest: int, requests: int) -> int:
-        return self._scratch.numel() // (requests * self.kv.num_heads * self._head_bytes(longest) + 1024)
+        free = self._scratch.numel() - self._shared_bytes(longest, requests)
+        return free // (requests * self.kv.num_heads * self._head_bytes(longest) + 1024)
+
+    def _shared_bytes(self, longest: int, requests: int) -> int:
+        """Of the scores that all layers share."""
+        return 4 * requests * _capacity(longest) if self.scope == "global" else 0
 
     def _head_bytes(self, longest: int) -> int:
-        capacity = -(-longest // _ROUNDING) * _ROUNDING
+        capacity = _capacity(longest)
         return capacity * _TOKEN_BYTES + 8 * self.kv.head_size + capacity // _BLOCK * 8 * self.window
 
     def _part(
@@ -240,7 +276,7 @@ class RkvRound:
         requests: int,
         longest: int,
     ) -> Part:
-        capacity = -(-longest // _ROUNDING) * _ROUNDING
+        capacity = _capacity(longest)
         owners = layers * requests * self.kv.num_heads
         blocks = capacity // _BLOCK
         position = 0
@@ -250,6 +286,8 @@ class RkvRound:
             start, position = position, position + -(-count * dtype.itemsize // 64) * 64
             return self._scratch[start : start + count * dtype.itemsize].view(dtype)
 
+        # First, and so at the same place in all parts of a request.
+        shared = take(self._shared_bytes(longest, requests) // 4, torch.float32)
         slots = take(owners * capacity, torch.int32)
         staging = self._scratch[position:].view(self.kv.dtype)
         return Part(
@@ -267,6 +305,7 @@ class RkvRound:
             scores=take(owners * capacity, torch.float32),
             peaks=take(owners * blocks * self.window, torch.float32),
             totals=take(owners * blocks * self.window, torch.float32),
+            shared=shared,
             directions=take(owners * self.kv.head_size, torch.int64),
             blocks=blocks,
             staging=staging,
@@ -284,7 +323,8 @@ class RkvRound:
             raise ValueError(f"page {batch.highest_page} does not exist: the cache has {kv.num_pages}")
         longest = max(batch.lengths)
         # Of each token's bytes in the tables, the four of its slot are not free for staging.
-        staging = self._scratch.numel() // _TOKEN_BYTES * (_TOKEN_BYTES - 4)
+        free = self._scratch.numel() - self._shared_bytes(longest, 1)
+        staging = free // _TOKEN_BYTES * (_TOKEN_BYTES - 4)
         if self._layers_that_fit(longest, 1) < 1 or staging < longest * STAGED_COLUMNS * kv.dtype.itemsize:
             raise ValueError(f"the scratch memory does not hold one layer of {longest} tokens")
         if queries is not None:
@@ -310,3 +350,8 @@ class RkvRound:
             raise ValueError(f"scores of shape {tuple(scores.shape)} do not fit the batch")
         if scores.dtype != torch.float32 or scores.device != self.kv.device or scores.stride(3) != 1:
             raise ValueError(f"scores must be float32 on {self.kv.device}, contiguous along the slots")
+
+
+def _capacity(longest: int) -> int:
+    """Entries of a per-token table."""
+    return -(-longest // _ROUNDING) * _ROUNDING

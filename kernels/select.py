@@ -1,8 +1,9 @@
-"""Selection of the highest scores of each (layer, request, KV head), in ascending order of the slots.
+"""Selection of the highest scores of each (layer, request, KV head), in ascending order or best first.
 
 No sort: the score at the cut is found two bits at a time on an order-preserving integer view of float32,
 each time with one count over the scores; one more walk writes the slots above the cut and, lowest first, as
-many at the cut as there is room for. Formula: rkv_spec 1.5; reference: ``naive.select``.
+many at the cut as there is room for. For the order of the scores a second kernel counts, for each chosen
+slot, those that go before it. Formulas: rkv_spec 1.5 and 1.7; reference: ``naive.select``.
 """
 
 # Triton reads its kernels' arguments without types.
@@ -19,6 +20,8 @@ from .part import Part
 _BLOCKS = (2048, 4096, 8192)  # tokens that a program keeps in registers
 SELECT_LENGTHS = (2048, 4096, 8192, 8193)
 """One length, in tokens, for each variant of the kernel."""
+_RANKED = 64  # chosen slots a program of the second kernel
+_RIVALS = 64  # slots that it compares them with at a time
 
 
 @triton.jit
@@ -100,8 +103,58 @@ def _select_kernel(
         room -= tl.minimum(tl.sum(level, axis=0), room)
 
 
+@triton.jit(
+    do_not_specialize=["stride_layer", "stride_request", "stride_head", "first_request", "requests"],
+    do_not_specialize_on_alignment=["scores"],
+)
+def _rank_kernel(
+    lengths,
+    keeps,
+    scores,
+    stride_layer,
+    stride_request,
+    stride_head,
+    chosen,
+    kept,
+    first_request,
+    requests,
+    capacity,
+    WINDOW: tl.constexpr,
+    HEADS: tl.constexpr,
+    RANKED: tl.constexpr,
+    RIVALS: tl.constexpr,
+):
+    head = tl.program_id(1) % HEADS
+    local_request = tl.program_id(1) // HEADS
+    request = first_request + local_request
+    owner = ((tl.program_id(2) * requests + local_request) * HEADS + head).to(tl.int64)
+    scores += tl.program_id(2).to(tl.int64) * stride_layer
+    scores += local_request.to(tl.int64) * stride_request + head.to(tl.int64) * stride_head
+    chosen += owner * capacity
+    kept += owner * capacity
+    candidates = tl.load(lengths + request) - WINDOW
+    count = tl.load(keeps + request) - WINDOW
+    own = tl.program_id(0) * RANKED + tl.arange(0, RANKED)
+    if tl.program_id(0) * RANKED >= count:
+        return
+    slots = tl.load(chosen + own, mask=own < count, other=0)
+    values = _ordered(scores, slots, candidates)
+    rank = tl.zeros((RANKED,), tl.int32)
+    for start in range(0, count, RIVALS):
+        rivals = start + tl.arange(0, RIVALS)
+        rival_slots = tl.load(chosen + rivals, mask=rivals < count, other=0)
+        rival_values = _ordered(scores, rival_slots, candidates)
+        better = rival_values[None, :] > values[:, None]
+        older = (rival_values[None, :] == values[:, None]) & (rivals[None, :] < own[:, None])
+        before = (better | older) & (rivals < count)[None, :]
+        rank += tl.sum(before.to(tl.int32), axis=1)
+    tl.store(kept + rank, slots, mask=own < count)
+
+
 def select(part: Part, scores: torch.Tensor, *, window: int) -> None:
-    """Write the chosen slots, keep - window a (layer, request, KV head), to ``part.slots``, ascending.
+    """Write the chosen slots, keep - window a (layer, request, KV head), to ``part.slots`` in their order.
+
+    For the order of the scores, ``part.weights`` is overwritten.
 
     Args:
         part: requests and layers.
@@ -110,13 +163,14 @@ def select(part: Part, scores: torch.Tensor, *, window: int) -> None:
         window: number of newest tokens, which are kept without a score.
     """
     batch = part.batch
+    chosen = part.slots if batch.order == "temporal" else part.weights.view(torch.int32)
     block = next((size for size in _BLOCKS if part.longest <= size), _BLOCKS[-1])
     _select_kernel[(part.kv.num_heads, part.requests, part.layers)](
         batch.lengths_on_device,
         batch.keeps_on_device,
         scores,
         *scores.stride()[:3],
-        part.slots,
+        chosen,
         part.first_request,
         part.requests,
         part.capacity,
@@ -125,3 +179,20 @@ def select(part: Part, scores: torch.Tensor, *, window: int) -> None:
         RESIDENT=part.longest <= block,
         num_warps=8,
     )
+    if batch.order == "score":
+        _rank_kernel[(-(-part.longest // _RANKED), part.kv.num_heads * part.requests, part.layers)](
+            batch.lengths_on_device,
+            batch.keeps_on_device,
+            scores,
+            *scores.stride()[:3],
+            chosen,
+            part.slots,
+            part.first_request,
+            part.requests,
+            part.capacity,
+            WINDOW=window,
+            HEADS=part.kv.num_heads,
+            RANKED=_RANKED,
+            RIVALS=_RIVALS,
+            num_warps=4,
+        )

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 
@@ -203,12 +204,15 @@ def rkv_scores(
     return scores.mul_(lam).sub_(redundant, alpha=1.0 - lam)
 
 
-def select(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Indices of the highest scores, ascending; among equal scores the lower index wins (rkv_spec 1.5).
+def select(
+    scores: torch.Tensor, count: int, order: Literal["temporal", "score"] = "temporal"
+) -> torch.Tensor:
+    """Indices of the highest scores; among equal scores the lower index wins (rkv_spec 1.5, 1.7).
 
     Args:
         scores: [..., candidates]; NaN counts as the lowest score.
         count: number of indices a row, 0 to ``candidates``.
+        order: ``temporal`` gives them ascending, ``score`` the best first.
 
     Returns:
         int64 [..., count].
@@ -227,4 +231,7 @@ def select(scores: torch.Tensor, count: int) -> torch.Tensor:
     above, level = flat > cut, flat == cut
     room = count - above.sum(dim=-1, keepdim=True)
     chosen = above | (level & (level.cumsum(dim=-1) <= room))
-    return chosen.nonzero()[:, 1].view(*scores.shape[:-1], count)
+    slots = chosen.nonzero()[:, 1].view(-1, count)
+    if order == "score":
+        slots = slots.gather(1, flat.gather(1, slots).argsort(dim=-1, descending=True, stable=True))
+    return slots.view(*scores.shape[:-1], count)

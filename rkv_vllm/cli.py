@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shlex
 import signal
 import sys
 from contextlib import redirect_stdout
@@ -15,7 +16,7 @@ import typer
 from pydantic import ValidationError
 
 from rkv_vllm import __version__
-from rkv_vllm.config import Granularity, PolicyName, RkvConfig
+from rkv_vllm.config import POLICY_NAMES, Granularity, Order, PolicyName, RkvConfig, Scope
 from rkv_vllm.server.operations import PREFIX, OperationSettings
 from rkv_vllm.server.policy import ENVIRONMENT_PREFIX, KvPolicies, KvSettings, explain
 
@@ -58,6 +59,8 @@ def serve(
     kv_mix_lambda: Annotated[float | None, _setting("mix_lambda")] = None,
     kv_key_policies: Annotated[Path | None, _setting("key_policies")] = None,
     kv_granularity: Annotated[Granularity | None, _setting("granularity")] = None,
+    kv_scope: Annotated[Scope | None, _setting("scope")] = None,
+    kv_order: Annotated[Order | None, _setting("order")] = None,
     kv_beyond_pool: Annotated[bool | None, _setting("beyond_pool")] = None,
     api_key_file: Annotated[Path | None, _operation("api_key_file")] = None,
     open_metrics: Annotated[bool | None, _operation("open_metrics")] = None,
@@ -84,6 +87,8 @@ def serve(
         mix_lambda=kv_mix_lambda,
         key_policies=kv_key_policies,
         granularity=kv_granularity,
+        scope=kv_scope,
+        order=kv_order,
         beyond_pool=kv_beyond_pool,
     )
     _operation_settings(
@@ -119,6 +124,8 @@ def args(
     mix_lambda: Annotated[float | None, typer.Option(help=_field("mix_lambda"))] = None,
     beyond_pool: Annotated[bool, typer.Option("--beyond-pool", help=_field("beyond_pool"))] = False,
     granularity: Annotated[Granularity | None, typer.Option(help=_field("granularity"))] = None,
+    scope: Annotated[Scope | None, typer.Option(help=_field("scope"))] = None,
+    order: Annotated[Order | None, typer.Option(help=_field("order"))] = None,
 ) -> None:
     """Print the engine options that switch R-KV on: `vllm serve MODEL $(rkv-vllm args --budget 1024)`."""
     config = _config(
@@ -128,6 +135,8 @@ def args(
         mix_lambda=mix_lambda,
         beyond_pool=beyond_pool,
         granularity=granularity,
+        scope=scope,
+        order=order,
     )
     # vLLM logs to standard output when imported, and what we print there goes onto a command line.
     os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"
@@ -153,6 +162,8 @@ def doctor(
         typer.Option("--kv-beyond-pool", help=_field("beyond_pool")),
     ] = False,
     kv_granularity: Annotated[Granularity | None, typer.Option(help=_field("granularity"))] = None,
+    kv_scope: Annotated[Scope | None, typer.Option(help=_field("scope"))] = None,
+    kv_order: Annotated[Order | None, typer.Option(help=_field("order"))] = None,
     length: Annotated[
         int | None, typer.Option(help="Tokens of a request, prompt and answer; default: max_model_len.")
     ] = None,
@@ -170,6 +181,8 @@ def doctor(
         mix_lambda=kv_mix_lambda,
         beyond_pool=kv_beyond_pool,
         granularity=kv_granularity,
+        scope=kv_scope,
+        order=kv_order,
     )
     os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -187,6 +200,67 @@ def doctor(
 
         show(found, Console())
     raise typer.Exit(1 if found.refused else 0)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="All other options are the engine's own: see `vllm serve --help=all`.",
+)
+def fidelity(
+    context: typer.Context,
+    model: Annotated[str, typer.Option(help="Directory or name of the model.")],
+    text: Annotated[list[Path], typer.Option(help="Text in UTF-8; may be given several times.")],
+    budgets: Annotated[str, typer.Option(help="Budgets to measure, separated by commas.")],
+    policies: Annotated[str | None, typer.Option(help="Policies, separated by commas; default: all.")] = None,
+    buffers: Annotated[str, typer.Option(help="Buffers, separated by commas.")] = "128",
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a window that are read as a prompt.")] = 256,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of a window that are decoded.")] = 768,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of each text, at most.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Of the intervals' bootstrap.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="File for the result as JSON.")] = None,
+    kv_mix_lambda: Annotated[float | None, typer.Option(help=_field("mix_lambda"))] = None,
+    kv_granularity: Annotated[Granularity | None, typer.Option(help=_field("granularity"))] = None,
+    kv_scope: Annotated[Scope | None, typer.Option(help=_field("scope"))] = None,
+    kv_order: Annotated[Order | None, typer.Option(help=_field("order"))] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Measure what budgets change in a model's predictions of a text, against the engine's own full cache.
+
+    The engine decodes the text itself, so that no answers are needed; compactions happen as in serving.
+    """
+    config = _config(
+        mix_lambda=kv_mix_lambda,
+        granularity=kv_granularity,
+        scope=kv_scope,
+        order=kv_order,
+    )
+    os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from rich.console import Console
+
+    from rkv_vllm.evaluation.fidelity import settings_of, show
+
+    try:
+        settings = settings_of(
+            config,
+            _integers("--budgets", budgets),
+            _integers("--buffers", buffers),
+            POLICY_NAMES if policies is None else [name.strip() for name in policies.split(",")],
+        )
+        with redirect_stdout(sys.stderr):
+            from rkv_vllm.evaluation.fidelity_run import Plan, run
+
+            command = shlex.join(["rkv-vllm", *sys.argv[1:]])
+            plan = Plan(command, model, text, settings, config, prompt, tokens, windows, seed)
+            report = run(plan, context.args, Console(stderr=True))
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from None
+    if out is not None:
+        out.write_text(report.model_dump_json(indent=1) + "\n")
+    if json:
+        typer.echo(report.model_dump_json(indent=1))
+    else:
+        show(report, Console())
 
 
 @app.command()
@@ -221,6 +295,13 @@ def demo(
 def version() -> None:
     """Print the version."""
     typer.echo(__version__)
+
+
+def _integers(option: str, words: str) -> list[int]:
+    try:
+        return [int(word) for word in words.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{option}: takes integers separated by commas, not {words!r}") from None
 
 
 def _config(**settings: Any) -> RkvConfig:

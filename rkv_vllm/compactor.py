@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from rkv_vllm.config import WINDOW, PolicyName
+from rkv_vllm.config import WINDOW, PolicyName, RkvConfig
 from rkv_vllm.cpu_cache import CpuLayerCache
 from rkv_vllm.kernels import naive, tiled
 from rkv_vllm.kernels.pages import choose_pages
@@ -23,10 +23,13 @@ class CpuCompactor:
         self,
         caches: Sequence[CpuLayerCache],
         queries: CpuQueryWindow,
+        config: RkvConfig,
         policies: dict[PolicyName, Policy],
     ) -> None:
         self._caches = caches
         self._queries = queries
+        self._scope = config.scope
+        self._order = config.order
         self._policies = policies
         self.stopwatch = CpuStopwatch()
 
@@ -39,9 +42,13 @@ class CpuCompactor:
         for compaction in compactions:
             sources = torch.tensor(compaction.source_pages)
             targets = torch.tensor(compaction.target_pages)
+            shared = self._shared_by_all(compaction, sources) if self._scope == "global" else None
             for layer, cache in enumerate(self._caches):
                 keys, values = cache.read(sources, compaction.length)
-                kept = self._survivors(compaction, layer, cache.scale, keys)
+                scores = self._scores(compaction, layer, cache.scale, keys) if shared is None else shared
+                if self._scope == "layer":
+                    scores = scores.mean(dim=0, keepdim=True)
+                kept = self._survivors(compaction, scores.expand(keys.shape[0], -1))
                 index = kept.unsqueeze(-1).expand(-1, -1, keys.shape[-1])
                 cache.write(targets, keys.gather(1, index), values.gather(1, index))
 
@@ -66,14 +73,19 @@ class CpuCompactor:
         stay, leave = choose_pages(total, (eviction.length - eviction.keep) // page_size)
         return [pages[i] for i in stay] + list(pages[num_candidates:]), [pages[i] for i in leave]
 
-    def _survivors(
-        self, compaction: Compaction, layer: int, scale: float, keys: torch.Tensor
-    ) -> torch.Tensor:
-        """int64 [H, keep]: slots that stay, ascending, the window last."""
-        heads, length, _ = keys.shape
-        scores = self._scores(compaction, layer, scale, keys)
-        chosen = tiled.select(scores, compaction.keep - WINDOW)
-        window = torch.arange(length - WINDOW, length).expand(heads, -1)
+    def _shared_by_all(self, compaction: Compaction, sources: torch.Tensor) -> torch.Tensor:
+        """float32 [1, N - WINDOW]: the sum over the layers of the mean over their heads."""
+        total = torch.zeros(1, compaction.length - WINDOW)
+        for layer, cache in enumerate(self._caches):
+            keys, _ = cache.read(sources, compaction.length)
+            total += self._scores(compaction, layer, cache.scale, keys).mean(dim=0)
+        return total
+
+    def _survivors(self, compaction: Compaction, scores: torch.Tensor) -> torch.Tensor:
+        """int64 [H, keep]: slots that stay, in the server's order, the window last."""
+        length = compaction.length
+        chosen = tiled.select(scores, compaction.keep - WINDOW, self._order)
+        window = torch.arange(length - WINDOW, length).expand(scores.shape[0], -1)
         return torch.cat((chosen, window), dim=1)
 
     def _scores(self, round_: Round, layer: int, scale: float, keys: torch.Tensor) -> torch.Tensor:
@@ -84,5 +96,6 @@ class CpuCompactor:
             scale=scale,
             layer=layer,
             logical_length=round_.logical_length,
+            survivors=round_.survivors,
         )
         return self._policies[round_.policy].scores(inputs)

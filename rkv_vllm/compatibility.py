@@ -32,6 +32,12 @@ def _works(name: str, remark: str) -> Feature:
     return Feature(name, works=True, remark=remark)
 
 
+def _decides_for_all(vllm_config: VllmConfig) -> bool:
+    """Whether one decision covers several heads or layers, which may lie on other ranks."""
+    config = RkvConfig.from_additional_config(vllm_config.additional_config)
+    return config.granularity == "page" or config.scope != "head"
+
+
 FEATURES: tuple[Feature, ...] = (
     _works("prefix caching", "shared and cached pages are never written; compaction copies out of them"),
     _works("chunked prefill", "prompts are compacted when decoding begins"),
@@ -82,12 +88,9 @@ FEATURES: tuple[Feature, ...] = (
         ),
     ),
     _refused(
-        "page granularity with tensor or pipeline parallelism",
-        "each rank would score its own heads and layers, and drop other pages",
-        lambda c: (
-            c.parallel_config.world_size > 1
-            and RkvConfig.from_additional_config(c.additional_config).granularity == "page"
-        ),
+        "page granularity or a shared scope with tensor or pipeline parallelism",
+        "each rank would score its own heads and layers, and keep other tokens",
+        lambda c: c.parallel_config.world_size > 1 and _decides_for_all(c),
     ),
     _refused("sliding-window or chunked attention", "the mask is cut by distance between slots"),
     _refused("ALiBi", "the bias is a distance between slots"),

@@ -24,6 +24,8 @@ POOL_KERNEL = 7
 SIMILARITY_THRESHOLD = 0.5
 
 Granularity = Literal["token", "page"]
+Scope = Literal["head", "layer", "global"]
+Order = Literal["temporal", "score"]
 PolicyName = Literal["rkv", "snapkv", "keydiff", "recency", "random"]
 POLICY_NAMES: tuple[PolicyName, ...] = get_args(PolicyName)
 #: Policies that score by the attention of the window's queries; the others look at the cache alone.
@@ -101,6 +103,24 @@ class RkvConfig(BaseModel):
             "moved; the budget is rounded up to whole pages, the last and partly filled one among them."
         ),
     )
+    scope: Scope = Field(
+        default="head",
+        description=(
+            "Who shares one set of kept tokens: each KV head of each layer has its own, all heads of a layer "
+            "share one, by the mean of their scores, or all layers do, by the sum of those means."
+        ),
+    )
+    order: Order = Field(
+        default="temporal",
+        description="How survivors lie in the cache: oldest first, or best first and the window behind them.",
+    )
+
+    @field_validator("scope", "order")
+    @classmethod
+    def _by_token_only(cls, value: str, info: ValidationInfo) -> str:
+        if value not in ("head", "temporal") and info.data.get("granularity") == "page":
+            raise ValueError(f"{value} needs granularity token: whole pages leave for all, and none is moved")
+        return value
 
     @classmethod
     def from_additional_config(cls, additional_config: Mapping[str, Any]) -> RkvConfig:

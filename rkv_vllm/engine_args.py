@@ -15,7 +15,7 @@ def rkv_engine_args(**settings: Any) -> dict[str, Any]:
 
     Args:
         settings: fields of `RkvConfig`: budget, buffer, policy, mix_lambda, beyond_pool,
-            granularity.
+            granularity, scope, order.
 
     Returns: arguments to pass on, as in `LLM(model=..., **rkv_engine_args(budget=1024))`.
 

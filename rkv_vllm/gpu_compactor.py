@@ -50,7 +50,9 @@ class GpuCompactor:
             threshold=SIMILARITY_THRESHOLD,
             pool_kernel=POOL_KERNEL,
             scale=scale,
+            scope=config.scope,
         )
+        self._order = config.order
         self._scale = scale
         self._policies = policies
         self.stopwatch = CudaStopwatch()
@@ -58,7 +60,7 @@ class GpuCompactor:
 
     def warm_up(self) -> None:
         """Compiles every kernel; page 0, which vLLM keeps as its null page, lends its slots."""
-        self._round.warm_up(self._queries)
+        self._round.warm_up(self._queries, self._order)
 
     def run(self, compactions: Sequence[Compaction]) -> None:
         if compactions:
@@ -140,6 +142,7 @@ class GpuCompactor:
             query_rows=[max(c.query_row, 0) for c in compactions],
             page_size=self._kv.page_size,
             device=self._kv.device,
+            order=self._order,
         )
 
     def _scores(self, round_: Round, source_pages: torch.Tensor) -> torch.Tensor:
@@ -154,6 +157,7 @@ class GpuCompactor:
                 scale=self._scale,
                 layer=index,
                 logical_length=round_.logical_length,
+                survivors=round_.survivors,
             )
             scores.append(self._policies[round_.policy].scores(inputs))
         return torch.stack(scores).unsqueeze(1).contiguous()

@@ -37,6 +37,11 @@ class Round:
         """Tokens of the request so far."""
         return self.evicted + self.keep
 
+    @property
+    def survivors(self) -> int:
+        """Slots, from the first on, that the round before this one has filled; 0 for the first round."""
+        return self.keep if self.evicted > self.length - self.keep else 0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compaction(Round):

@@ -54,7 +54,7 @@ class CompactingCpuRunner(CPUModelRunner):
         if not is_profiling:
             config = RkvConfig.from_additional_config(self.vllm_config.additional_config)
             caches = [CpuLayerCache(layer) for layer in self._rkv_layers]
-            self._compactor = CpuCompactor(caches, self._query_window, make_policies(config))
+            self._compactor = CpuCompactor(caches, self._query_window, config, make_policies(config))
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         plan = plan_of(scheduler_output)

@@ -20,8 +20,10 @@ from rkv_vllm.config import (
     BudgetTokens,
     BufferTokens,
     Granularity,
+    Order,
     PolicyName,
     RkvConfig,
+    Scope,
 )
 from rkv_vllm.server.protocol import BudgetBounds, BufferBounds, KvCacheBounds, PolicyChoice
 from rkv_vllm.server.request import FULL, KvCacheError, KvCacheRequest
@@ -161,6 +163,8 @@ class KvSettings(KvPolicy, BaseSettings):
     granularity: Granularity = Field(
         default="token", description=RkvConfig.model_fields["granularity"].description
     )
+    scope: Scope = Field(default="head", description=RkvConfig.model_fields["scope"].description)
+    order: Order = Field(default="temporal", description=RkvConfig.model_fields["order"].description)
     beyond_pool: bool = Field(default=False, description=RkvConfig.model_fields["beyond_pool"].description)
     key_policies: Path | None = Field(
         default=None,
@@ -178,6 +182,8 @@ class KvSettings(KvPolicy, BaseSettings):
             mix_lambda=self.mix_lambda,
             beyond_pool=self.beyond_pool,
             granularity=self.granularity,
+            scope=self.scope,
+            order=self.order,
         )
 
 

@@ -18,6 +18,6 @@ def make_policies(config: RkvConfig) -> dict[PolicyName, Policy]:
         "rkv": Rkv(config.mix_lambda),
         "snapkv": Rkv(mix_lambda=1.0),
         "keydiff": KeyDiff(),
-        "recency": Recency(),
+        "recency": Recency(config.order),
         "random": Random(),
     }

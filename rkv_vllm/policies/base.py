@@ -15,12 +15,14 @@ class ScoreInputs:
     """One layer of one request at a compaction.
 
     Attributes:
-        keys: [H, N, D], the cached keys after rotary embedding, in temporal order.
+        keys: [H, N, D], the cached keys after rotary embedding, survivors of an earlier round in the server's
+            order and then all later ones in temporal order.
         queries: [Hq, WINDOW, D], the newest tokens' queries after rotary embedding, in any order; None where
             the policy needs none.
         scale: factor on the model's attention logits.
         layer: index of the layer.
         logical_length: tokens of the request so far.
+        survivors: slots at the front that an earlier round has filled, its window the last of them; 0: none.
     """
 
     keys: torch.Tensor
@@ -28,6 +30,7 @@ class ScoreInputs:
     scale: float
     layer: int
     logical_length: int
+    survivors: int = 0
 
     @property
     def num_candidates(self) -> int:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
+from rkv_vllm.config import WINDOW, Order
 from rkv_vllm.policies.base import ScoreInputs
 
 #: First tokens, which take the attention that has nowhere to go.
 SINKS = 4
 
 
+@dataclass(frozen=True)
 class Recency:
+    order: Order = "temporal"
+
     def scores(self, inputs: ScoreInputs) -> torch.Tensor:
-        # Survivors stay in temporal order, so that a slot's index tells its age.
+        # A slot's index tells its age, but where an earlier round has laid the newest first behind the sinks.
         scores = torch.arange(inputs.num_candidates, dtype=torch.float32, device=inputs.keys.device)
+        if self.order == "score" and inputs.survivors:
+            scores[SINKS : inputs.survivors - WINDOW] = scores[SINKS : inputs.survivors - WINDOW].flip(0)
         scores[:SINKS] = torch.inf
         return scores.expand(inputs.keys.shape[0], -1)

@@ -30,6 +30,8 @@ class Settings:
 
     rkv: bool = True
     granularity: str = "token"
+    scope: str = "head"
+    order: str = "temporal"
     scheduler: str | None = None
     pages: int = 512
     multiprocess: bool = False
@@ -166,7 +168,11 @@ class _Host:
             defaults = {"budget": budget, "buffer": buffer, "beyond_pool": True}
         else:
             max_model_len = min(max_model_len, (settings.pages - 1) * PAGE_SIZE)
-        defaults["granularity"] = settings.granularity
+        defaults |= {
+            "granularity": settings.granularity,
+            "scope": settings.scope,
+            "order": settings.order,
+        }
         rkv: dict[str, Any] = rkv_engine_args(**defaults) if settings.rkv else {}
         if settings.scheduler is not None:
             rkv["scheduler_cls"] = settings.scheduler

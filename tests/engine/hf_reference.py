@@ -42,6 +42,7 @@ class HfReference:
             model, dtype=torch.float32, attn_implementation=_ATTENTION
         ).eval()
         self._newest_queries: dict[int, torch.Tensor] = {}
+        self._positions = torch.empty(0)  # [L, H, N]: where the tokens of the last compaction are in the text
 
     def _attend(
         self,
@@ -67,6 +68,8 @@ class HfReference:
         buffer: int,
         policy: Literal["rkv", "recency"],
         page_size: int | None = None,
+        scope: Literal["head", "layer", "global"] = "head",
+        order: Literal["temporal", "score"] = "temporal",
     ) -> Teaching:
         """Feeds prompt and tokens, compacting whenever budget + buffer slots are full in decode.
 
@@ -74,6 +77,8 @@ class HfReference:
         at least, and the threshold is above it.
         """
         self._newest_queries.clear()
+        config = self._model.config
+        self._positions = torch.empty(config.num_hidden_layers, config.num_key_value_heads, 0).long()
         cache = DynamicCache()
         fed = [*prompt, *tokens[:-1]]
         done, evicted = len(prompt), 0
@@ -82,8 +87,7 @@ class HfReference:
         while done < len(fed):
             if done - evicted >= budget + buffer:
                 if page_size is None:
-                    for layer in range(len(cache.layers)):
-                        self._compact(cache.layers[layer], layer, budget, policy)
+                    self._compact(cache, budget, policy, done, scope, order)
                 else:
                     self._drop_pages(cache, budget, policy, page_size)
                 evicted = done - cache.get_seq_length()
@@ -107,11 +111,35 @@ class HfReference:
         )
         return output.logits[0]
 
-    def _compact(self, layer_cache: Any, layer: int, budget: int, policy: str) -> None:
-        keys, values = layer_cache.keys[0], layer_cache.values[0]  # [H, N, D]
-        kept = naive.kept_indices(self._scores(keys, layer, policy), budget, keys.shape[1])
-        layer_cache.keys = naive.compact(keys, kept)[None]
-        layer_cache.values = naive.compact(values, kept)[None]
+    def _compact(
+        self,
+        cache: DynamicCache,
+        budget: int,
+        policy: str,
+        done: int,
+        scope: Literal["head", "layer", "global"],
+        order: Literal["temporal", "score"],
+    ) -> None:
+        layers = [(layer.keys[0], layer.values[0]) for layer in cache.layers]  # [H, N, D] each
+        length, known = cache.get_seq_length(), self._positions.shape[2]
+        newer = torch.arange(done - (length - known), done).expand(*self._positions.shape[:2], -1)
+        self._positions = torch.cat((self._positions, newer), dim=2)
+        if policy == "recency":
+            scores = self._ages()
+        else:
+            scores = torch.stack(
+                [self._scores(keys, index, policy) for index, (keys, _) in enumerate(layers)]
+            )
+        kept = [naive.kept_indices(own, budget, length, order) for own in naive.shared_scores(scores, scope)]
+        self._positions = self._positions.gather(2, torch.stack(kept))
+        for layer, (keys, values), slots in zip(cache.layers, layers, kept, strict=True):
+            layer.keys, layer.values = naive.compact(keys, slots)[None], naive.compact(values, slots)[None]
+
+    def _ages(self) -> torch.Tensor:
+        """[L, H, candidates]: each token's own position, the first tokens before all others."""
+        ages = self._positions[:, :, :-WINDOW].double()
+        ages[ages < SINKS] = torch.inf
+        return ages
 
     def _drop_pages(self, cache: DynamicCache, budget: int, policy: str, page_size: int) -> None:
         """Keeps as many pages as the budget fills, the partly filled last one among them."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from rkv_vllm.kernels.paged import CompactionBatch, PagedKV
-from rkv_vllm.kernels.pipeline import RkvRound
+from rkv_vllm.kernels.paged import CompactionBatch, Order, PagedKV
+from rkv_vllm.kernels.pipeline import RkvRound, Scope
 
 
-def test_no_slow_growth_and_no_waiting() -> None:
+@pytest.mark.parametrize("order", ["temporal", "score"])
+@pytest.mark.parametrize("scope", ["head", "layer", "global"])
+def test_no_slow_growth_and_no_waiting(scope: Scope, order: Order) -> None:
     """Proves that rounds leave allocated memory as it was and never wait for the device."""
     layer = torch.randn(200, 2, 16, 128, dtype=torch.bfloat16, device="cuda")
     queries = torch.randn(1, 2, 8, 4, 64, dtype=torch.bfloat16, device="cuda")
-    rounds = RkvRound(PagedKV([layer]))
-    rounds.warm_up(queries)
+    rounds = RkvRound(PagedKV([layer]), scope=scope)
+    rounds.warm_up(queries, order)
     lam = torch.tensor([0.1, 1.0], device="cuda")
     batch = CompactionBatch.build(
         lengths=[1152, 700],
@@ -23,6 +26,7 @@ def test_no_slow_growth_and_no_waiting() -> None:
         query_rows=[0, 1],
         page_size=16,
         device="cuda",
+        order=order,
     )
     rounds.run(queries, batch, lam)
     before = torch.cuda.memory_allocated()

@@ -55,6 +55,14 @@ def test_only_dangerous_targets_are_staged(target: list[int], staged: list[int])
     assert batch.staged_on_device.tolist() == [len(staged), 0]
 
 
+@pytest.mark.parametrize(("target", "staged"), [([5, 6], [0]), ([8, 5], [0]), ([8, 9], [])])
+def test_in_the_order_of_scores_every_own_page_is_dangerous(target: list[int], staged: list[int]) -> None:
+    """Proves that only a request that moves into other pages alone is moved without scratch memory."""
+    batch = build(target_pages=[target, [3]], order="score")
+    assert batch.staged == staged
+    assert batch.staged_on_device.tolist() == [len(staged), 0]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -103,6 +103,27 @@ def test_selection_orders_and_breaks_ties(module) -> None:  # type: ignore[no-un
 
 
 @BOTH
+def test_best_first_breaks_ties_too(module) -> None:  # type: ignore[no-untyped-def]
+    """Proves the order of the scores: best first, equals and both zeros by the lower index, NaN last."""
+    scores = torch.tensor([[1.0, 3.0, 2.0, 2.0, 2.0, 0.0], [-0.0, 0.0, float("nan"), -1.0, 0.0, -0.0]])
+    assert module.select(scores, 3, "score").tolist() == [[1, 2, 3], [0, 1, 4]]
+    assert module.select(scores, 6, "score").tolist() == [[1, 2, 3, 4, 0, 5], [0, 1, 4, 5, 3, 2]]
+    assert module.select(scores, 0, "score").shape == (2, 0)
+
+
+def test_shared_scores_by_hand() -> None:
+    """Proves the mean over heads, the sum of means over layers, and that one NaN is everyone's."""
+    scores = torch.tensor([[[1.0, 5.0, 0.0], [3.0, 5.0, 2.0]], [[8.0, math.nan, 1.0], [0.0, 1.0, 2.0]]])
+    assert naive.shared_scores(scores, "head") is scores
+    layer = naive.shared_scores(scores, "layer")
+    assert layer.shape == scores.shape
+    assert layer[0].tolist() == [[2.0, 5.0, 1.0]] * 2
+    assert layer[1, :, ::2].tolist() == [[4.0, 1.5]] * 2 and layer[1, :, 1].isnan().all()
+    every = naive.shared_scores(scores, "global")
+    assert every.flatten(0, 1)[:, ::2].tolist() == [[6.0, 2.5]] * 4 and every[..., 1].isnan().all()
+
+
+@BOTH
 def test_impossible_arguments_are_refused(module) -> None:  # type: ignore[no-untyped-def]
     """Proves the refusal of no candidates, an even pooling kernel, and heads that do not divide."""
     keys, queries = random_keys(2, 8, 4), random_keys(4, 8, 4)

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from rkv_vllm.kernels import naive
-from rkv_vllm.kernels.paged import CompactionBatch, PagedKV
-from rkv_vllm.kernels.pipeline import RkvRound
+from rkv_vllm.kernels.paged import CompactionBatch, Order, PagedKV
+from rkv_vllm.kernels.pipeline import RkvRound, Scope
+from rkv_vllm.kernels.share import add_layers, share_in_layer
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -68,7 +69,9 @@ class Cache:
         self.queries = (2.0 * torch.randn(ring, generator=generator)).to(dtype).to(DEVICE)
         self.group = group
 
-    def batch(self, keeps: list[int], targets: list[list[int]] | None = None) -> CompactionBatch:
+    def batch(
+        self, keeps: list[int], targets: list[list[int]] | None = None, order: Order = "temporal"
+    ) -> CompactionBatch:
         return CompactionBatch.build(
             lengths=self.lengths,
             keeps=keeps,
@@ -77,6 +80,7 @@ class Cache:
             query_rows=self.rows,
             page_size=self.kv.page_size,
             device=DEVICE,
+            order=order,
         )
 
     def tokens(self, layer: int, pages: list[int], length: int) -> torch.Tensor:
@@ -111,6 +115,9 @@ class Cache:
         targets: list[list[int]],
         scores: torch.Tensor,
         lam: list[float] | None,
+        *,
+        scope: Scope = "head",
+        order: Order = "temporal",
         **settings: object,
     ) -> None:
         """Run a round; exactly the tokens that the scores select have to lie in the target pages, in order.
@@ -119,19 +126,20 @@ class Cache:
         """
         before = [layer.clone() for layer in self.layers]
         expected = [layer.clone() for layer in self.layers]
-        batch = self.batch(keeps, targets)
+        batch = self.batch(keeps, targets, order)
         for layer, data in enumerate(expected):
             for request, (length, keep) in enumerate(zip(self.lengths, keeps, strict=True)):
-                chosen = naive.kept_indices(scores[layer, request, :, : length - WINDOW], keep, length)
+                own = naive.shared_scores(scores[:, request, :, : length - WINDOW], scope)[layer]
+                chosen = naive.kept_indices(own, keep, length, order)
                 moved = naive.compact(self.tokens(layer, self.source[request], length), chosen)
                 for index in range(-(-keep // self.kv.page_size)):
                     piece = moved[:, index * self.kv.page_size : (index + 1) * self.kv.page_size]
                     data[targets[request][index], :, : piece.shape[1]] = piece
         assert all(map(torch.equal, self.layers, before))
         if lam is None:
-            self.round(**settings).select_and_move(scores, batch)
+            self.round(scope=scope, **settings).select_and_move(scores, batch)
         else:
-            self.round(**settings).run(self.queries, batch, torch.tensor(lam, device=DEVICE))
+            self.round(scope=scope, **settings).run(self.queries, batch, torch.tensor(lam, device=DEVICE))
         for layer, data in zip(self.layers, expected, strict=True):
             assert torch.equal(layer, data)
 
@@ -355,11 +363,85 @@ def test_page_scores_sum_layers_and_heads() -> None:
         assert not masses[request, pages:].any()
 
 
-def test_warm_up_leaves_the_cache_as_it_is() -> None:
+VARIANTS = [
+    (scope, order)
+    for scope in ("head", "layer", "global")
+    for order in ("temporal", "score")
+    if (scope, order) != ("head", "temporal")
+]
+
+
+@pytest.mark.parametrize(("scope", "order"), VARIANTS)
+def test_given_scores_are_shared_and_ordered(scope: Scope, order: Order) -> None:
+    """Proves sharing and order exact where sums are: ties, infinities and NaN, ragged lengths, odd pages."""
+    length = 5000 if GPU else 90
+    cache = Cache([length, length - 7, 40, WINDOW + 1], layers=3, heads=2, page_size=48, seed=5)
+    generator = torch.Generator().manual_seed(6)
+    scores = torch.randint(-2, 3, (3, 4, 2, length), generator=generator).float() * 0.25
+    kinds = torch.rand(scores.shape, generator=generator)
+    scores[kinds < 0.02] = float("nan")
+    scores[(kinds > 0.02) & (kinds < 0.05)] = float("inf")
+    scores[(kinds > 0.05) & (kinds < 0.08)] = -float("inf")
+    scores[(kinds > 0.08) & (kinds < 0.2)] = -0.0
+    scores = scores.to(DEVICE)
+    given = scores.clone()
+    targets = [cache.free, cache.source[1][::-1], cache.source[2], cache.source[3]]
+    keeps = [length // 2, length - 30, 20, WINDOW]
+    targets = [pages[: -(-keep // 48)] for pages, keep in zip(targets, keeps, strict=True)]
+    cache.check_moves(keeps, targets, scores, None, scope=scope, order=order)
+    assert torch.equal(scores.view(torch.int32), given.view(torch.int32))
+
+
+@pytest.mark.parametrize(
+    ("scope", "order"), VARIANTS if GPU else [("layer", "temporal"), ("global", "score")]
+)
+def test_rounds_share_scores_in_parts_of_any_size(scope: Scope, order: Order) -> None:
+    """Proves whole rounds, and that cutting them by requests and by layers changes no byte of the result."""
+    lengths = [900, 400, 700] if GPU else [30, 130, 25]
+    keeps = [500, 300, 699] if GPU else [20, 100, 24]
+    lam = [0.1, 1.0, 0.0]
+    results = []
+    for scratch_bytes in (64 << 20, 80_000 if GPU else 15_000):
+        cache = Cache(lengths, layers=3, heads=2, group=2, seed=4)
+        scores = cache.score(lam)
+        cache.check_moves(
+            keeps, cache.source, scores, lam, scope=scope, order=order, scratch_bytes=scratch_bytes
+        )
+        results.append(torch.stack(cache.layers))
+    assert torch.equal(results[0], results[1])
+
+
+def test_shared_scores_equal_the_float64_reference() -> None:
+    """Proves means over an odd number of heads and sums over layers, in one part and in several."""
+    lengths = [3000, 1025] if GPU else [150, 70]
+    cache = Cache(lengths, layers=3, heads=5, seed=9)
+    generator = torch.Generator().manual_seed(1)
+    scores = torch.randn(3, 2, 5, max(lengths), generator=generator).to(DEVICE)
+    for scratch_bytes in (64 << 20, 700_000 if GPU else 40_000):
+        rounds = cache.round(scope="global", scratch_bytes=scratch_bytes)
+        for parts in rounds._parts(cache.batch(lengths)):
+            for part in parts:
+                own = scores[part.first_layer :, part.first_request :][: part.layers, : part.requests]
+                layer = share_in_layer(part, own, window=WINDOW).clone()
+                add_layers(part, own, window=WINDOW)
+                for request in range(part.requests):
+                    candidates = lengths[part.first_request + request] - WINDOW
+                    expected = naive.shared_scores(own[:, request, :, :candidates].double(), "layer")
+                    torch.testing.assert_close(layer[:, request, :, :candidates].double(), expected)
+            tables = parts[0].shared.view(parts[0].requests, parts[0].capacity)
+            for request, table in enumerate(tables, parts[0].first_request):
+                candidates = lengths[request] - WINDOW
+                expected = naive.shared_scores(scores[:, request, :, :candidates].double(), "global")[0, 0]
+                torch.testing.assert_close(table[:candidates].double(), expected)
+        assert (len(parts) == 1) == (scratch_bytes == 64 << 20)
+
+
+@pytest.mark.parametrize(("scope", "order"), [("head", "temporal"), ("layer", "score"), ("global", "score")])
+def test_warm_up_leaves_the_cache_as_it_is(scope: Scope, order: Order) -> None:
     """Proves that compiling the kernels at start changes no byte of the cache."""
     cache = Cache([30], layers=2, heads=2, group=2)
     before = [layer.clone() for layer in cache.layers]
-    cache.round().warm_up(cache.queries)
+    cache.round(scope=scope).warm_up(cache.queries, order)
     assert all(map(torch.equal, cache.layers, before))
 
 

@@ -54,9 +54,12 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("micro-batching (dual batch overlap)", {"parallel_config__use_ubatching": True}),
     ("quantised KV cache", {"cache_config__cache_dtype": "fp8"}),
     ("multi-head latent attention", {"model_config__use_mla": True}),
-    (
-        "page granularity with tensor or pipeline parallelism",
-        {"parallel_config__world_size": 2, "additional_config": {"rkv": {"granularity": "page"}}},
+    *(
+        (
+            "page granularity or a shared scope with tensor or pipeline parallelism",
+            {"parallel_config__world_size": 2, "additional_config": {"rkv": settings}},
+        )
+        for settings in ({"granularity": "page"}, {"scope": "layer"}, {"scope": "global"})
     ),
     *(
         (
@@ -89,10 +92,12 @@ def test_each_refused_feature_is_refused(feature: str, change: dict[str, Any]) -
     assert str(refused.value).splitlines()[1:] == [f"  - {feature} is not supported: {remark}"]
 
 
-def test_several_ranks_are_refused_for_pages_only() -> None:
-    """Proves that tensor and pipeline parallelism pass by token, and one rank passes by page."""
-    refuse_unsupported(configuration(parallel_config__world_size=2))
-    refuse_unsupported(configuration(additional_config={"rkv": {"granularity": "page"}}))
+def test_several_ranks_are_refused_for_common_decisions_only() -> None:
+    """Proves that tensor and pipeline parallelism pass by token and head, and one rank passes by any."""
+    for settings in ({}, {"order": "score"}):
+        refuse_unsupported(configuration(parallel_config__world_size=2, additional_config={"rkv": settings}))
+    for settings in ({"granularity": "page"}, {"scope": "layer"}, {"scope": "global"}):
+        refuse_unsupported(configuration(additional_config={"rkv": settings}))
 
 
 def test_every_feature_that_can_be_seen_is_tested() -> None:

@@ -33,6 +33,9 @@ from rkv_vllm.config import POLICY_NAMES, WINDOW, BudgetRequest, RequestBudget, 
         ("beyond_pool", True),
         ("granularity", "layer"),
         ("granularity", None),
+        ("scope", "token"),
+        ("scope", None),
+        ("order", "time"),
         ("colour", "red"),
     ],
 )
@@ -57,6 +60,24 @@ def test_a_pool_below_max_model_len_needs_a_budget() -> None:
     with pytest.raises(ValidationError) as refused:
         RkvConfig(budget=3, beyond_pool=True)
     assert [problem["loc"][0] for problem in refused.value.errors()] == ["budget"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "fields"),
+    [
+        ({"scope": "layer"}, ["scope"]),
+        ({"scope": "global"}, ["scope"]),
+        ({"order": "score"}, ["order"]),
+        ({"scope": "global", "order": "score"}, ["scope", "order"]),
+    ],
+)
+def test_scope_and_order_are_for_tokens(settings: dict[str, Any], fields: list[str]) -> None:
+    """Proves that whole pages refuse another scope or order by name, and their only one not."""
+    RkvConfig.model_validate(settings)
+    RkvConfig(granularity="page", scope="head", order="temporal")
+    with pytest.raises(ValidationError, match="needs granularity token") as refused:
+        RkvConfig.model_validate({**settings, "granularity": "page"})
+    assert [problem["loc"][0] for problem in refused.value.errors()] == fields
 
 
 def test_server_config_is_frozen() -> None:

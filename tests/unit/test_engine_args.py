@@ -25,6 +25,7 @@ SETTINGS: dict[str, Any] = {
     "beyond_pool": True,
     "granularity": "page",
 }
+BY_TOKEN: dict[str, Any] = {"budget": 64, "scope": "global", "order": "score"}
 
 
 def test_names_lead_to_the_classes() -> None:
@@ -37,7 +38,7 @@ def test_names_lead_to_the_classes() -> None:
     ]
 
 
-@pytest.mark.parametrize("settings", [{}, {"budget": None}, {"budget": 64}, SETTINGS])
+@pytest.mark.parametrize("settings", [{}, {"budget": None}, {"budget": 64}, SETTINGS, BY_TOKEN])
 def test_settings_survive_the_way_to_the_engine(settings: dict[str, Any]) -> None:
     """Proves that what is asked for is what scheduler and worker read, also as JSON in the engine's hash."""
     additional = rkv_vllm.rkv_engine_args(**settings)["additional_config"]
@@ -51,7 +52,7 @@ def test_engine_args_accept_them() -> None:
     assert args.additional_config == {"rkv": SETTINGS}
 
 
-@pytest.mark.parametrize("settings", [{}, {"budget": 64}, SETTINGS])
+@pytest.mark.parametrize("settings", [{}, {"budget": 64}, SETTINGS, BY_TOKEN])
 def test_flags_say_the_same(settings: dict[str, Any]) -> None:
     """Proves that the flags, parsed by vLLM, give the same settings and classes as the keyword arguments."""
     flags = rkv_serve_flags(RkvConfig(**settings))

@@ -11,12 +11,13 @@ from rkv_vllm.config import (
     QUERY_POLICIES,
     SIMILARITY_THRESHOLD,
     WINDOW,
+    Order,
     PolicyName,
     RkvConfig,
 )
 from rkv_vllm.kernels import naive, tiled
 from rkv_vllm.policies import ScoreInputs, make_policies
-from rkv_vllm.policies.recency import SINKS
+from rkv_vllm.policies.recency import SINKS, Recency
 
 POLICIES = make_policies(RkvConfig(mix_lambda=0.3))
 HEADS, GROUP, SIZE = 2, 3, 16
@@ -70,6 +71,23 @@ def test_recency_keeps_sinks_and_the_newest(keep: int) -> None:
     candidates = 60 - WINDOW
     expected = [*range(SINKS), *range(candidates - (keep - SINKS), candidates)]
     assert chosen.tolist() == [expected] * HEADS
+
+
+@pytest.mark.parametrize("order", ["temporal", "score"])
+def test_recency_remembers_ages_in_both_orders(order: Order) -> None:
+    """Proves over three rounds that the sinks and the newest tokens stay however survivors are laid out."""
+    keep, buffer = 30, 12
+    policy = Recency(order)
+    positions = torch.arange(keep + buffer)
+    for round_ in range(3):
+        keys = torch.zeros(1, len(positions), SIZE)
+        scores = policy.scores(ScoreInputs(keys, None, 1.0, 0, 500, survivors=keep if round_ else 0))
+        positions = positions[naive.kept_indices(scores, keep, len(positions), order)[0]]
+        newest = keep + (round_ + 1) * buffer
+        assert sorted(positions.tolist()) == [*range(SINKS), *range(newest - keep + SINKS, newest)]
+        if order == "score":
+            assert positions[SINKS] == newest - WINDOW - 1
+        positions = torch.cat((positions, torch.arange(newest, newest + buffer)))
 
 
 def test_random_is_reproducible() -> None:

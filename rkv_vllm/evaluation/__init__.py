@@ -1,0 +1,1 @@
+"""What compaction costs: measured in the engine, against its own full cache."""

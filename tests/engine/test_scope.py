@@ -1,0 +1,60 @@
+"""One set of kept tokens for all layers, laid out best first, against transformers with the same choice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import texts
+import torch
+from engine_process import Ask, Engine, Settings
+from hf_reference import HfReference
+
+TOKENS = 130
+SCOPES: tuple[Literal["global", "head"], ...] = ("global", "head")
+#: Prompt, budget, buffer, policy.
+CASES = {
+    "numbers": (texts.multiples(7), 64, 24, "rkv"),
+    "prose": (texts.KING, 48, 24, "recency"),
+}
+
+
+@pytest.fixture(scope="module")
+def reference(model: Path) -> Iterator[HfReference]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield HfReference(model)
+    torch.set_num_threads(threads)
+
+
+def test_generation_with_shared_scores_equals_transformers(
+    start_engine: Callable[[Settings], Engine],
+    encode: Callable[[str], list[int]],
+    reference: HfReference,
+) -> None:
+    """Every token over several compactions is the one that transformers predicts, and no other scope's."""
+    asks = [
+        Ask(encode(prompt), TOKENS, {"rkv_budget": budget, "rkv_buffer": buffer, "rkv_policy": policy})
+        for prompt, budget, buffer, policy in CASES.values()
+    ]
+    run = start_engine(Settings(scope="global", order="score")).run(asks)
+    for (_, budget, buffer, policy), ask, answer in zip(CASES.values(), asks, run.answers, strict=True):
+        tokens = torch.tensor(answer.tokens).unsqueeze(1)
+        differences = {}
+        for scope in SCOPES if policy == "rkv" else SCOPES[:1]:
+            teaching = reference.teach(
+                ask.prompt,
+                answer.tokens,
+                budget=budget,
+                buffer=buffer,
+                policy=policy,
+                scope=scope,
+                order="score",
+            )
+            assert len(teaching.compacted_at) == answer.result["compactions"] >= 3
+            chosen = teaching.logprobs.gather(1, tokens).squeeze(1)
+            differences[scope] = (chosen - torch.tensor(answer.logprobs)).abs().max().item()
+        assert differences["global"] < 1e-3
+        assert policy != "rkv" or differences["head"] > 0.1

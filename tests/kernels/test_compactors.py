@@ -1,0 +1,140 @@
+"""The CPU's and the GPU's compactor against the reference: every policy, shared scores, both orders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from rkv_vllm.compactor import CpuCompactor
+from rkv_vllm.config import POLICY_NAMES, WINDOW, Order, PolicyName, RkvConfig, Scope
+from rkv_vllm.gpu_compactor import GpuCompactor
+from rkv_vllm.kernels import naive
+from rkv_vllm.plan import Compaction
+from rkv_vllm.policies import ScoreInputs, make_policies
+from rkv_vllm.stopwatch import CpuStopwatch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PAGE, LAYERS, HEADS, GROUP, SIZE = 16, 3, 2, 2, 32
+SCALE = SIZE**-0.5
+#: Length, tokens that stay and logical length of each policy's request; all have been compacted before.
+LENGTH, KEEP, LOGICAL = 61, 40, 500
+
+VARIANTS = [(scope, order) for scope in ("head", "layer", "global") for order in ("temporal", "score")]
+
+
+@dataclass
+class PlainCache:
+    """A layer in plain pages [pages, H, page size, 2 D], as the CPU's compactor uses its layers."""
+
+    data: torch.Tensor
+    scale: float = SCALE
+    page_size: int = PAGE
+
+    def read(self, pages: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = self.data[pages].transpose(0, 1).flatten(1, 2)[:, :length]
+        return tokens[..., :SIZE], tokens[..., SIZE:]
+
+    def write(self, pages: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        tokens = torch.cat((keys, values), dim=-1)
+        for index, page in enumerate(pages.tolist()):
+            piece = tokens[:, index * PAGE : (index + 1) * PAGE]
+            self.data[page, :, : piece.shape[1]] = piece
+
+
+@dataclass
+class PlainQueries:
+    ring: torch.Tensor
+
+    def of(self, layer: int, row: int) -> torch.Tensor:
+        return self.ring[layer, row].transpose(0, 1)
+
+
+class Setup:
+    """One request a policy, its survivors to go to the front of its own pages."""
+
+    def __init__(self, scope: Scope, order: Order) -> None:
+        self.config = RkvConfig(mix_lambda=0.3, scope=scope, order=order)
+        self.policies = make_policies(self.config)
+        generator = torch.Generator().manual_seed(7)
+        pages = -(-LENGTH // PAGE)
+        shape = (LAYERS, pages * len(POLICY_NAMES), HEADS, PAGE, 2 * SIZE)
+        self.layers = torch.randn(shape, generator=generator)
+        self.queries = torch.randn(LAYERS, 6, WINDOW, HEADS * GROUP, SIZE, generator=generator)
+        ids = torch.randperm(shape[1], generator=generator).tolist()
+        self.compactions = [
+            Compaction(
+                request_id=policy,
+                length=LENGTH,
+                keep=KEEP,
+                evicted=LOGICAL - KEEP,
+                policy=policy,
+                query_row=index if policy in ("rkv", "snapkv") else -1,
+                source_pages=tuple(ids[index * pages : (index + 1) * pages]),
+                target_pages=tuple(ids[index * pages :][: -(-KEEP // PAGE)]),
+            )
+            for index, policy in enumerate(POLICY_NAMES)
+        ]
+
+    def tokens(self, layers: torch.Tensor, compaction: Compaction, length: int) -> torch.Tensor:
+        """[L, H, length, 2 D] of a request."""
+        pages = list(compaction.source_pages)
+        return layers[:, pages].transpose(1, 2).flatten(2, 3)[:, :, :length]
+
+    def expected(self, compaction: Compaction) -> torch.Tensor:
+        """[L, H, KEEP, 2 D] after the round."""
+        tokens = self.tokens(self.layers, compaction, LENGTH)
+        scores = torch.stack(
+            [self._scores(compaction.policy, tokens[layer], layer, compaction) for layer in range(LAYERS)]
+        )
+        shared = naive.shared_scores(scores.double(), self.config.scope)
+        kept = [naive.kept_indices(own, KEEP, LENGTH, self.config.order) for own in shared]
+        return torch.stack([naive.compact(tokens[layer], kept[layer]) for layer in range(LAYERS)])
+
+    def _scores(
+        self, policy: PolicyName, tokens: torch.Tensor, layer: int, compaction: Compaction
+    ) -> torch.Tensor:
+        inputs = ScoreInputs(
+            keys=tokens[..., :SIZE],
+            queries=self.queries[layer, max(compaction.query_row, 0)].transpose(0, 1),
+            scale=SCALE,
+            layer=layer,
+            logical_length=LOGICAL,
+            survivors=KEEP,
+        )
+        return self.policies[policy].scores(inputs)
+
+    def check(self, compacted: torch.Tensor) -> None:
+        for compaction in self.compactions:
+            found = self.tokens(compacted, compaction, KEEP)
+            assert torch.equal(found, self.expected(compaction)), compaction.policy
+
+
+@pytest.mark.parametrize(("scope", "order"), VARIANTS)
+def test_the_cpu_keeps_what_the_reference_keeps(scope: Scope, order: Order) -> None:
+    """Proves for every policy that the CPU's compactor shares scores and lays out survivors as defined."""
+    setup = Setup(scope, order)
+    caches: Any = [PlainCache(layer.clone()) for layer in setup.layers]
+    queries: Any = PlainQueries(setup.queries)
+    CpuCompactor(caches, queries, setup.config, setup.policies).run(setup.compactions)
+    setup.check(torch.stack([cache.data for cache in caches]))
+
+
+@pytest.mark.parametrize(
+    ("scope", "order"), VARIANTS if DEVICE.type == "cuda" else [("layer", "temporal"), ("global", "score")]
+)
+def test_the_gpu_keeps_what_the_reference_keeps(
+    scope: Scope, order: Order, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Proves the same of the kernels, for policies with scores of their own and those scored in torch."""
+    setup = Setup(scope, order)
+    layers = [layer.to(DEVICE) for layer in setup.layers.clone()]
+    compactor = GpuCompactor(layers, setup.queries.to(DEVICE), SCALE, setup.config, setup.policies)
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(compactor, "stopwatch", CpuStopwatch())
+    chosen = [c for c in setup.compactions if DEVICE.type == "cpu" or c.policy != "random"]
+    compactor.run(chosen)  # random draws otherwise on a GPU than the CPU's reference
+    setup.compactions = chosen
+    setup.check(torch.stack(layers).cpu())
