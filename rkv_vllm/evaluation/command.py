@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -92,6 +93,8 @@ def evaluate(asked: Evaluation, console: Console) -> Summary:
     log = AnswerLog(asked.out / "answers.jsonl")
     try:
         settings, facts = asyncio.run(_run(asked, log, run_file, keep_length, console))
+        gc.unfreeze()  # vLLM froze what there was; its engine complains if Python ends before it does
+        gc.collect()
         summary = _summary(asked, run_file, log, settings, facts)
     finally:
         log.close()

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from rkv_vllm.evaluation.summary import Estimate, Row, Summary
@@ -16,6 +17,9 @@ COLUMNS = (
     *("cache", "buffer", "right %", "95 %", "answers", "truncated %"),
     *("tokens", "evicted", "compacted %", "most pages", "KV %"),
 )
+
+#: Characters a line; a terminal that has fewer than the table needs wraps its lines.
+ENOUGH = 500
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,10 @@ def show(summaries: Sequence[Summary], console: Console) -> None:
         table.add_column(column, justify="left" if column == "cache" else "right", no_wrap=True)
     for line in lines:
         table.add_row(*cells(line), style="red" if line.row.warning else None)
+    needed = Measurement.get(console, console.options.update(max_width=ENOUGH), table).maximum
+    width, console.width = console.width, max(console.width, needed)
     console.print(table)
+    console.width = width
     for fact in facts(summaries):
         console.print(fact, highlight=False, markup=False)
     for warning in warnings_of(lines):

@@ -39,7 +39,8 @@ def test_the_number_of_an_answer(text: str, value: int | Fraction) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "none", "nan", "Infinity", "1/0", "-", "1,", "9" * 5000, r"\boxed{}", "1e9999", "\x00", "()" * 999]
+    "text",
+    ["", "none", "nan", "Infinity", "1/0", "-", "1,", "9" * 5000, r"\boxed{}", "1e9999", "\x00", "()" * 999],
 )
 def test_nonsense_matches_no_number(text: str) -> None:
     """Proves that what is no number, or one that never ends, is wrong, raises nothing and takes no time."""

@@ -26,7 +26,7 @@ def test_the_grid_has_the_full_cache_first_and_each_setting_once() -> None:
 
 
 def test_percent_of_the_mean_length() -> None:
-    """Proves that a share is resolved to the nearest token, keeps what it was asked as, and may have decimals."""
+    """Proves that a share comes to the nearest token, keeps what it was asked as, and may have decimals."""
     assert parse_budgets("10%, 37.5%") == [Budget(10, True), Budget(37.5, True)]
     assert [Budget(percent, True).tokens(2097) for percent in (10, 16, 24, 37)] == [210, 336, 503, 776]
     [_, setting] = grid(parse_budgets("10%"), ["rkv"], [128], 2097)
@@ -39,7 +39,9 @@ def test_a_share_within_the_window_is_refused() -> None:
         grid(parse_budgets("10%"), ["rkv"], [128], 80)
 
 
-@pytest.mark.parametrize("word", ["8", "0", "-5", "1.5", "0%", "101%", "%", "x%", "10%5", "full%", "nan%", "inf"])
+@pytest.mark.parametrize(
+    "word", ["8", "0", "-5", "1.5", "0%", "101%", "%", "x%", "10%5", "full%", "nan%", "inf"]
+)
 def test_a_wrong_budget_is_named(word: str) -> None:
     """Proves that what is neither tokens nor percent is refused by its name."""
     with pytest.raises(ValueError, match=f"budgets: .*'{word}'"):
@@ -48,7 +50,7 @@ def test_a_wrong_budget_is_named(word: str) -> None:
 
 def test_wrong_policies_and_buffers_are_named() -> None:
     """Proves that the other two lists are checked too."""
-    with pytest.raises(ValueError, match="policies: .*best"):
+    with pytest.raises(ValueError, match=r"policies: .*best"):
         parse_policies("rkv,best")
     for word in ("7", "-8", "x", "1.5"):
         with pytest.raises(ValueError, match=f"buffers: .*'{word}'"):

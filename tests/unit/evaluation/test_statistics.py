@@ -52,16 +52,14 @@ def test_all_right_is_not_certain() -> None:
 
 @pytest.mark.parametrize("agreement", [0.0, 0.5, 0.9])
 def test_intervals_hold_the_truth(agreement: float) -> None:
-    """Proves that at least 93 of 100 intervals hold the true share, however much answers to a problem agree."""
+    """Proves that 93 of 100 intervals hold the true share, however much answers to a problem agree."""
     rng = random.Random(3)
     held = 0
     for _ in range(600):
         outcomes = []
         for _ in range(40):
             common = rng.random() < 0.7
-            outcomes.append(
-                [common if rng.random() < agreement else rng.random() < 0.7 for _ in range(4)]
-            )
+            outcomes.append([common if rng.random() < agreement else rng.random() < 0.7 for _ in range(4)])
         _, low, high = share(outcomes)
         held += low <= 0.7 <= high
     assert held / 600 >= 0.93
