@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import derivation
 import prometheus_client
 from vllm import LLM, AsyncEngineArgs, RequestOutput, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from rkv_vllm import rkv_engine_args
+from rkv_vllm.evaluation.tasks.derivation import decode, make_derivation
+from rkv_vllm.evaluation.thinking import after_thinking
 
 NUM_PAGES_SMALL = 700  # holds five full caches of the checks' requests, of 16 tokens a page
 
@@ -45,9 +44,7 @@ def engine(model: str, *, rkv: bool = True, **overrides: Any) -> LLM:
 
 def prompts(count: int, seed: int) -> list[dict[str, Any]]:
     rng = random.Random(seed)
-    return [
-        {"prompt_token_ids": derivation.prompt_ids(derivation.make_problem(rng, 24, 6))} for _ in range(count)
-    ]
+    return [{"prompt_token_ids": make_derivation(rng, 24, 6).prompt_ids} for _ in range(count)]
 
 
 def greedy(max_tokens: int, budget: int | None = None, policy: str = "rkv") -> SamplingParams:
@@ -117,14 +114,14 @@ def check_graphs(model: str) -> dict[str, Any]:
 def check_preemption(model: str) -> dict[str, Any]:
     """Preempted, compacted and resumed requests sample on, and are as often right as in a large pool."""
     rng = random.Random(3)
-    problems = [derivation.make_problem(rng, 24, 6) for _ in range(96)]
-    asked = [{"prompt_token_ids": derivation.prompt_ids(problem)} for problem in problems]
+    problems = [make_derivation(rng, 24, 6) for _ in range(96)]
+    asked = [{"prompt_token_ids": problem.prompt_ids} for problem in problems]
     params = SamplingParams(temperature=0, max_tokens=2048, extra_args={"rkv_budget": 768})
 
     def percent_right(llm: LLM) -> float:
         outputs = llm.generate(asked, params, use_tqdm=False)
-        texts = [derivation.decode(output.outputs[0].token_ids) for output in outputs]
-        right = [derivation.parse_answer(t) == p["answer"] for t, p in zip(texts, problems, strict=True)]
+        answers = [after_thinking(decode(output.outputs[0].token_ids), opened=True) for output in outputs]
+        right = [p.is_right(answer or "") for p, answer in zip(problems, answers, strict=True)]
         return round(100 * sum(right) / len(right), 1)
 
     large = engine(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -78,7 +79,7 @@ def diagnose(arguments: list[str], config: RkvConfig, length: int | None = None)
 
     Raises: ValueError, one message that names the option, where vLLM cannot make a configuration of them.
     """
-    versions = {"rkv-vllm": __version__, "python": platform.python_version(), **_installed()}
+    versions = {"rkv-vllm": __version__, "python": platform.python_version(), **installed(PACKAGES)}
     if find_spec("vllm") is None:
         problem = "vLLM is not installed: pip install 'rkv-vllm[gpu]', or `make venv` for its CPU build"
         return Diagnosis(
@@ -105,9 +106,10 @@ def diagnose(arguments: list[str], config: RkvConfig, length: int | None = None)
     return found
 
 
-def _installed() -> dict[str, str]:
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of those packages that are installed."""
     versions = {}
-    for package in PACKAGES:
+    for package in packages:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
@@ -117,20 +119,10 @@ def _installed() -> dict[str, str]:
 
 def _vllm_config(arguments: list[str], config: RkvConfig) -> VllmConfig:
     """The engine's configuration as `rkv-vllm serve` would make it."""
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    from rkv_vllm.vllm_arguments import engine_arguments
 
-    from rkv_vllm.engine_args import rkv_serve_flags
-    from rkv_vllm.server.arguments import serve_arguments
-
-    commands = FlexibleArgumentParser(prog="rkv-vllm").add_subparsers(dest="subparser")
-    parser = commands.add_parser("doctor", usage="rkv-vllm doctor [MODEL] [any option of `vllm serve`]")
-    parsed = make_arg_parser(parser).parse_args(serve_arguments(arguments, rkv_serve_flags(config)))
-    if parsed.model_tag is not None:
-        parsed.model = parsed.model_tag
     try:
-        return AsyncEngineArgs.from_cli_args(parsed).create_engine_config()
+        return engine_arguments("doctor", arguments, config).create_engine_config()
     except ValidationError as error:
         lines = (_one_line(problem["loc"], problem["msg"]) for problem in error.errors())
         raise ValueError("; ".join(lines)) from None

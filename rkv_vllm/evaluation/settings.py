@@ -1,0 +1,114 @@
+"""What is compared: settings of single requests, and how a command line names them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from rkv_vllm.config import OFF, WINDOW, PolicyName
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Settings of a request. `policy` None: full cache; `percent`: what `budget` was asked as, if it was."""
+
+    policy: PolicyName | None = None
+    budget: int = OFF
+    buffer: int = 0
+    percent: float | None = field(default=None, compare=False)
+
+    @property
+    def name(self) -> str:
+        """`full`, or `policy:budget:buffer`; it names the setting in files."""
+        return "full" if self.policy is None else f"{self.policy}:{self.budget}:{self.buffer}"
+
+    @property
+    def extra_args(self) -> dict[str, Any]:
+        """As `SamplingParams.extra_args` has it, and `vllm_xargs` over HTTP."""
+        if self.policy is None:
+            return {"rkv_budget": OFF}
+        return {"rkv_budget": self.budget, "rkv_buffer": self.buffer, "rkv_policy": self.policy}
+
+
+FULL_CACHE = Setting()
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """As it was asked for: `amount` tokens, or percent of the mean length with the full cache."""
+
+    amount: float
+    is_percent: bool = False
+
+    def tokens(self, full_length: float) -> int:
+        """Raises: ValueError where it is no larger than the window."""
+        tokens = round(self.amount * full_length / 100) if self.is_percent else round(self.amount)
+        if tokens <= WINDOW:
+            raise ValueError(
+                f"budgets: {self.amount:g} % of {full_length:g} tokens is {tokens}, "
+                f"not above the window, {WINDOW}"
+            )
+        return tokens
+
+
+def parse_budgets(text: str) -> list[Budget]:
+    """`full,1024,10%` as budgets, in that order; `full` is always measured and adds nothing.
+
+    Raises: ValueError that names the wrong one.
+    """
+    budgets = []
+    for word in _words(text):
+        number, percent, rest = word.partition("%")
+        if word == "full":
+            continue
+        try:
+            amount = float(number) if percent and not rest else int(word)
+        except ValueError:
+            amount = 0
+        if not (0 < amount <= 100 if percent else amount > WINDOW):
+            raise ValueError(
+                f"budgets: takes full, tokens above {WINDOW}, and percent from 0 to 100 with %, not {word!r}"
+            )
+        budgets.append(Budget(amount, is_percent=bool(percent)))
+    return budgets
+
+
+def parse_policies(text: str) -> list[PolicyName]:
+    """Raises: ValueError that names the wrong one."""
+    known = {name: name for name in get_args(PolicyName)}
+    words = _words(text)
+    if wrong := [word for word in words if word not in known]:
+        raise ValueError(f"policies: takes {', '.join(known)}, not {', '.join(wrong)}")
+    return [known[word] for word in words]
+
+
+def parse_buffers(text: str) -> list[int]:
+    """Raises: ValueError that names the wrong one."""
+    words = _words(text)
+    for word in words:
+        if not (word.isascii() and word.isdigit() and int(word) >= WINDOW):
+            raise ValueError(f"buffers: takes tokens, at least {WINDOW}, not {word!r}")
+    return [int(word) for word in words]
+
+
+def grid(
+    budgets: Iterable[Budget], policies: Sequence[PolicyName], buffers: Sequence[int], full_length: float
+) -> list[Setting]:
+    """The full cache, and every policy with every budget and buffer, each once.
+
+    Args:
+        full_length: mean length with the full cache, in tokens; of use where a budget is in percent.
+
+    Raises: ValueError for a percentage that is no larger than the window.
+    """
+    settings = [FULL_CACHE]
+    for budget in budgets:
+        tokens = budget.tokens(full_length)
+        percent = budget.amount if budget.is_percent else None
+        settings += [Setting(policy, tokens, buffer, percent) for policy in policies for buffer in buffers]
+    return list(dict.fromkeys(settings))
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]

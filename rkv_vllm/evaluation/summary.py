@@ -1,0 +1,154 @@
+"""A run in numbers: one row a setting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from rkv_vllm.evaluation import statistics
+from rkv_vllm.evaluation.answers import Answer
+from rkv_vllm.evaluation.run_file import RunSettings
+from rkv_vllm.evaluation.settings import FULL_CACHE, Setting
+
+#: A row with a smaller share of compacted answers says little about compaction.
+EVIDENCE = 0.2
+
+
+class Estimate(BaseModel):
+    """A value and the ends of its interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, estimate: statistics.Estimate) -> Estimate:
+        return cls(**{name: round(number, 5) for name, number in estimate._asdict().items()})
+
+
+class Row(BaseModel):
+    """One setting.
+
+    Attributes:
+        budget_percent: what the budget was asked as, where it was in percent.
+        answers, expected: how many there are, and how many the run asks for.
+        accuracy: share of right answers; truncated ones are wrong.
+        truncated: share of answers that the limit on tokens ended.
+        output_tokens: mean length of an answer.
+        compacted: share of answers with at least one compaction.
+        evicted_tokens, compactions, peak_pages: means over answers.
+        share_of_kv: mean of the most pages an answer held, over that of the full cache in the same run.
+    """
+
+    setting: str
+    policy: str | None
+    budget: int | Literal["full"]
+    budget_percent: float | None
+    buffer: int | None
+    problems: int
+    answers: int
+    expected: int
+    right: int
+    accuracy: Estimate
+    truncated: Estimate
+    output_tokens: Estimate
+    compacted: float
+    compactions: float
+    evicted_tokens: float
+    peak_pages: float
+    share_of_kv: float
+
+    @property
+    def warning(self) -> str | None:
+        """What keeps the row from saying what it seems to."""
+        if self.answers < self.expected:
+            return f"unfinished: {self.answers} of {self.expected} answers, the short ones first"
+        if self.budget == "full":
+            return None
+        if not self.evicted_tokens:
+            return "this row was NOT compacted: no token was evicted"
+        if self.compacted < EVIDENCE:
+            return f"only {100 * self.compacted:.0f} % of the answers were compacted: no evidence"
+        return None
+
+
+class Summary(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    commands: list[str]
+    settings: RunSettings
+    engine: dict[str, Any]
+    problems: int
+    samples: int
+    full_length: float | None
+    interval: str = statistics.INTERVAL
+    rows: list[Row]
+    warnings: list[str]
+
+    @classmethod
+    def read(cls, folder: Path) -> Summary:
+        """Raises: OSError, ValueError."""
+        return cls.model_validate_json((folder / "summary.json").read_text())
+
+
+def full_length(answers: Sequence[Sequence[Answer]]) -> float:
+    """Mean of prompt and output tokens; at least one answer."""
+    lengths = [answer.prompt_tokens + answer.output_tokens for each in answers for answer in each]
+    return sum(lengths) / len(lengths)
+
+
+def rows_of(
+    settings: Sequence[Setting],
+    answers_of: Callable[[Setting], list[list[Answer]]],
+    expected: int,
+) -> list[Row]:
+    """
+    Args:
+        settings: in the order of the rows; one without answers gets none.
+        answers_of: the answers to a setting, by problem.
+        expected: answers a setting.
+    """
+    full = answers_of(FULL_CACHE)
+    pages = statistics.mean(_values(full, lambda answer: answer.peak_pages)).value if full else None
+    return [
+        _row(setting, answers, expected, pages) for setting in settings if (answers := answers_of(setting))
+    ]
+
+
+def _row(
+    setting: Setting, answers: Sequence[Sequence[Answer]], expected: int, full_pages: float | None
+) -> Row:
+    def mean(value: Callable[[Answer], float]) -> float:
+        return statistics.mean(_values(answers, value)).value
+
+    right = [[answer.right for answer in each] for each in answers]
+    truncated = [[answer.truncated for answer in each] for each in answers]
+    lengths = _values(answers, lambda answer: answer.output_tokens)
+    is_full = setting == FULL_CACHE
+    peak = mean(lambda answer: answer.peak_pages)
+    return Row(
+        setting=setting.name,
+        policy=setting.policy,
+        budget="full" if is_full else setting.budget,
+        budget_percent=setting.percent,
+        buffer=None if is_full else setting.buffer,
+        problems=len(answers),
+        answers=sum(map(len, answers)),
+        expected=expected,
+        right=sum(map(sum, right)),
+        accuracy=Estimate.of(statistics.share(right)),
+        truncated=Estimate.of(statistics.share(truncated)),
+        output_tokens=Estimate.of(statistics.mean(lengths)),
+        compacted=round(mean(lambda answer: answer.compactions > 0), 5),
+        compactions=round(mean(lambda answer: answer.compactions), 3),
+        evicted_tokens=round(mean(lambda answer: answer.evicted_tokens), 3),
+        peak_pages=round(peak, 3),
+        share_of_kv=round(peak / (full_pages or peak), 5),
+    )
+
+
+def _values(answers: Sequence[Sequence[Answer]], value: Callable[[Answer], float]) -> list[list[float]]:
+    return [[value(answer) for answer in each] for each in answers]
