@@ -17,11 +17,9 @@ REPETITIONS = 10
 
 
 def measure_device() -> Device:
-    """The first GPU and its ceilings; the CPU's name where there is no GPU."""
+    """The first GPU and its ceilings; no ceilings where there is no GPU."""
     if not torch.cuda.is_available():
-        from vllm.platforms import current_platform
-
-        return Device(name="CPU" if current_platform.is_cpu() else current_platform.get_device_name())
+        return Device(name="CPU")
     source = torch.empty(COPIED_BYTES // 2, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
     copy = _seconds(lambda: target.copy_(source))
