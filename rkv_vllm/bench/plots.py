@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rkv_vllm.bench.report import Comparison, compare
@@ -42,7 +43,7 @@ def plot(results: Sequence[tuple[str, Results]], folder: Path) -> list[Path]:
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "rkv-vllm", "font.size": 9})
     folder.mkdir(parents=True, exist_ok=True)
     comparisons = [each for title, result in results for each in compare(result, title)]
-    written = [_throughput(comparisons, folder), _split(comparisons, folder)]
+    written = [_throughput(comparisons, folder), _split(comparisons, folder), _lengths(comparisons, folder)]
     for title, result in results:
         written.append(_pool(result, title, folder))
     return [path for path in written if path is not None]
@@ -95,6 +96,30 @@ def _throughput(comparisons: Sequence[Comparison], folder: Path) -> Path | None:
     axes.grid(True, which="both", alpha=0.25)
     axes.legend()
     return _save(figure, folder / "throughput.svg")
+
+
+def _lengths(comparisons: Sequence[Comparison], folder: Path) -> Path | None:
+    """Time of a step against the length of its requests, of the rows whose requests are all about as old."""
+    import matplotlib.pyplot as plt
+
+    of_an_age = [each for each in comparisons if each.row.ages is not None]
+    if len(of_an_age) < 2:
+        return None
+    figure, axes = plt.subplots(figsize=(6.4, 4.0))
+    for kind in LABELS:
+        points = sorted(
+            (each.row.input + fmean(each.row.age_range), each.sides[kind].step_milliseconds)
+            for each in of_an_age
+            if kind in each.sides
+        )
+        if points:
+            lengths, times = zip(*points, strict=True)
+            axes.plot(lengths, times, marker=MARKERS[kind], color=COLOURS[kind], label=LABELS[kind])
+    axes.set(xlabel="tokens of a request so far", ylabel="milliseconds a step", xscale="log")
+    axes.set_ylim(bottom=0)
+    axes.grid(True, which="both", alpha=0.25)
+    axes.legend()
+    return _save(figure, folder / "length.svg")
 
 
 def _pool(results: Results, title: str, folder: Path) -> Path | None:

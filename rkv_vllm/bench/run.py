@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -36,6 +36,8 @@ ENVIRONMENT = {
 #: After its deadline a process has so long to end by itself.
 GRACE_SECONDS = 30.0
 PROGRESS = "[bench] "
+#: An engine's start takes about as long as so many loads.
+START_IN_LOADS = 2
 
 Say = Callable[[str], None]
 
@@ -58,10 +60,10 @@ def run_group(
     Args:
         extra: options of `vllm serve` for every engine, behind the group's own.
         rounds: how often the group's kinds of engine take turns.
-        time_limit: seconds for everything; lives that are still to come share what is left.
+        time_limit: seconds for everything; lives that are still to come share what is left by their loads.
         log: file for what the engines print.
         say: told of progress.
-        save: given the results after each life.
+        save: given the results so far, after each load.
     """
     deadline = None if time_limit is None else time.time() + time_limit
     with log.open("wb") as output:
@@ -79,45 +81,67 @@ def run_group(
             raise ValueError("--profile and memory_gib are for GPUs; for a CPU give --kv-cache-memory-bytes")
         kinds = [kind for kind in group.lives if group.rows_for(kind)] * rounds
         for place, kind in enumerate(kinds):
-            life_ends = None
-            if deadline is not None:
-                life_ends = time.time() + (deadline - time.time()) / (len(kinds) - place)
             say(f"engine {place + 1} of {len(kinds)}: {kind}")
-            results.lives.append(_live(group, measure, kind, extra, life_ends, log, say))
+            life = Life(kind=kind, arguments=[*group.arguments(kind), *extra])
+            results.lives.append(life)
+            ends = None if deadline is None else _share(group, kinds[place:], deadline)
+            _live(results, life, ends, log, say, save)
             save(results)
     return results
 
 
+def _share(group: Group, kinds: Sequence[Kind], deadline: float) -> float:
+    """When the first of the lives that are still to come has to end: they share the time by their loads."""
+    weights = [START_IN_LOADS + len(group.rows_for(kind)) for kind in kinds]
+    return time.time() + (deadline - time.time()) * weights[0] / sum(weights)
+
+
 def _live(
-    group: Group, measure: Measure, kind: Kind, extra: list[str], deadline: float | None, log: Path, say: Say
-) -> Life:
-    arguments = [*group.arguments(kind), *extra]
+    results: Results,
+    life: Life,
+    deadline: float | None,
+    log: Path,
+    say: Say,
+    save: Callable[[Results], None],
+) -> None:
+    """Runs a life and fills it in as its loads are measured."""
+    group, measure = results.group, results.measure
     with tempfile.TemporaryDirectory(prefix="rkv-bench-") as name:
         folder = Path(name)
         traces = folder / "traces"
         traces.mkdir()
         order = Order(
-            kind=kind,
-            arguments=arguments,
+            kind=life.kind,
+            arguments=life.arguments,
             model=group.model,
             memory_gib=group.memory_gib,
-            rows=group.rows_for(kind),
+            rows=group.rows_for(life.kind),
             measure=measure,
             deadline=deadline,
             trace_folder=str(traces) if measure.profile_steps else None,
         )
         order_file, result_file = folder / "order.json", folder / "result.jsonl"
         order_file.write_text(order.model_dump_json())
+        result_file.touch()
+
+        def progress(text: str) -> None:
+            say(text)
+            _read(result_file, life)
+            save(results)
+
         command = [*_python("rkv_vllm.bench.engine_life"), str(order_file), str(result_file)]
-        problem = _watch(command, deadline, log, say)
-        life = Life(kind=kind, arguments=arguments, failure=problem)
-        lines = result_file.read_text().splitlines() if result_file.exists() else []
+        life.failure = _watch(command, deadline, log, progress)
+        _read(result_file, life)
+    if life.failure:
+        say(f"{life.kind}: {life.failure}")
+
+
+def _read(file: Path, life: Life) -> None:
+    """Takes over what the life's process has written so far, in whole lines."""
+    lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
     if lines:
         life.facts = EngineFacts.model_validate_json(lines[0])
         life.loads = [LoadResult.model_validate_json(line) for line in lines[1:]]
-    if problem:
-        say(f"{kind}: {problem}")
-    return life
 
 
 def _watch(command: list[str], deadline: float | None, log: Path, say: Say) -> str | None:
