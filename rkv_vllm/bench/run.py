@@ -18,7 +18,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from threading import Timer
+from threading import Thread, Timer
 
 from rkv_vllm import __version__
 from rkv_vllm.bench.engine_life import Order
@@ -160,6 +160,8 @@ def _watch(command: list[str], deadline: float | None, log: Path, say: Say) -> s
         )
         killer = _kill_at(process, deadline)
         killer.start()
+        # What it leaves behind would keep its output open.
+        Thread(target=_end_group, args=[process], daemon=True).start()
         try:
             assert process.stderr is not None
             for line in process.stderr:
@@ -185,6 +187,11 @@ def _kill_at(process: subprocess.Popen[str], deadline: float | None) -> Timer:
     killer = Timer(seconds, _kill_group, [process])
     killer.daemon = True
     return killer
+
+
+def _end_group(process: subprocess.Popen[str]) -> None:
+    process.wait()
+    _kill_group(process)
 
 
 def _kill_group(process: subprocess.Popen[str]) -> None:

@@ -18,7 +18,7 @@ def python(code: str) -> list[str]:
 
 
 def test_progress_goes_on_and_everything_into_the_log(tmp_path: Path) -> None:
-    """Proves that a process that ends well is no problem, and that its progress is told apart from its log."""
+    """Proves that a good end is no problem, and that progress is told apart from all else."""
     said: list[str] = []
     log = tmp_path / "log"
     code = "import sys; print('[bench] one', file=sys.stderr); print('noise', file=sys.stderr); print('out')"
@@ -28,7 +28,7 @@ def test_progress_goes_on_and_everything_into_the_log(tmp_path: Path) -> None:
 
 
 def test_what_went_wrong_is_named(tmp_path: Path) -> None:
-    """Proves that a process that dies is named with its status and the error of its own, not vLLM's wrapper."""
+    """Proves that a process that dies leaves its status and its own error, not vLLM's wrapper."""
     code = """import sys
 print("ValueError: no memory", file=sys.stderr)
 print("RuntimeError: Engine core initialization failed. See root cause above.", file=sys.stderr)
@@ -42,7 +42,7 @@ sys.exit(3)"""
 def test_a_process_that_hangs_is_stopped_with_its_children(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Proves that after the deadline and its grace the whole group is gone, and the reason is the time limit."""
+    """Proves that some time after the deadline all of its processes are gone, and why."""
     monkeypatch.setattr(run, "GRACE_SECONDS", 0.5)
     child_file = tmp_path / "child"
     code = f"""import subprocess, time
@@ -56,6 +56,14 @@ time.sleep(60)"""
             return
         time.sleep(0.05)
     raise AssertionError("the child lives on")
+
+
+def test_what_outlives_its_parent_is_stopped(tmp_path: Path) -> None:
+    """Proves that a child which keeps the output open does not keep the command waiting."""
+    code = "import subprocess; subprocess.Popen(['sleep', '60'])"
+    begun = time.monotonic()
+    assert run._watch(python(code), None, tmp_path / "log", print) is None
+    assert time.monotonic() - begun < 50
 
 
 def test_lives_share_the_time_by_their_loads() -> None:
