@@ -198,6 +198,7 @@ def _engine_args(
             "torch_profiler_dir": trace_folder,
             "torch_profiler_activities": ["CUDA"],
             "torch_profiler_with_stack": False,
+            "torch_profiler_dump_cuda_time_total": False,
         }
     parser.set_defaults(**defaults)
     parsed = parser.parse_args(arguments)
