@@ -63,10 +63,10 @@ def _throughput(comparisons: Sequence[Comparison], folder: Path) -> Path | None:
 
     figure, axes = plt.subplots(figsize=(6.4, 4.0))
     for kind in LABELS:
-        sides = sorted(
-            ((each.sides[kind], each.row.name) for each in comparisons if kind in each.sides),
-            key=lambda pair: pair[0].running,
-        )
+        found = [(each.sides[kind], each.row.name) for each in comparisons if kind in each.sides]
+        # Rows that are one load to stock share its figures, and one point.
+        points = {(side.running, side.tokens_per_second): (side, name) for side, name in reversed(found)}
+        sides = [points[place] for place in sorted(points)]
         if not sides:
             continue
         speeds = [side.tokens_per_second for side, _ in sides]

@@ -84,16 +84,16 @@ def run_group(
             say(f"engine {place + 1} of {len(kinds)}: {kind}")
             life = Life(kind=kind, arguments=[*group.arguments(kind), *extra])
             results.lives.append(life)
-            ends = None if deadline is None else _share(group, kinds[place:], deadline)
+            ends = None if deadline is None else _share(group, kinds[place:], time.time(), deadline)
             _live(results, life, ends, log, say, save)
             save(results)
     return results
 
 
-def _share(group: Group, kinds: Sequence[Kind], deadline: float) -> float:
+def _share(group: Group, kinds: Sequence[Kind], now: float, deadline: float) -> float:
     """When the first of the lives that are still to come has to end: they share the time by their loads."""
     weights = [START_IN_LOADS + len(group.rows_for(kind)) for kind in kinds]
-    return time.time() + (deadline - time.time()) * weights[0] / sum(weights)
+    return now + (deadline - now) * weights[0] / sum(weights)
 
 
 def _live(
