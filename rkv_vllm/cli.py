@@ -16,6 +16,7 @@ import typer
 from pydantic import ValidationError
 
 from rkv_vllm import __version__
+from rkv_vllm.bench.rows import Row
 from rkv_vllm.config import POLICY_NAMES, Granularity, Order, PolicyName, RkvConfig, Scope
 from rkv_vllm.server.operations import PREFIX, OperationSettings
 from rkv_vllm.server.policy import ENVIRONMENT_PREFIX, KvPolicies, KvSettings, explain
@@ -41,6 +42,11 @@ def _setting(name: str) -> Any:
 def _operation(name: str) -> Any:
     text = f"{OperationSettings.model_fields[name].description} [{PREFIX}{name.upper()}]"
     return typer.Option(f"--{name.replace('_', '-')}", help=text, rich_help_panel="Operation")
+
+
+def _load(name: str, metavar: str | None = None) -> Any:
+    text = Row.model_fields[name].description
+    return typer.Option(f"--{name.replace('_', '-')}", help=text, metavar=metavar, rich_help_panel="Load")
 
 
 @app.command(
@@ -408,6 +414,131 @@ def _pairs(words: list[str]) -> dict[str, str]:
             raise typer.BadParameter(f"task-option: takes NAME=VALUE, not {word!r}")
         pairs[name] = value
     return pairs
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="All other options are vLLM's own, for every engine: see `vllm serve --help=all`.",
+)
+def bench(
+    context: typer.Context,
+    rows: Annotated[
+        Path | None,
+        typer.Option(help="YAML file with groups of loads, in place of the one load described here."),
+    ] = None,
+    group: Annotated[str | None, typer.Option(help="Which group of --rows to run.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Run these rows of the group alone.")] = None,
+    models: Annotated[Path | None, typer.Option(help="Folder in which the group's model is.")] = None,
+    report: Annotated[
+        list[Path] | None, typer.Option(help="Start nothing; show what such files of results hold.")
+    ] = None,
+    input: Annotated[int | None, _load("input", "tokens")] = None,
+    output: Annotated[int | None, _load("output", "tokens")] = None,
+    budget: Annotated[int | None, _load("budget")] = None,
+    buffer: Annotated[int | None, _load("buffer")] = None,
+    policy: Annotated[PolicyName | None, _load("policy")] = None,
+    concurrency: Annotated[int | None, _load("concurrency")] = None,
+    backlog: Annotated[int | None, _load("backlog")] = None,
+    batch: Annotated[int | None, _load("batch")] = None,
+    ages: Annotated[tuple[int, int] | None, _load("ages")] = None,
+    max_age: Annotated[int | None, _load("max_age")] = None,
+    rkv_entry: Annotated[str | None, _load("rkv_entry")] = None,
+    warmup_tokens: Annotated[int | None, _load("warmup_tokens")] = None,
+    memory_gib: Annotated[
+        float | None, typer.Option(help="GPU memory of an engine in GiB, whatever the GPU has.")
+    ] = None,
+    lives: Annotated[str | None, typer.Option(help="Kinds of engine in turn: stock, rkv, off.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often the engines take turns.")] = 1,
+    windows: Annotated[int, typer.Option(min=1, help="Measured windows of a load.")] = 3,
+    window_seconds: Annotated[float, typer.Option(min=0.0, help="Length of a window.")] = 10.0,
+    window_steps: Annotated[
+        int | None, typer.Option(min=1, help="Length of a window in steps, in place of seconds.")
+    ] = None,
+    settle_steps: Annotated[
+        int, typer.Option(min=1, help="Steps in which as many requests must run as in those before.")
+    ] = 64,
+    settle_seconds: Annotated[
+        float, typer.Option(min=0.0, help="Measure after so long even if the load is not steady.")
+    ] = 20.0,
+    profile: Annotated[
+        int, typer.Option(min=0, help="Record so many steps with torch's profiler behind the windows.")
+    ] = 0,
+    time_limit: Annotated[float | None, typer.Option(help="Seconds for everything.")] = None,
+    stock_arg: Annotated[
+        list[str] | None, typer.Option(help="Option of vLLM for stock engines alone.")
+    ] = None,
+    rkv_arg: Annotated[
+        list[str] | None, typer.Option(help="Option of vLLM for R-KV's engines alone.")
+    ] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="File for the results, written after each engine.")
+    ] = None,
+    log: Annotated[Path | None, typer.Option(help="File for what the engines print.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Folder for plots (SVG); needs matplotlib.")] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print comparisons as JSON instead of tables.")
+    ] = False,
+) -> None:
+    """Measure R-KV against stock vLLM: `rkv-vllm bench MODEL` and any option of `vllm serve`.
+
+    Each engine runs in processes of its own, one after another, under the same load. See benchmarks/README.md
+    for what is measured and for the published runs.
+    """
+    from rkv_vllm.bench import command
+    from rkv_vllm.bench.results import Measure
+
+    fields = {
+        "input": input,
+        "output": output,
+        "budget": budget,
+        "buffer": buffer,
+        "policy": policy,
+        "concurrency": concurrency,
+        "backlog": backlog,
+        "batch": batch,
+        "ages": ages,
+        "max_age": max_age,
+        "rkv_entry": rkv_entry,
+        "warmup_tokens": warmup_tokens,
+    }
+    try:
+        if report:
+            command.show_files(report, json, plots)
+            return
+        chosen = command.choose(
+            rows,
+            group,
+            only or [],
+            models,
+            {name: value for name, value in fields.items() if value is not None},
+            memory_gib=memory_gib,
+            lives=lives,
+            stock_engine=stock_arg or [],
+            rkv_engine=rkv_arg or [],
+        )
+        measure = Measure(
+            windows=windows,
+            window_seconds=window_seconds,
+            window_steps=window_steps,
+            settle_steps=settle_steps,
+            settle_seconds=settle_seconds,
+            profile_steps=profile,
+        )
+        measured = command.measure(
+            chosen,
+            measure,
+            extra=context.args,
+            rounds=rounds,
+            time_limit=time_limit,
+            log=log,
+            save=save,
+            title=group or "bench",
+            as_json=json,
+            plots=plots,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    raise typer.Exit(0 if measured else 1)
 
 
 @app.command()

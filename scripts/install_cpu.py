@@ -149,10 +149,10 @@ def install_requirements(python: Path) -> None:
 
 
 def own_requirements() -> list[str]:
-    """This package's requirements with its extras `demo` and `dev`, less those that name the package."""
+    """This package's requirements with its extras, less those that name the package."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    requirements = [*project["dependencies"], *extras["demo"], *extras["dev"]]
+    requirements = [*project["dependencies"], *extras["bench"], *extras["demo"], *extras["dev"]]
     return [requirement for requirement in requirements if not requirement.startswith(project["name"])]
 
 

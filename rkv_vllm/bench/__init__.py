@@ -1,0 +1,1 @@
+"""`rkv-vllm bench`: throughput and memory of R-KV against stock vLLM, each in engines of its own."""

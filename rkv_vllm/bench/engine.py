@@ -1,0 +1,240 @@
+"""Drives one vLLM engine and sees every step of it (glue to vLLM).
+
+The engine core runs in a process of its own, as under `vllm serve`. What comes back is counted here and goes
+no further: no detokenizer, no statistics of vLLM's front end, so that the measuring process stays out of the
+way. Each output carries the scheduler's statistics and the time at which the core made it.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, FinishReason
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from rkv_vllm.bench.floor import ModelShape
+from rkv_vllm.bench.load import Ask, prompt_ids
+from rkv_vllm.bench.results import EngineFacts
+from rkv_vllm.bench.rows import Kind, Row
+from rkv_vllm.bench.window import Step
+from rkv_vllm.config import OFF
+from rkv_vllm.counters import COMPACTION_DURATION, COMPACTIONS, EVICTED_TOKENS, read
+from rkv_vllm.engine_args import rkv_engine_args
+from rkv_vllm.metrics import take_tally
+
+EMPTY_POOL_SECONDS = 60.0
+
+
+class RefusedError(Exception):
+    """The engine does not take a request, or ended it early."""
+
+
+class BenchEngine:
+    """An engine of one kind, and the requests in it."""
+
+    def __init__(
+        self,
+        kind: Kind,
+        arguments: list[str],
+        *,
+        model: str | None,
+        memory_gib: float | None,
+        longest: int,
+        trace_folder: str | None,
+    ) -> None:
+        """Starts it, which takes a minute.
+
+        Args:
+            arguments: options of `vllm serve`, the model's name or folder among them unless `model` has it.
+            longest: tokens of the longest request, for a max_model_len where none is among the arguments.
+            trace_folder: where traces of the profiler go; None: no profiler.
+        """
+        begun = time.monotonic()
+        self.kind = kind
+        engine_args = _engine_args(kind, arguments, model, memory_gib, longest, trace_folder)
+        config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
+        self._engine = LLMEngine.from_vllm_config(config, UsageContext.OPENAI_API_SERVER)
+        self._core: Any = self._engine.engine_core
+        self._tasks = self._engine.get_supported_tasks()
+        self._vocabulary = config.model_config.get_vocab_size()
+        self._running: dict[str, Ask] = {}
+        self._asked = 0
+        self.facts = _facts(config, time.monotonic() - begun)
+
+    # -- requests ------------------------------------------------------------------------------------------
+
+    @property
+    def unfinished(self) -> int:
+        return len(self._running)
+
+    def add(self, row: Row, ask: Ask) -> None:
+        """Gives the engine a request of a row's load.
+
+        Raises: RefusedError where vLLM does not take it.
+        """
+        budget = row.budget_for(self.kind)
+        extra: dict[str, Any] | None = None
+        if budget is not None:
+            extra = {"rkv_budget": budget.budget, "rkv_buffer": budget.buffer, "rkv_policy": budget.policy}
+        elif self.kind != "stock":
+            extra = {"rkv_budget": OFF}
+        params = SamplingParams(
+            temperature=0, max_tokens=ask.output_tokens, ignore_eos=True, detokenize=False, extra_args=extra
+        )
+        prompt = {"type": "token", "prompt_token_ids": list(prompt_ids(row.seed, ask, self._vocabulary))}
+        self._asked += 1
+        try:
+            request = self._engine.input_processor.process_inputs(
+                f"{row.name} {self._asked}", prompt, params, supported_tasks=self._tasks
+            )
+        except ValueError as error:
+            raise RefusedError(str(error)) from None
+        self._running[request.request_id] = ask
+        self._core.add_request(request)
+
+    def step(self) -> tuple[Step, list[tuple[Ask, bool]]]:
+        """Waits for the next step's output.
+
+        Returns: the step, and the requests that got tokens for the first time or (True) their last one.
+
+        Raises: RefusedError where the engine ended a request early.
+        """
+        while (outputs := self._core.get_output()).scheduler_stats is None:
+            pass  # news of aborted requests
+        stats = outputs.scheduler_stats
+        step = Step(
+            at=outputs.timestamp,
+            running=stats.num_running_reqs,
+            waiting=stats.num_waiting_reqs + stats.num_skipped_waiting_reqs,
+            pool_use=stats.kv_cache_usage,
+            recomputed_tokens=stats.prefix_cache_stats.preempted_queries
+            - stats.prefix_cache_stats.preempted_hits,
+        )
+        self._read_tally(step, take_tally(stats))
+        news = []
+        for output in outputs.outputs:
+            ask = self._running.get(output.request_id)
+            if ask is not None and self._count(step, output):
+                news.append((ask, output.finished))
+                if output.finished:
+                    del self._running[output.request_id]
+        return step, news
+
+    def abort(self) -> bool:
+        """Ends all requests. Returns whether all pages came back to the pool."""
+        self._core.abort_requests(list(self._running))
+        self._running.clear()
+        deadline = time.monotonic() + EMPTY_POOL_SECONDS
+        # vLLM resets its prefix cache only when no request holds a page.
+        while not (whole := self._core.reset_prefix_cache()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        while True:
+            try:
+                self._core.outputs_queue.get_nowait()
+            except queue.Empty:
+                return bool(whole)
+
+    # -- its life ------------------------------------------------------------------------------------------
+
+    def profile(self, begin: bool, name: str | None = None) -> None:
+        self._core.profile(begin, name)
+
+    def close(self) -> None:
+        self._core.shutdown()
+
+    # -- counting ------------------------------------------------------------------------------------------
+
+    def _count(self, step: Step, output: EngineCoreOutput) -> bool:
+        """Returns whether the request's first or last token is in it."""
+        step.tokens += len(output.new_token_ids)
+        for event in output.events or ():
+            step.preemptions += event.type == EngineCoreEventType.PREEMPTED
+        is_first = output.prefill_stats is not None
+        if output.prefill_stats is not None:
+            step.started += 1
+            step.prompt_tokens += output.prefill_stats.num_computed_tokens
+        if output.finished:
+            step.finished += 1
+            if output.finish_reason != FinishReason.LENGTH:
+                raise RefusedError(f"the engine ended a request: {output.kv_transfer_params}")
+        return is_first or output.finished
+
+    @staticmethod
+    def _read_tally(step: Step, tally: Mapping[str, int]) -> None:
+        for reading in read(tally):
+            match reading.metric.name:
+                case COMPACTIONS.name if reading.labels[-1] == "executed":
+                    step.compactions += int(reading.value)
+                case EVICTED_TOKENS.name:
+                    step.evicted_tokens += int(reading.value)
+                case COMPACTION_DURATION.name:
+                    step.compaction_seconds += reading.value * reading.times
+
+
+def _engine_args(
+    kind: Kind,
+    arguments: list[str],
+    model: str | None,
+    memory_gib: float | None,
+    longest: int,
+    trace_folder: str | None,
+) -> AsyncEngineArgs:
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    parser.add_argument("model_tag", nargs="?")
+    defaults: dict[str, Any] = {"max_model_len": longest, **({} if kind == "stock" else rkv_engine_args())}
+    if memory_gib is not None:
+        defaults["gpu_memory_utilization"] = memory_gib * 2**30 / current_platform.get_device_total_memory()
+    if trace_folder is not None:
+        defaults["profiler_config"] = {
+            "profiler": "torch",
+            "torch_profiler_dir": trace_folder,
+            "torch_profiler_activities": ["CUDA"],
+            "torch_profiler_with_stack": False,
+            "torch_profiler_dump_cuda_time_total": False,
+        }
+    parser.set_defaults(**defaults)
+    parsed = parser.parse_args(arguments)
+    parsed.model = parsed.model_tag or model or parsed.model
+    return AsyncEngineArgs.from_cli_args(parsed)
+
+
+def _facts(config: Any, start_seconds: float) -> EngineFacts:
+    model, text, cache = config.model_config, config.model_config.hf_text_config, config.cache_config
+    scheduler, compilation, parallel = (
+        config.scheduler_config,
+        config.compilation_config,
+        config.parallel_config,
+    )
+    sizes = compilation.cudagraph_capture_sizes
+    return EngineFacts(
+        shape=ModelShape(
+            layers=model.get_num_layers(parallel),
+            hidden=model.get_hidden_size(),
+            heads=model.get_num_attention_heads(parallel),
+            kv_heads=model.get_num_kv_heads(parallel),
+            head_size=model.get_head_size(),
+            intermediate=text.intermediate_size,
+            vocabulary=model.get_vocab_size(),
+            tied_embedding=text.tie_word_embeddings,
+            element_bytes=model.dtype.itemsize,
+        ),
+        model=model.model,
+        pool_pages=cache.num_gpu_blocks - 1,  # one is vLLM's null page
+        page_size=cache.block_size,
+        max_num_seqs=scheduler.max_num_seqs,
+        max_num_batched_tokens=scheduler.max_num_batched_tokens,
+        max_model_len=model.max_model_len,
+        prefix_caching=bool(cache.enable_prefix_caching),
+        async_scheduling=bool(scheduler.async_scheduling),
+        cudagraph_mode=str(compilation.cudagraph_mode),
+        largest_graph=max(sizes) if sizes else None,
+        start_seconds=start_seconds,
+    )

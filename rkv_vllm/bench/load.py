@@ -1,0 +1,136 @@
+"""Which requests an engine is given, so that a short window shows a load of long requests (pure).
+
+In a steady state requests of all ages run side by side. To have it without running whole requests first, the
+first requests are given an age: one of age a is to have generated a of its tokens already. It enters with a
+longer prompt and fewer tokens to generate; when it ends, a new one of age 0 takes its place.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rkv_vllm.bench.rows import Entry, Kind, Row
+from rkv_vllm.config import RequestBudget
+
+#: Fractional parts of its multiples fill (0, 1) evenly, however many of them are taken (Weyl's sequence).
+GOLDEN = (5**0.5 - 1) / 2
+#: Token ids from here on: the first are special in most vocabularies.
+FIRST_TOKEN_ID = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A request: its number in the load, its age when it comes, prompt and output in tokens."""
+
+    index: int
+    age: int
+    prompt_tokens: int
+    output_tokens: int
+
+
+def ages(row: Row, count: int) -> list[int]:
+    """Ages of the first `count` requests, the oldest first.
+
+    Any two counts take the beginning of one sequence, which is spread evenly over the row's ages: engines
+    that hold different numbers of requests get the same distribution. The oldest come first, because vLLM
+    preempts those that came last: in a long run these are the youngest.
+    """
+    span = row.age_range
+    return sorted((span[int((index + 0.5) * GOLDEN % 1 * len(span))] for index in range(count)), reverse=True)
+
+
+def slots_held(prompt: int, logical: int, budget: RequestBudget | None) -> int:
+    """KV slots that a request of `logical` tokens holds after a step, a due compaction done."""
+    if budget is None:
+        return logical
+    first = max(prompt, budget.threshold)
+    if logical < first:
+        return logical
+    return budget.budget + (logical - first) % budget.buffer
+
+
+def entry_tokens(row: Row, entry: Entry, age: int, budget: RequestBudget | None) -> int:
+    """Prompt tokens with which a request of this age enters.
+
+    * staggered: its prompt and all tokens it has generated; with `max_age` those modulo it.
+    * compacted: as many tokens as it would hold slots. A compacted request of any age is in this state:
+      what it costs depends on what it holds, not on its positions.
+    * fresh: its prompt alone, longer by a part of a buffer, so that compactions do not all come in the same
+      step. Such a load wants a warm-up of budget + buffer tokens.
+    """
+    match entry:
+        case "staggered":
+            return row.input + (age if row.max_age is None else age % row.max_age)
+        case "compacted":
+            return slots_held(row.input, row.input + age, budget)
+        case "fresh":
+            return row.input + age % row.buffer
+
+
+def pages_held(row: Row, budget: RequestBudget | None, page_size: int) -> float:
+    """Mean pages of a request over the row's ages."""
+    held = (slots_held(row.input, row.input + age, budget) for age in row.age_range)
+    return sum(-(-slots // page_size) for slots in held) / len(row.age_range)
+
+
+def slots_on_average(row: Row, budget: RequestBudget | None) -> float:
+    """Mean KV slots of a request over the row's ages."""
+    return sum(slots_held(row.input, row.input + age, budget) for age in row.age_range) / len(row.age_range)
+
+
+def requests_that_run(
+    row: Row, budget: RequestBudget | None, pages: int, page_size: int, max_num_seqs: int
+) -> int:
+    """Requests of mean size that a pool of `pages` usable pages holds, or the row's own number if smaller."""
+    fit = min(int(pages / pages_held(row, budget, page_size)), max_num_seqs)
+    asked = row.concurrency or row.batch
+    return fit if asked is None else min(fit, asked)
+
+
+class Load:
+    """The requests of one row for one engine.
+
+    `first` come at once; whenever one ends, `next` takes its place, so that the number in the engine stays.
+    `aged` is how many of the first have an age: as many as fit. The others are new, and wait behind them.
+    """
+
+    def __init__(self, row: Row, kind: Kind, running: int) -> None:
+        """`running`: what `requests_that_run` said.
+
+        Raises: ValueError where not one request fits.
+        """
+        if running == 0:
+            raise ValueError("not one request fits into the pool")
+        self.row = row
+        self.entry = row.entry_for(kind)
+        self.aged = running
+        budget = row.budget_for(kind)
+        self.first = [
+            Ask(index, age, entry_tokens(row, self.entry, age, budget), row.output - age)
+            for index, age in enumerate(ages(row, self.aged))
+        ]
+        self._asked = self.aged
+        waiting = row.backlog if row.concurrency is None else row.concurrency - running
+        self.first += [self.next() for _ in range(waiting)]
+
+    def next(self) -> Ask:
+        """A new request."""
+        ask = Ask(self._asked, 0, self.row.input, self.row.output)
+        self._asked += 1
+        return ask
+
+    def batch(self, count: int, output_tokens: int | None = None) -> list[Ask]:
+        """So many new requests, all alike."""
+        asks = [self.next() for _ in range(count)]
+        if output_tokens is None:
+            return asks
+        return [Ask(ask.index, 0, ask.prompt_tokens, output_tokens) for ask in asks]
+
+
+def prompt_ids(seed: int, ask: Ask, vocabulary: int) -> Sequence[int]:
+    """Random token ids: the same for any engine, and no two requests share a beginning."""
+    first = min(FIRST_TOKEN_ID, vocabulary // 2)
+    rng = random.Random(f"{seed} {ask.index}")
+    return [int(first + rng.random() * (vocabulary - first)) for _ in range(ask.prompt_tokens)]

@@ -1,0 +1,268 @@
+"""Compares what the engines measured, row by row: medians, ratios, floors, and a table of them (pure)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import median
+
+from pydantic import BaseModel
+from rich.console import Console
+from rich.table import Table
+
+from rkv_vllm.bench.floor import StepFloor, row_floor
+from rkv_vllm.bench.kernel_time import KernelTime
+from rkv_vllm.bench.results import EngineFacts, LoadResult, Results
+from rkv_vllm.bench.rows import Entry, Kind, Row
+from rkv_vllm.bench.window import Window
+
+
+class Side(BaseModel):
+    """One kind of engine on one row: medians over all windows of all its lives.
+
+    Attributes:
+        spread: the fastest window's tokens/s less the slowest's, over the median.
+        compaction_share: compactions' time on the device over the time of a step.
+        floor: what the engine's own pool and the device allow; None on a CPU, and for a batch.
+        of_floor: the floor's tokens/s that were reached.
+    """
+
+    kind: Kind
+    entry: Entry | None
+    windows: int
+    tokens_per_second: float
+    slowest: float
+    fastest: float
+    spread: float
+    running: float
+    step_milliseconds: float
+    compaction_milliseconds: float
+    compaction_share: float
+    pool_use: float
+    pages_per_request: float
+    kv_bytes_per_request: float
+    preemptions: int
+    recomputed_tokens: int
+    prompt_tokens: int
+    compactions: int
+    client_share: float
+    steady: bool
+    floor: StepFloor | None
+    of_floor: float | None
+    kernel_time: KernelTime | None
+
+
+class Comparison(BaseModel):
+    """A row. `ratio`, `memory_ratio`, `floor_ratio`: R-KV over stock; None where one is missing."""
+
+    group: str
+    row: Row
+    sides: dict[Kind, Side]
+    ratio: float | None
+    off_ratio: float | None
+    memory_ratio: float | None
+    floor_ratio: float | None
+    failures: list[str]
+
+    @property
+    def reached(self) -> bool | None:
+        """Whether the row's target was; None where it has none or was not measured."""
+        if self.row.target is None or self.ratio is None:
+            return None
+        return self.ratio >= self.row.target
+
+
+def compare(results: Results, group: str = "") -> list[Comparison]:
+    """One comparison a row, in the group's order. `group`: a title for its table."""
+    return [_compare(results, row, group) for row in results.group.rows]
+
+
+def _compare(results: Results, row: Row, group: str) -> Comparison:
+    sides: dict[Kind, Side] = {}
+    failures = []
+    for kind in dict.fromkeys(life.kind for life in results.lives if row.runs_on(life.kind)):
+        names = {other.name for other in results.group.rows if row.is_like(other, kind)}
+        measured = []
+        for life in results.lives:
+            if life.kind != kind:
+                continue
+            loads = [load for load in life.loads if load.row in names]
+            failures += [f"{kind}: {load.failure}" for load in loads if load.failure]
+            if not loads:
+                failures.append(f"{kind}: {life.failure or 'not run'}")
+            if life.facts is not None:
+                measured += [(life.facts, load) for load in loads if load.windows]
+        if measured:
+            sides[kind] = _side(results, row, kind, measured)
+    return Comparison(
+        group=group,
+        row=row,
+        sides=sides,
+        ratio=_over(sides, "rkv", lambda side: side.tokens_per_second),
+        off_ratio=_over(sides, "off", lambda side: side.tokens_per_second),
+        memory_ratio=_over(sides, "rkv", lambda side: side.kv_bytes_per_request),
+        floor_ratio=_over(sides, "rkv", lambda side: side.floor.tokens_per_second if side.floor else None),
+        failures=failures,
+    )
+
+
+def _over(sides: Mapping[Kind, Side], kind: Kind, of: Callable[[Side], float | None]) -> float | None:
+    """A figure of one side over stock's."""
+    if kind not in sides or "stock" not in sides:
+        return None
+    upper, lower = of(sides[kind]), of(sides["stock"])
+    return upper / lower if upper and lower else None
+
+
+def _side(results: Results, row: Row, kind: Kind, measured: Sequence[tuple[EngineFacts, LoadResult]]) -> Side:
+    facts = measured[0][0]
+    loads = [load for _, load in measured]
+    windows = [window for load in loads for window in load.windows]
+    speeds = [window.tokens_per_second for window in windows]
+    speed = median(speeds)
+    floor = None
+    if results.device.ceilings is not None and row.batch is None:
+        floor = row_floor(
+            facts.shape,
+            results.device.ceilings,
+            row,
+            kind,
+            pages=facts.pool_pages,
+            page_size=facts.page_size,
+            max_num_seqs=facts.max_num_seqs,
+        )
+
+    def middle(values: Iterable[float]) -> float:
+        return median(values)
+
+    compaction = middle(window.compaction_milliseconds_per_step for window in windows)
+    pages = middle(window.pages_per_request for window in windows)
+    return Side(
+        kind=kind,
+        entry=loads[0].entry,
+        windows=len(windows),
+        tokens_per_second=speed,
+        slowest=min(speeds),
+        fastest=max(speeds),
+        spread=(max(speeds) - min(speeds)) / speed,
+        running=middle(window.running for window in windows),
+        step_milliseconds=middle(window.step_milliseconds for window in windows),
+        compaction_milliseconds=compaction,
+        compaction_share=middle(_compaction_share(window) for window in windows),
+        pool_use=middle(window.pool_use for window in windows),
+        pages_per_request=pages,
+        kv_bytes_per_request=pages * facts.page_size * facts.shape.kv.bytes_per_token,
+        preemptions=sum(window.preemptions for window in windows),
+        recomputed_tokens=sum(window.recomputed_tokens for window in windows),
+        prompt_tokens=sum(window.prompt_tokens for window in windows),
+        compactions=sum(window.compactions for window in windows),
+        client_share=max(window.client_share for window in windows),
+        steady=all(load.steady for load in loads),
+        floor=floor,
+        of_floor=None if floor is None else speed / floor.tokens_per_second,
+        kernel_time=next((load.kernel_time for load in loads if load.kernel_time), None),
+    )
+
+
+def _compaction_share(window: Window) -> float:
+    return window.compaction_milliseconds_per_step / window.step_milliseconds
+
+
+# -- for people ----------------------------------------------------------------------------------------------
+
+
+def show(results: Results, group: str, console: Console) -> None:
+    """Prints tables of one group."""
+    comparisons = compare(results, group)
+    device = results.device
+    title = f"{group or 'bench'}: {_models(results)}, {device.name}"
+    if results.group.memory_gib is not None:
+        title += f", {results.group.memory_gib:g} GiB in all"
+    table = Table(title=title, title_justify="left")
+    for head in ("load", "engine"):
+        table.add_column(head)
+    for head in ("tokens/s", "spread", "running", "step ms", "floor ms", "of floor", "pool", "KV MiB/req."):
+        table.add_column(head, justify="right")
+    for head in ("compact.", "preempt.", "ratio", "floor", "target"):
+        table.add_column(head, justify="right")
+    for comparison in comparisons:
+        for side in comparison.sides.values():
+            table.add_row(*_cells(comparison, side))
+        table.add_section()
+    console.print(table)
+    if device.ceilings is not None:
+        console.print(
+            f"Floors at {device.ceilings.bytes_per_second / 1e12:.2f} TB/s and "
+            f"{device.ceilings.operations_per_second / 1e12:.0f} TFLOP/s, measured in the same run."
+        )
+    for comparison in comparisons:
+        for side in comparison.sides.values():
+            for remark in remarks(comparison.row, side):
+                console.print(f"{comparison.row.name}, {side.kind}: {remark}", markup=False, highlight=False)
+        for failure in comparison.failures:
+            console.print(f"{comparison.row.name}: {failure}", style="red", markup=False, highlight=False)
+        for side in comparison.sides.values():
+            if side.kernel_time is not None:
+                console.print(_kernel_table(comparison.row, side, side.kernel_time))
+
+
+def remarks(row: Row, side: Side) -> list[str]:
+    """What a reader of the numbers has to know about how they came about."""
+    said = []
+    match side.entry:
+        case "staggered" if row.max_age is not None:
+            said.append(f"ages entered as prompts, at most {row.max_age} tokens of age each")
+        case "compacted":
+            said.append(
+                "first requests entered with as many tokens as they would hold, not with their whole age"
+            )
+        case "fresh":
+            said.append(f"first requests entered new, {row.warmup_tokens} tokens before measuring")
+        case None:
+            said.append(f"{row.batch} requests at once, from start to end, prompts included")
+    if not side.steady and side.entry is not None:
+        said.append("was not steady when measured")
+    if side.client_share > 0.5:
+        said.append(f"the measuring process was busy {side.client_share:.0%} of the time")
+    return said
+
+
+def _models(results: Results) -> str:
+    return next(
+        (life.facts.model.rsplit("/", 1)[-1] for life in results.lives if life.facts),
+        results.group.model or "",
+    )
+
+
+def _cells(comparison: Comparison, side: Side) -> list[str]:
+    is_rkv = side.kind == "rkv"
+    ratio = {"rkv": comparison.ratio, "off": comparison.off_ratio}.get(side.kind)
+    target = f"{comparison.row.target:g}" if is_rkv and comparison.row.target else ""
+    if is_rkv and comparison.reached is not None:
+        target += " reached" if comparison.reached else " missed"
+    return [
+        comparison.row.name,
+        side.kind,
+        f"{side.tokens_per_second:,.0f}",
+        f"{side.spread:.1%}",
+        f"{side.running:,.1f}",
+        f"{side.step_milliseconds:.2f}",
+        "" if side.floor is None else f"{side.floor.milliseconds:.2f}",
+        "" if side.of_floor is None else f"{side.of_floor:.0%}",
+        f"{side.pool_use:.0%}",
+        f"{side.kv_bytes_per_request / 2**20:,.0f}",
+        f"{side.compaction_share:.1%}" if is_rkv else "",
+        str(side.preemptions),
+        "" if ratio is None else f"{ratio:.2f}",
+        f"{comparison.floor_ratio:.2f}" if is_rkv and comparison.floor_ratio else "",
+        target,
+    ]
+
+
+def _kernel_table(row: Row, side: Side, spent: KernelTime) -> Table:
+    title = f"{row.name}, {side.kind}: milliseconds a step by kernel, {spent.steps} steps"
+    table = Table("class", "ms", "share", title=title, title_justify="left")
+    for name, milliseconds in {**spent.classes, "idle": spent.idle}.items():
+        table.add_row(name, f"{milliseconds:.3f}", f"{milliseconds / spent.span:.1%}")
+    for kernel in spent.kernels[:10]:
+        table.add_row(f"  {kernel.name[:70]}", f"{kernel.milliseconds_per_step:.3f}", kernel.in_class)
+    return table

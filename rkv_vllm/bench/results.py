@@ -1,0 +1,117 @@
+"""What `rkv-vllm bench` writes: JSON that holds everything its tables and plots are made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ValidationError
+
+from rkv_vllm.bench.floor import Ceilings, ModelShape
+from rkv_vllm.bench.kernel_time import KernelTime
+from rkv_vllm.bench.rows import Entry, Group, Kind, Row, explain
+from rkv_vllm.bench.window import Point, Window
+
+
+class Measure(BaseModel):
+    """How a load is measured.
+
+    Attributes:
+        windows: consecutive windows of each load.
+        window_seconds: length of a window, in whole steps; `window_steps`, where given, goes before it.
+        settle_steps: the load is steady when as many requests ran in so many steps as in those before.
+        settle_seconds: after so long it is measured as it is, and the result says so.
+        profile_steps: steps recorded with the profiler behind the windows; 0: no profiler is set up.
+    """
+
+    windows: int = 3
+    window_seconds: float = 10.0
+    window_steps: int | None = None
+    settle_steps: int = 64
+    settle_seconds: float = 20.0
+    profile_steps: int = 0
+
+
+class LoadResult(BaseModel):
+    """One row on one engine.
+
+    Attributes:
+        entry: how the first requests came by their age; None for a batch, whose requests are all new.
+        first_requests: requests given an age; `backlog` more waited behind them.
+        fill_seconds, fill_prompt_tokens: until the first requests ran; before any window.
+        steady: whether the load was steady when the first window began; `settle_seconds`: how long that took.
+        pool_whole: whether all pages were back in the pool when the load had been aborted.
+        failure: why there are no windows, or fewer.
+    """
+
+    row: str
+    entry: Entry | None
+    first_requests: int = 0
+    backlog: int = 0
+    fill_seconds: float = 0.0
+    fill_prompt_tokens: int = 0
+    settle_seconds: float = 0.0
+    steady: bool = False
+    windows: list[Window] = []
+    curve: list[Point] = []
+    kernel_time: KernelTime | None = None
+    pool_whole: bool = False
+    failure: str | None = None
+
+
+class EngineFacts(BaseModel):
+    """What an engine says of itself when it has started; `pool_pages`: that requests can hold."""
+
+    shape: ModelShape
+    model: str
+    pool_pages: int
+    page_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    prefix_caching: bool
+    async_scheduling: bool
+    cudagraph_mode: str
+    largest_graph: int | None
+    start_seconds: float
+
+
+class Life(BaseModel):
+    """One engine from start to end; `facts` None: it did not start, and `failure` says why."""
+
+    kind: Kind
+    arguments: list[str]
+    facts: EngineFacts | None = None
+    loads: list[LoadResult] = []
+    failure: str | None = None
+
+
+class Device(BaseModel):
+    """`memory_gib`, `ceilings`: None on a CPU."""
+
+    name: str
+    memory_gib: float | None = None
+    ceilings: Ceilings | None = None
+
+
+class Results(BaseModel):
+    command: str
+    started: str
+    versions: dict[str, str]
+    platform: str
+    device: Device
+    group: Group
+    measure: Measure
+    lives: list[Life] = []
+
+    def row(self, name: str) -> Row:
+        return next(row for row in self.group.rows if row.name == name)
+
+
+def read_results(path: Path) -> Results:
+    """Raises: ValueError that names the file and what is wrong with it."""
+    try:
+        return Results.model_validate_json(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except ValidationError as error:
+        raise ValueError(f"{path}: {explain(error)}") from None

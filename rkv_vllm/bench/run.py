@@ -1,0 +1,235 @@
+"""Runs a group: engine after engine, each in a process of its own, and collects what they measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from threading import Thread, Timer
+
+from rkv_vllm import __version__
+from rkv_vllm.bench.engine_life import Order
+from rkv_vllm.bench.results import Device, EngineFacts, Life, LoadResult, Measure, Results
+from rkv_vllm.bench.rows import Group, Kind
+from rkv_vllm.doctor import PACKAGES
+
+#: Of every process: the engine core apart from what measures it, and nothing asked of or told to the network.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_DO_NOT_TRACK": "1",
+}
+#: After its deadline a process has so long to end by itself.
+GRACE_SECONDS = 30.0
+PROGRESS = "[bench] "
+#: An engine's start takes about as long as so many loads.
+START_IN_LOADS = 2
+
+Say = Callable[[str], None]
+
+
+def run_group(
+    group: Group,
+    measure: Measure,
+    *,
+    extra: list[str],
+    rounds: int,
+    time_limit: float | None,
+    log: Path,
+    say: Say,
+    save: Callable[[Results], None],
+) -> Results:
+    """Starts one engine after another and has each run the group's rows.
+
+    Raises: ValueError where something asked for needs a GPU and there is none.
+
+    Args:
+        extra: options of `vllm serve` for every engine, behind the group's own.
+        rounds: how often the group's kinds of engine take turns.
+        time_limit: seconds for everything; lives that are still to come share what is left by their loads.
+        log: file for what the engines print.
+        say: told of progress.
+        save: given the results so far, after each load.
+    """
+    deadline = None if time_limit is None else time.time() + time_limit
+    with log.open("wb") as output:
+        say("measuring the device")
+        results = Results(
+            command=shlex.join(["rkv-vllm", *sys.argv[1:]]),
+            started=datetime.now(UTC).isoformat(timespec="seconds"),
+            versions=_versions(),
+            platform=platform.platform(),
+            device=_device(output.fileno()),
+            group=group,
+            measure=measure,
+        )
+        if results.device.ceilings is None and (measure.profile_steps or group.memory_gib is not None):
+            raise ValueError("--profile and memory_gib are for GPUs; for a CPU give --kv-cache-memory-bytes")
+        kinds = [kind for kind in group.lives if group.rows_for(kind)] * rounds
+        for place, kind in enumerate(kinds):
+            say(f"engine {place + 1} of {len(kinds)}: {kind}")
+            life = Life(kind=kind, arguments=[*group.arguments(kind), *extra])
+            results.lives.append(life)
+            ends = None if deadline is None else _share(group, kinds[place:], time.time(), deadline)
+            _live(results, life, ends, log, say, save)
+            save(results)
+    return results
+
+
+def _share(group: Group, kinds: Sequence[Kind], now: float, deadline: float) -> float:
+    """When the first of the lives that are still to come has to end: they share the time by their loads."""
+    weights = [START_IN_LOADS + len(group.rows_for(kind)) for kind in kinds]
+    return now + (deadline - now) * weights[0] / sum(weights)
+
+
+def _live(
+    results: Results,
+    life: Life,
+    deadline: float | None,
+    log: Path,
+    say: Say,
+    save: Callable[[Results], None],
+) -> None:
+    """Runs a life and fills it in as its loads are measured."""
+    group, measure = results.group, results.measure
+    with tempfile.TemporaryDirectory(prefix="rkv-bench-") as name:
+        folder = Path(name)
+        traces = folder / "traces"
+        traces.mkdir()
+        order = Order(
+            kind=life.kind,
+            arguments=life.arguments,
+            model=group.model,
+            memory_gib=group.memory_gib,
+            rows=group.rows_for(life.kind),
+            measure=measure,
+            deadline=deadline,
+            trace_folder=str(traces) if measure.profile_steps else None,
+        )
+        order_file, result_file = folder / "order.json", folder / "result.jsonl"
+        order_file.write_text(order.model_dump_json())
+        result_file.touch()
+
+        def progress(text: str) -> None:
+            say(text)
+            _read(result_file, life)
+            save(results)
+
+        command = [*_python("rkv_vllm.bench.engine_life"), str(order_file), str(result_file)]
+        life.failure = _watch(command, deadline, log, progress)
+        _read(result_file, life)
+    if life.failure:
+        say(f"{life.kind}: {life.failure}")
+
+
+def _read(file: Path, life: Life) -> None:
+    """Takes over what the life's process has written so far, in whole lines."""
+    lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    if lines:
+        life.facts = EngineFacts.model_validate_json(lines[0])
+        life.loads = [LoadResult.model_validate_json(line) for line in lines[1:]]
+
+
+def _watch(command: list[str], deadline: float | None, log: Path, say: Say) -> str | None:
+    """Runs a process to its end. Returns what went wrong, if anything did."""
+    last: deque[str] = deque(maxlen=200)
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, **ENVIRONMENT},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,  # so that all its processes can be stopped together
+        )
+        killer = _kill_at(process, deadline)
+        killer.start()
+        # What it leaves behind would keep its output open.
+        Thread(target=_end_group, args=[process], daemon=True).start()
+        try:
+            assert process.stderr is not None
+            for line in process.stderr:
+                if line.startswith(PROGRESS):
+                    say(line.removeprefix(PROGRESS).rstrip())
+                last.append(line.rstrip())
+                output.write(line.encode())
+                output.flush()
+            code = process.wait()
+        finally:
+            killer.cancel()
+            _kill_group(process)
+    if code == 0:
+        return None
+    if deadline is not None and time.time() > deadline + GRACE_SECONDS - 1:
+        return "the time limit came first"
+    return f"the engine's process ended with status {code}: {_cause(list(last))}"
+
+
+def _kill_at(process: subprocess.Popen[str], deadline: float | None) -> Timer:
+    """Kills the process some time after its deadline, unless cancelled."""
+    seconds = threading.TIMEOUT_MAX if deadline is None else max(deadline + GRACE_SECONDS - time.time(), 0)
+    killer = Timer(seconds, _kill_group, [process])
+    killer.daemon = True
+    return killer
+
+
+def _end_group(process: subprocess.Popen[str]) -> None:
+    process.wait()
+    _kill_group(process)
+
+
+def _kill_group(process: subprocess.Popen[str]) -> None:
+    """Ends what the process left behind: the engine core outlives it where it was killed."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _cause(lines: list[str]) -> str:
+    """The line that says most of what went wrong: the last one with an error of its own in it."""
+    errors = [line.strip() for line in lines if "Error" in line and not line.startswith(" ")]
+    telling = [line for line in errors if "Engine core initialization failed" not in line]
+    found = telling or errors or [line for line in lines if line.strip()] or ["it printed nothing"]
+    return found[-1][:500]
+
+
+def _device(log: int) -> Device:
+    """The device and its ceilings, measured apart: no process that starts an engine may hold memory of it."""
+    done = subprocess.run(
+        _python("rkv_vllm.bench.ceilings"),
+        env={**os.environ, **ENVIRONMENT, "VLLM_LOGGING_LEVEL": "ERROR"},
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+        check=True,
+    )
+    return Device.model_validate(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _python(module: str) -> list[str]:
+    return [sys.executable, "-m", module]
+
+
+def _versions() -> dict[str, str]:
+    found = {"rkv-vllm": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

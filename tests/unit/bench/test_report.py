@@ -1,0 +1,192 @@
+"""Tables, plots and JSON out of stored results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from rkv_vllm.bench.floor import Ceilings
+from rkv_vllm.bench.kernel_time import kernel_time
+from rkv_vllm.bench.report import compare, remarks
+from rkv_vllm.bench.results import Device, EngineFacts, Life, LoadResult, Measure, Results, read_results
+from rkv_vllm.bench.rows import Entry, Group, Kind, Row
+from rkv_vllm.bench.window import Step, curve, summarise
+from rkv_vllm.cli import app
+
+SHAPE = {
+    "layers": 32,
+    "hidden": 4096,
+    "heads": 32,
+    "kv_heads": 8,
+    "head_size": 128,
+    "intermediate": 14336,
+    "vocabulary": 128256,
+    "tied_embedding": False,
+    "element_bytes": 2,
+}
+PAGES, PAGE_SIZE = 1000, 16
+
+
+def facts() -> EngineFacts:
+    return EngineFacts(
+        shape=SHAPE,
+        model="shapes/r1-distill-llama-8b",
+        pool_pages=PAGES,
+        page_size=PAGE_SIZE,
+        max_num_seqs=1024,
+        max_num_batched_tokens=8192,
+        max_model_len=4096,
+        prefix_caching=True,
+        async_scheduling=True,
+        cudagraph_mode="FULL_AND_PIECEWISE",
+        largest_graph=512,
+        start_seconds=60.0,
+    )
+
+
+def load(name: str, entry: Entry | None, speeds: list[float], *, running: int, **more: Any) -> LoadResult:
+    """Windows of ten steps of a tenth of a second, with so many tokens a second."""
+    windows, steps = [], []
+    for place, speed in enumerate(speeds):
+        part = [
+            Step(
+                place + (index + 1) / 10,
+                tokens=round(speed / 10),
+                running=running,
+                pool_use=0.5,
+                compaction_seconds=0.005 if name == "a" and entry == "compacted" else 0.0,
+            )
+            for index in range(10)
+        ]
+        windows.append(summarise(place, part, PAGES, 0.01))
+        steps += part
+    return LoadResult(row=name, entry=entry, windows=windows, curve=curve(0.0, steps), steady=True, **more)
+
+
+def life(kind: Kind, loads: list[LoadResult]) -> Life:
+    return Life(kind=kind, arguments=["--load-format", "dummy"], facts=facts(), loads=loads)
+
+
+@pytest.fixture
+def results() -> Results:
+    rows = (
+        Row(name="a", input=128, output=1024, budget=256, rkv_entry="compacted", target=2.0),
+        Row(name="b", input=128, output=1024, budget=512, rkv_entry="compacted", target=9.0),
+        Row(name="c", input=700, output=64, budget=256, batch=4),
+    )
+    spent = kernel_time(
+        [
+            {"cat": "kernel", "name": "flash", "ts": 0, "dur": 5000},
+            {"cat": "kernel", "name": "gemm", "ts": 6000, "dur": 1},
+        ],
+        steps=1,
+    )
+    stock = [
+        load("a", "staggered", [100, 200, 300], running=4, kernel_time=spent),
+        load("c", None, [50], running=4),
+    ]
+    rkv = [
+        load("a", "compacted", [400, 700, 700], running=10),
+        load("b", "compacted", [300, 300, 300], running=8),
+        LoadResult(row="c", entry=None, failure="not one request fits into the pool"),
+    ]
+    return Results(
+        command="rkv-vllm bench",
+        started="2026-01-01T00:00:00+00:00",
+        versions={"vllm": "0.32.0"},
+        platform="Linux",
+        device=Device(
+            name="NVIDIA H200",
+            memory_gib=139.8,
+            ceilings=Ceilings(bytes_per_second=4.3e12, operations_per_second=790e12),
+        ),
+        group=Group(memory_gib=72, rows=rows),
+        measure=Measure(),
+        lives=[
+            life("stock", stock),
+            life("rkv", rkv),
+            life("stock", [load("a", "staggered", [250, 250, 250], running=4)]),
+            Life(kind="rkv", arguments=[], failure="the engine's process ended with status 1: out of memory"),
+        ],
+    )
+
+
+def test_medians_and_ratios(results: Results) -> None:
+    """Proves that windows of all lives count, that ratios are of medians, and that rows which are one load to
+    stock share its figures."""
+    a, b, c = compare(results)
+    assert a.sides["stock"].tokens_per_second == b.sides["stock"].tokens_per_second == 250
+    assert (a.sides["stock"].windows, a.sides["rkv"].windows) == (6, 3)
+    assert a.ratio == 700 / 250 and b.ratio == 300 / 250 and c.ratio is None
+    assert (a.reached, b.reached, c.reached) == (True, False, None)
+    assert a.sides["stock"].spread == pytest.approx(200 / 250)
+    assert a.memory_ratio == pytest.approx(4 / 10)  # the same pages for more requests
+    assert a.sides["stock"].kv_bytes_per_request == pytest.approx(500 / 4 * PAGE_SIZE * 131072)
+    assert a.sides["rkv"].compaction_share == pytest.approx(0.05)
+    assert a.off_ratio is None
+
+
+def test_floors_stand_beside_what_was_measured(results: Results) -> None:
+    """Proves that each side has the floor of its own pool, and a batch none."""
+    a, _, c = compare(results)
+    stock, rkv = a.sides["stock"], a.sides["rkv"]
+    assert stock.floor and rkv.floor and stock.of_floor
+    assert (stock.floor.running, rkv.floor.running) == (24, 51)
+    assert a.floor_ratio == pytest.approx(rkv.floor.tokens_per_second / stock.floor.tokens_per_second)
+    assert stock.of_floor == pytest.approx(250 / stock.floor.tokens_per_second)
+    assert c.sides["stock"].floor is None
+
+
+def test_what_failed_is_said_and_nothing_else_is_lost(results: Results) -> None:
+    """Proves that a row that failed, and a life that did, are named with their reasons."""
+    a, _, c = compare(results)
+    died = "the engine's process ended with status 1: out of memory"
+    assert a.failures == [f"rkv: {died}"]
+    assert c.failures == ["stock: not run", "rkv: not one request fits into the pool", f"rkv: {died}"]
+    assert set(c.sides) == {"stock"}
+
+
+def test_remarks(results: Results) -> None:
+    """Proves that whatever makes a figure less than it seems is said beside it."""
+    a, _, c = compare(results)
+    assert remarks(a.row, a.sides["stock"]) == []
+    assert remarks(c.row, c.sides["stock"]) == ["4 requests at once, from start to end, prompts included"]
+    capped = a.row.model_copy(update={"max_age": 64, "warmup_tokens": 300})
+    shaky = a.sides["stock"].model_copy(update={"steady": False, "client_share": 0.8})
+    assert remarks(capped, shaky) == [
+        "ages entered as prompts, at most 64 tokens of age each",
+        "was not steady when measured",
+        "the measuring process was busy 80% of the time",
+    ]
+    fresh = a.sides["rkv"].model_copy(update={"entry": "fresh"})
+    assert remarks(capped, fresh) == ["first requests entered new, 300 tokens before measuring"]
+
+
+def test_the_command_shows_stored_results(results: Results, tmp_path: Path) -> None:
+    """Proves that a file of results gives tables, plots and JSON without an engine or a GPU."""
+    file = tmp_path / "llama.json"
+    file.write_text(results.model_dump_json())
+    assert read_results(file) == results
+    shown = CliRunner().invoke(app, ["bench", "--report", str(file), "--plots", str(tmp_path / "plots")])
+    assert shown.exit_code == 0, shown.output
+    assert "llama: r1-distill-llama-8b, NVIDIA H200, 72 GiB in all" in shown.stdout
+    assert "2.80" in shown.stdout and "reached" in shown.stdout and "missed" in shown.stdout
+    assert "c: rkv: not one request fits into the pool" in shown.stdout
+    plots = {path.name: path.read_text() for path in (tmp_path / "plots").iterdir()}
+    assert sorted(plots) == ["pool-llama.svg", "step.svg", "throughput.svg"]
+    assert "output tokens/s" in plots["throughput.svg"] and "attention" in plots["step.svg"]
+    as_json = CliRunner().invoke(app, ["bench", "--report", str(file), "--json"])
+    assert [each["ratio"] for each in json.loads(as_json.stdout)] == [2.8, 1.2, None]
+
+
+def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
+    """Proves that a missing file, or one of something else, is named."""
+    other = tmp_path / "other.json"
+    other.write_text("{}")
+    for file, said in ((tmp_path / "no.json", "No such file"), (other, "command: Field required")):
+        refused = CliRunner().invoke(app, ["bench", "--report", str(file)], env={"COLUMNS": "500"})
+        assert refused.exit_code == 2 and file.name in refused.output and said in refused.output

@@ -1,0 +1,90 @@
+"""Processes of engines, watched."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rkv_vllm.bench import run
+from rkv_vllm.bench.results import Life
+from rkv_vllm.bench.rows import Group, Row
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def test_progress_goes_on_and_everything_into_the_log(tmp_path: Path) -> None:
+    """Proves that a good end is no problem, and that progress is told apart from all else."""
+    said: list[str] = []
+    log = tmp_path / "log"
+    code = "import sys; print('[bench] one', file=sys.stderr); print('noise', file=sys.stderr); print('out')"
+    assert run._watch(python(code), None, log, said.append) is None
+    assert said == ["one"]
+    assert sorted(log.read_text().splitlines()) == ["[bench] one", "noise", "out"]
+
+
+def test_what_went_wrong_is_named(tmp_path: Path) -> None:
+    """Proves that a process that dies leaves its status and its own error, not vLLM's wrapper."""
+    code = """import sys
+print("ValueError: no memory", file=sys.stderr)
+print("RuntimeError: Engine core initialization failed. See root cause above.", file=sys.stderr)
+sys.exit(3)"""
+    problem = run._watch(python(code), None, tmp_path / "log", print)
+    assert problem == "the engine's process ended with status 3: ValueError: no memory"
+    silent = run._watch(python("raise SystemExit(4)"), None, tmp_path / "log", print)
+    assert silent == "the engine's process ended with status 4: it printed nothing"
+
+
+def code_with_child(child_file: Path, then: str) -> str:
+    """Of a process that starts another, notes its id, and goes on."""
+    return f"""import subprocess, time
+child = subprocess.Popen(["sleep", "600"])
+open({str(child_file)!r}, "w").write(str(child.pid))
+{then}"""
+
+
+def assert_gone(child_file: Path) -> None:
+    state = Path("/proc", child_file.read_text(), "stat")
+    for _ in range(200):  # until its new parent has taken note
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.05)
+    raise AssertionError("the child lives on")
+
+
+def test_a_process_that_hangs_is_stopped_with_its_children(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Proves that some time after the deadline all of its processes are gone, and why."""
+    monkeypatch.setattr(run, "GRACE_SECONDS", 0.5)
+    code = code_with_child(tmp_path / "child", "time.sleep(600)")
+    problem = run._watch(python(code), time.time() + 1, tmp_path / "log", print)
+    assert problem == "the time limit came first"
+    assert_gone(tmp_path / "child")
+
+
+def test_what_outlives_its_parent_is_stopped(tmp_path: Path) -> None:
+    """Proves that a child which keeps the output open ends with its parent."""
+    code = code_with_child(tmp_path / "child", "")
+    assert run._watch(python(code), None, tmp_path / "log", print) is None
+    assert_gone(tmp_path / "child")
+
+
+def test_lives_share_the_time_by_their_loads() -> None:
+    """Proves that an engine with more loads gets more of the time, and the last one all that is left."""
+    rows = (Row(name="a"), Row(name="b", kinds=("rkv",)), Row(name="c", kinds=("rkv",)))
+    group = Group(rows=rows)
+    assert run._share(group, ["stock", "rkv"], 1000.0, 1080.0) == 1030.0
+    assert run._share(group, ["rkv"], 1000.0, 1080.0) == 1080.0
+
+
+def test_half_a_line_is_left_for_later(tmp_path: Path) -> None:
+    """Proves that what a process is just writing does not spoil what it wrote before."""
+    file, life = tmp_path / "lines", Life(kind="rkv", arguments=[])
+    file.write_text('{"half')
+    run._read(file, life)
+    assert life.facts is None and life.loads == []
