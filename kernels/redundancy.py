@@ -28,6 +28,7 @@ from .part import LINK_SCALE, Part, load_rows, offsets_in_pages, slot_offsets
 _SUMS_BLOCK = 32  # tokens a program of the second walk
 _SUMS_WARPS = 2
 _SUMS_STEP = 64  # columns of a key that the second walk takes at a time
+_MATCH = tl.constexpr(0x80000000)  # the bit that marks a match
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class MatchTiles:
 
     Attributes:
         rows: keys a program owns.
-        columns: keys it compares them with at a time; a divisor of ``rows``.
+        columns: keys it compares them with at a time.
         span: column tiles between two checks whether all rows have their match.
         warps: warps a program.
         stages: depth of the pipeline of loads.
@@ -104,14 +105,14 @@ def _matches_kernel(
     own = load_rows(kv, own_offsets, HEAD_SIZE, BLOCK_D)  # what lies behind the length is never stored
     # A pair is a match if its product, less the column's norm, exceeds the threshold times the row's norm.
     bound = threshold / tl.load(inverse_norms + rows, mask=inside, other=1.0)
-    best = tl.where(inside, -1, 0)
+    best = tl.where(inside, 0, -1).to(tl.uint32, bitcast=True)  # with the top bit once there is a match
 
     tiles = tl.cdiv(length, COLUMNS)  # those still to visit
     span = 1  # the newest tile alone serves most rows, where keys are alike
     column = tl.arange(0, COLUMNS)
     # Page numbers are read one tile ahead: so the pipeline spends none of its stages on them.
     page = tl.load(pages + tl.minimum((tiles - 1) * COLUMNS + column, length - 1) // PAGE_SIZE)
-    while (tiles > 0) & (tl.min(best, axis=0) < 0):
+    while (tiles > 0) & (tl.min(best, axis=0) < _MATCH):
         count = tl.minimum(span, tiles)
         span = SPAN
         for step in range(0, count):
@@ -121,16 +122,18 @@ def _matches_kernel(
             page = tl.load(pages + tl.maximum(columns - COLUMNS, 0) // PAGE_SIZE)
             inverse = tl.load(inverse_norms + columns, mask=columns < length, other=0.0)
             products = tl.dot(own, tl.trans(other), input_precision="ieee")
-            excess = products * inverse[None, :] - bound[:, None]
-            # Most tiles hold nothing new, and are done with one maximum: as integers, positive floats are
-            # in order and above all negative ones. A row's match with itself is told apart behind it.
-            highest = tl.max(excess.to(tl.int32, bitcast=True), axis=1)
-            if tl.max(((highest > 0) & (best < 0)).to(tl.int32), axis=0) > 0:
-                is_match = (excess > 0.0) & (rows[:, None] != columns[None, :])
-                found = tl.max(tl.where(is_match, columns[None, :], -1), axis=1)
-                best = tl.where(best < 0, found, best)
+            missing = bound[:, None] - products * inverse[None, :]
+            newest_column = (tiles - step) * COLUMNS - 1
+            is_own = (newest_column >= block * ROWS) & (newest_column - COLUMNS < (block + 1) * ROWS - 1)
+            if is_own | (newest_column >= length):  # a key is no match of its own, and what is no key of none
+                no_pair = (rows[:, None] == columns[None, :]) | (columns >= length)[None, :]
+                missing = tl.where(no_pair, 1.0, missing)
+            # Of a match the difference is negative: its sign becomes the top bit of the column's number.
+            sign = missing.to(tl.uint32, bitcast=True) & 0x80000000
+            best = tl.maximum(best, tl.max(sign | columns[None, :].to(tl.uint32), axis=1))
         tiles -= count
-    tl.store(newest + rows, tl.maximum(best, 0), mask=inside)
+    found = tl.where(best < _MATCH, 0, best & 0x7FFFFFFF).to(tl.int32)
+    tl.store(newest + rows, found, mask=inside)
 
 
 @triton.jit(do_not_specialize=["stride_pages", "first_layer", "first_request", "requests", "blocks"])
