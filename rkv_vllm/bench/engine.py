@@ -30,7 +30,7 @@ from rkv_vllm.counters import COMPACTION_DURATION, COMPACTIONS, EVICTED_TOKENS, 
 from rkv_vllm.engine_args import rkv_engine_args
 from rkv_vllm.metrics import take_tally
 
-EMPTY_POOL_SECONDS = 60.0
+EMPTY_POOL_SECONDS = 15.0
 
 
 class RefusedError(Exception):
