@@ -80,7 +80,7 @@ namespace="{{ .Release.Namespace }}",service="{{ include "rkv-vllm.fullname" . }
   (list "gpu-memory-utilization" $values.engine.gpuMemoryUtilization)
   (list "limit-body-bytes" $values.limits.bodyBytes)
   (list "limit-max-tokens" $values.limits.maxTokens)
-  (list "limit-n" $values.limits.n)
+  (list "limit-n" $values.limits.answers)
   (list "limit-concurrent" $values.limits.concurrent)
   (list "limit-concurrent-per-key" $values.limits.concurrentPerKey)
   (list "open-routes" (join "," $values.openRoutes))
