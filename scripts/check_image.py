@@ -1,9 +1,9 @@
-"""Build docker/Dockerfile.cpu without a container engine or a registry, run what came out, and ask it something.
+"""Build docker/Dockerfile.cpu without a container engine or a registry, run it, and ask it something.
 
-Run by `make image`, as root on Debian. The base image is made by mmdebstrap in place of `python:slim`; buildah
-runs the steps of the Dockerfile in a chroot. The image's own command is then started as the image's own user, on
-a read-only root file system, and has to answer with a compacted cache, pass its health check, and end on SIGTERM
-with status 0. Everything is kept in .cache/image; delete that folder to build from nothing.
+Run by `make image`, as root on Debian. The base image is made by mmdebstrap in place of `python:slim`;
+buildah runs the steps of the Dockerfile in a chroot. The image's own command is then started as the image's
+own user, on a read-only root file system, and has to answer with a compacted cache, pass its health check,
+and end on SIGTERM with status 0. The base and the image are kept in .cache/image.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SUITE = "bookworm"
 URL = "http://127.0.0.1:8000"
 START_SECONDS = 300
 STOP_SECONDS = 60
-#: What pip may be told that names files of this machine, and pages on its disk that link to files beside them.
+#: What pip may be told that names files of this machine, and pages on its disk, which link to their siblings.
 PIP_PATHS = ("cert", "constraint", "find-links")
 PIP_INDEXES = ("index-url", "extra-index-url")
 
@@ -118,7 +118,7 @@ def build() -> None:
 
 
 def pip_volumes(scratch: Path) -> list[str]:
-    """Mounts that let pip in the build find what pip finds here: its configuration, and files that this names."""
+    """Mounts that let pip in the build find what pip finds here: its configuration, and what that names."""
     listed = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
     )
@@ -224,7 +224,9 @@ def answer() -> str:
     report = found["kv_cache"]
     if found["usage"]["completion_tokens"] != 128 or report["compactions"] == 0:
         raise ImageError(f"the answer is not what was asked for: {found}")
-    return f"128 tokens answered, {report['compactions']} compactions, {report['evicted_tokens']} tokens evicted"
+    return (
+        f"128 tokens answered, {report['compactions']} compactions, {report['evicted_tokens']} tokens evicted"
+    )
 
 
 def disk_mib(folder: Path) -> int:
@@ -239,7 +241,15 @@ def disk_mib_of(image: str) -> int:
         buildah("rm", container)
 
 
-BUILDAH = ["buildah", "--storage-driver", "vfs", "--root", str(WORK / "store"), "--runroot", str(WORK / "run")]
+BUILDAH = [
+    "buildah",
+    "--storage-driver",
+    "vfs",
+    "--root",
+    str(WORK / "store"),
+    "--runroot",
+    str(WORK / "run"),
+]
 
 
 def buildah(*arguments: str) -> str:

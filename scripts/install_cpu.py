@@ -41,7 +41,7 @@ def main() -> int:
     parser.add_argument(
         "--runtime",
         action="store_true",
-        help="what serving needs alone: no tools of development, and not this package, which comes as a wheel",
+        help="what serving needs alone: no tools of development, nor this package, which comes as a wheel",
     )
     parser.add_argument("--vllm-requirements", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -96,7 +96,7 @@ def install(directory: Path, *, force: bool, runtime: bool = False) -> None:
 
 
 def fingerprint(*, runtime: bool = False) -> str:
-    """What an installation depends on: this script, pyproject.toml, the Python version and what is left out."""
+    """What an installation depends on: this script, pyproject.toml, Python's version, what is left out."""
     digest = hashlib.sha256(f"{platform.python_version()} {runtime}".encode())
     for file in (Path(__file__), ROOT / "pyproject.toml"):
         digest.update(file.read_bytes())

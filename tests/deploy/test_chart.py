@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, get_args
+from unittest.mock import patch
 
 import kubernetes_validate
 import pytest
@@ -14,7 +16,7 @@ from cloudcoil.models.keda.v1alpha1 import ScaledObject
 from cloudcoil.models.prometheus_operator.v1 import PrometheusRule, ServiceMonitor
 from helm_python.chart import lint, package
 from helm_python.errors import HelmRenderError, HelmValuesError
-from test_monitoring import lost
+from roundtrip import lost
 from typer.testing import CliRunner
 
 from rkv_vllm import __version__
@@ -52,7 +54,13 @@ VALUE_SETS: dict[str, dict[str, Any]] = {
             "gpuMemoryUtilization": 0.9,
             "extraArgs": ["--block-size", "16"],
         },
-        "limits": {"bodyBytes": 67108864, "maxTokens": 4096, "answers": 2, "concurrent": 9, "concurrentPerKey": 3},
+        "limits": {
+            "bodyBytes": 67108864,
+            "maxTokens": 4096,
+            "answers": 2,
+            "concurrent": 9,
+            "concurrentPerKey": 3,
+        },
         "apiKeys": {"entries": {"alice": "sk-alice", "prometheus": "sk-prometheus"}},
         "openRoutes": ["/tokenize", "/detokenize"],
         "huggingFaceToken": {"existingSecret": "hugging-face"},
@@ -77,6 +85,16 @@ VALUE_SETS: dict[str, dict[str, Any]] = {
         "runtimeClassName": "nvidia",
     },
 }
+EVERY_ARGUMENT = """
+--host=0.0.0.0 --port=8000 --served-model-name=reasoner --tensor-parallel-size=4 --block-size 16
+--kv-budget=1024 --kv-budget-min=512 --kv-budget-max=4096 --kv-require-budget --kv-buffer=128
+--kv-policy=rkv --kv-policies=rkv,snapkv --kv-mix-lambda=0.25 --kv-granularity=token --kv-beyond-pool
+--kv-key-policies=/etc/rkv-vllm/policies/key-policies.yaml
+--max-model-len=8192 --max-num-seqs=64 --gpu-memory-utilization=0.9 --limit-body-bytes=67108864
+--limit-max-tokens=4096 --limit-n=2 --limit-concurrent=9 --limit-concurrent-per-key=3
+--open-routes=/tokenize,/detokenize --access-log=json --api-key-file=/etc/rkv-vllm/keys/api-keys
+--shutdown-timeout=120
+"""
 CUSTOM = {model.__name__: model for model in (PrometheusRule, ScaledObject, ServiceMonitor)}
 
 
@@ -88,8 +106,8 @@ def arguments(values: dict[str, Any]) -> list[str]:
 @pytest.mark.parametrize("version", ["1.27", kubernetes_validate.latest_version()])
 @pytest.mark.parametrize("name", VALUE_SETS)
 def test_objects_follow_kubernetes_schemas(name: str, version: str) -> None:
-    """Strictly, for the oldest Kubernetes that the chart takes and the newest there are schemas for; objects of
-    other operators follow the types made of their definitions, of which no field may be unknown."""
+    """Strictly, for the oldest Kubernetes that the chart takes and the newest there are schemas for; objects
+    of operators follow the types made of their definitions, to which no field may be unknown."""
     objects = render(VALUE_SETS[name])
     assert len(objects) >= 3
     for found in objects:
@@ -109,7 +127,9 @@ def test_names_and_labels_hold_together(name: str) -> None:
     deployment = the("Deployment", objects)
     labels = deployment["spec"]["template"]["metadata"]["labels"]
     selectors = [deployment["spec"]["selector"]["matchLabels"], the("Service", objects)["spec"]["selector"]]
-    selectors += [found["spec"]["selector"]["matchLabels"] for found in of_kind(objects, "PodDisruptionBudget")]
+    selectors += [
+        found["spec"]["selector"]["matchLabels"] for found in of_kind(objects, "PodDisruptionBudget")
+    ]
     selectors += [found["spec"]["podSelector"]["matchLabels"] for found in of_kind(objects, "NetworkPolicy")]
     for selector in selectors:
         assert selector.items() <= labels.items()
@@ -139,9 +159,7 @@ def test_volumes_that_are_mounted_exist(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", VALUE_SETS)
-def test_the_server_takes_the_arguments(
-    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_server_takes_the_arguments(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The command itself parses them, its own flags and, with vLLM's parser, all others."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -150,16 +168,13 @@ def test_the_server_takes_the_arguments(
 
     given: list[list[str]] = []
     monkeypatch.setattr(launch, "launch", given.append)
-    for variable in ("RKV_KV_BUDGET", "RKV_API_KEY_FILE"):  # restores the environment, which `serve` changes
-        monkeypatch.delenv(variable, raising=False)
     (tmp_path / "api-keys").write_text("alice sk-alice\n")
     (tmp_path / "key-policies.yaml").write_text(yaml.safe_dump({DIGEST: {"budget": 1024}}))
     words = [
         word.replace("/etc/rkv-vllm/keys", str(tmp_path)).replace("/etc/rkv-vllm/policies", str(tmp_path))
         for word in arguments(VALUE_SETS[name])
     ]
-    with monkeypatch.context() as environment:
-        environment.setattr("os.environ", dict(**__import__("os").environ))
+    with patch.dict(os.environ):  # which `serve` changes for vLLM's processes
         result = CliRunner().invoke(app, ["serve", *words])
     assert result.exit_code == 0, result.output
     [serve] = given
@@ -175,15 +190,8 @@ def test_the_server_takes_the_arguments(
 def test_every_bound_reaches_the_server() -> None:
     """No setting of the server that a value is for is forgotten, and large numbers stay whole."""
     words = arguments(VALUE_SETS["all"])
-    for word in (
-        "reasoner --kv-budget=1024 --kv-budget-min=512 --kv-budget-max=4096 --kv-require-budget --kv-buffer=128 "
-        "--kv-policy=rkv --kv-policies=rkv,snapkv --kv-mix-lambda=0.25 --kv-granularity=token --kv-beyond-pool "
-        "--kv-key-policies=/etc/rkv-vllm/policies/key-policies.yaml --max-model-len=8192 --max-num-seqs=64 "
-        "--gpu-memory-utilization=0.9 --limit-body-bytes=67108864 --limit-max-tokens=4096 --limit-n=2 "
-        "--limit-concurrent=9 --limit-concurrent-per-key=3 --open-routes=/tokenize,/detokenize --access-log=json "
-        "--api-key-file=/etc/rkv-vllm/keys/api-keys --tensor-parallel-size=4 --shutdown-timeout=120 --block-size"
-    ).split()[1:]:
-        assert word in words, word
+    assert words[0] == VALUES["model"]
+    assert set(EVERY_ARGUMENT.split()) == set(words[1:])
     flags = {word.split("=")[0].removeprefix("--").replace("-", "_") for word in words}
     settings = {f"kv_{name}" for name in KvSettings.model_fields}
     settings |= set(OperationSettings.model_fields) - {"api_keys", "open_metrics"}
@@ -248,7 +256,7 @@ def undescribed(schema: dict[str, Any], path: str) -> list[str]:
 
 
 def test_every_value_is_described_and_has_a_default() -> None:
-    """values.yaml and its schema name the same values, down to the settings of probes, which may have more."""
+    """values.yaml and its schema name the same values, but for some of probes, and no object takes others."""
     assert undescribed(SCHEMA, "") == []
 
     def missing(values: dict[str, Any], schema: dict[str, Any], path: str) -> list[str]:
@@ -261,7 +269,11 @@ def test_every_value_is_described_and_has_a_default() -> None:
                 here += missing(values[name], properties[name], f"{path}.{name}")
         return here
 
-    optional = {f".probes.{probe}.{name}" for probe in VALUES["probes"] for name in ("initialDelaySeconds", "successThreshold")}
+    optional = {
+        f".probes.{probe}.{name}"
+        for probe in VALUES["probes"]
+        for name in ("initialDelaySeconds", "successThreshold")
+    }
     assert set(missing(VALUES, SCHEMA, "")) == optional | {".global"}
     assert SCHEMA["properties"]["kvCache"]["properties"]["policy"]["enum"] == list(get_args(PolicyName))
 
@@ -274,16 +286,20 @@ def test_lint_finds_nothing() -> None:
 
 
 def test_dashboards_and_rules_have_one_source(tmp_path: Path) -> None:
-    """The package, too, which is built from links, carries the files of deploy/grafana and deploy/prometheus."""
+    """The package, too, which is made from links, has the files of deploy/grafana and deploy/prometheus."""
     values = {"dashboards": {"enabled": True}, "prometheusRule": {"enabled": True}}
     for chart in (CHART, Path(package(CHART, destination=tmp_path))):
         objects = render(values, chart)
         dashboards = {
-            name: json.loads(text) for found in of_kind(objects, "ConfigMap") for name, text in found["data"].items()
+            name: json.loads(text)
+            for found in of_kind(objects, "ConfigMap")
+            for name, text in found["data"].items()
         }
         files = (ROOT / "deploy" / "grafana").glob("*.json")
         assert dashboards == {path.name: json.loads(path.read_text()) for path in files}
-        assert all(found["metadata"]["labels"]["grafana_dashboard"] == "1" for found in of_kind(objects, "ConfigMap"))
+        assert all(
+            found["metadata"]["labels"]["grafana_dashboard"] == "1" for found in of_kind(objects, "ConfigMap")
+        )
         rules = yaml.safe_load((ROOT / "deploy" / "prometheus" / "rules.yml").read_text())
         assert the("PrometheusRule", objects)["spec"] == rules
 
@@ -292,9 +308,7 @@ def test_dashboards_and_rules_have_one_source(tmp_path: Path) -> None:
 def test_the_stop_fits_into_the_grace_period(seconds: tuple[int, int, int]) -> None:
     """It is the sum of what comes one after the other, and the server is told its part of it."""
     before, drain, engine = seconds
-    objects = render(
-        {"shutdown": {"preStopSeconds": before, "drainSeconds": drain, "engineSeconds": engine}}
-    )
+    objects = render({"shutdown": {"preStopSeconds": before, "drainSeconds": drain, "engineSeconds": engine}})
     assert pod(objects)["terminationGracePeriodSeconds"] == sum(seconds)
     assert container(objects)["lifecycle"]["preStop"]["exec"]["command"] == ["sleep", str(before)]
     assert f"--shutdown-timeout={drain}" in container(objects)["args"]
@@ -371,7 +385,7 @@ def test_scaling_asks_for_metrics_of_this_release_alone() -> None:
 
 
 def test_routers_find_the_pods() -> None:
-    """The labels, the port and the open metrics that the examples' routers rely on are those of their pods."""
+    """The labels, the port and the open metrics that the examples' routers rely on are their pods' own."""
     for name in ("production-stack", "llm-d"):
         objects = render(example(name))
         labels = the("Deployment", objects)["spec"]["template"]["metadata"]["labels"]
@@ -383,7 +397,9 @@ def test_routers_find_the_pods() -> None:
             [config] = router["router"]["epp"]["pluginsCustomConfig"].values()
             plugins = yaml.safe_load(config)
             used = {
-                plugin["pluginRef"] for profile in plugins["schedulingProfiles"] for plugin in profile["plugins"]
+                plugin["pluginRef"]
+                for profile in plugins["schedulingProfiles"]
+                for plugin in profile["plugins"]
             }
             assert used <= {plugin["type"] for plugin in plugins["plugins"]}
             assert {"prefix-cache-scorer", "session-affinity-scorer"} <= used

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from helm_python.chart import Chart
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 CHART = ROOT / "deploy" / "helm" / "rkv-vllm"
 EXAMPLES = ROOT / "deploy" / "helm" / "examples"
 RELEASE, NAMESPACE = "demo", "serving"
