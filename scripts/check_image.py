@@ -26,12 +26,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 DOCKERFILE = ROOT / "docker" / "Dockerfile.cpu"
 WORK = ROOT / ".cache" / "image"
+STORE = ("--storage-driver", "vfs", "--root", str(WORK / "store"), "--runroot", str(WORK / "run"))
+BUILDAH = ("buildah", *STORE)
 TAG = "localhost/rkv-vllm:cpu"
-TOOLS = {"buildah": "buildah", "mmdebstrap": "mmdebstrap"}
+TOOLS = ("buildah", "mmdebstrap")  # commands, and the packages they come in
 SUITE = "bookworm"
 URL = "http://127.0.0.1:8000"
 START_SECONDS = 300
 STOP_SECONDS = 60
+TOKENS = 128
 #: What pip may be told that names files of this machine, and pages on its disk, which link to their siblings.
 PIP_PATHS = ("cert", "constraint", "find-links")
 PIP_INDEXES = ("index-url", "extra-index-url")
@@ -74,7 +77,7 @@ def check() -> None:
 
 
 def install_tools() -> None:
-    missing = [package for tool, package in TOOLS.items() if shutil.which(tool) is None]
+    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     if missing:
         say(f"installing {', '.join(missing)}")
         run("apt-get", "update")
@@ -208,25 +211,33 @@ def wait_until_healthy(process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def answer() -> str:
-    """Asks for an answer with a small budget; returns what it says about itself."""
+    """Asks for an answer with a small budget, and for one of two words; returns what the first reports."""
+    story = ask(content="Tell a long story about the sea.", kv_cache={"budget": 64, "buffer": 32})
+    report = story["kv_cache"]
+    if story["usage"]["completion_tokens"] != TOKENS or report["compactions"] == 0:
+        raise ImageError(f"the answer is not what was asked for: {story}")
+    words = ["yes", "no"]  # decoded by a grammar, which the image does without Triton
+    verdict = ask(content="Is the sea wet?", structured_outputs={"choice": words}, ignore_eos=False)
+    if verdict["choices"][0]["message"]["content"] not in words:
+        raise ImageError(f"the answer is none of {words}: {verdict}")
+    evicted = report["evicted_tokens"]
+    return f"{TOKENS} tokens answered, {report['compactions']} compactions, {evicted} tokens evicted"
+
+
+def ask(content: str, **fields: Any) -> dict[str, Any]:
     body = {
         "model": "SmolLM2-135M-Instruct",
-        "messages": [{"role": "user", "content": "Tell a long story about the sea."}],
-        "max_tokens": 128,
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": TOKENS,
         "ignore_eos": True,
-        "kv_cache": {"budget": 64, "buffer": 32},
+        **fields,
     }
     request = urllib.request.Request(
         f"{URL}/v1/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"}
     )
     with urllib.request.urlopen(request, timeout=300) as response:
-        found = json.load(response)
-    report = found["kv_cache"]
-    if found["usage"]["completion_tokens"] != 128 or report["compactions"] == 0:
-        raise ImageError(f"the answer is not what was asked for: {found}")
-    return (
-        f"128 tokens answered, {report['compactions']} compactions, {report['evicted_tokens']} tokens evicted"
-    )
+        found: dict[str, Any] = json.load(response)
+    return found
 
 
 def disk_mib(folder: Path) -> int:
@@ -239,17 +250,6 @@ def disk_mib_of(image: str) -> int:
         return disk_mib(Path(buildah("mount", container).strip()))
     finally:
         buildah("rm", container)
-
-
-BUILDAH = [
-    "buildah",
-    "--storage-driver",
-    "vfs",
-    "--root",
-    str(WORK / "store"),
-    "--runroot",
-    str(WORK / "run"),
-]
 
 
 def buildah(*arguments: str) -> str:
