@@ -120,8 +120,8 @@ def test_objects_follow_kubernetes_schemas(name: str, version: str) -> None:
 
 @pytest.mark.parametrize("name", VALUE_SETS)
 def test_names_and_labels_hold_together(name: str) -> None:
-    """Each object has a name of its own kind; every selector is the one that never changes, and finds the pods;
-    scaling finds the Deployment."""
+    """Each object has a name of its own kind; every selector is the one that never changes and finds the
+    pods; scaling finds the Deployment."""
     objects = render(VALUE_SETS[name])
     names = [(found["kind"], found["metadata"]["name"]) for found in objects]
     assert len(names) == len(set(names))
