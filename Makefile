@@ -6,7 +6,7 @@ TESTS ?= tests
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv model demo test monitoring type lint format bench clean
+.PHONY: help venv model demo test monitoring image type lint format bench clean
 
 help: ## list these commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -26,6 +26,9 @@ test: venv model ## run the whole test suite; TESTS=tests/server picks a part
 monitoring: venv model ## prove dashboards and alert rules against a served model and Debian's Prometheus
 	@folder=$$($(BIN)/python scripts/install_prometheus.py) && \
 	$(BIN)/python scripts/check_monitoring.py --prometheus "$$folder"
+
+image: ## build the CPU image without a container engine and ask it something; as root, on Debian
+	@$(PYTHON) scripts/check_image.py
 
 type: venv ## mypy
 	$(BIN)/python scripts/check_types.py --cache-dir .cache/mypy

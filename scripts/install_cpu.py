@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -38,54 +39,66 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="where to install (default: .venv)")
     parser.add_argument("--force", action="store_true", help="install again even if nothing has changed")
+    parser.add_argument(
+        "--runtime",
+        action="store_true",
+        help="what serving needs alone: no tools of development, nor this package, which comes as a wheel",
+    )
     parser.add_argument("--vllm-requirements", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.vllm_requirements:
         print("\n".join(vllm_requirements()))
         return 0
     try:
-        install(arguments.venv, force=arguments.force)
+        install(arguments.venv, force=arguments.force, runtime=arguments.runtime)
     except InstallError as error:
         print(f"install_cpu: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def install(directory: Path, *, force: bool) -> None:
-    """Bring `directory` up to date; does nothing when its stamp matches."""
+def install(directory: Path, *, force: bool, runtime: bool = False) -> None:
+    """Bring `directory` up to date; does nothing when its stamp matches.
+
+    Args:
+        runtime: leave out this package and the extra `dev`.
+    """
     oldest, newest = SUPPORTED_PYTHON
     if not oldest <= sys.version_info[:2] <= newest:
         raise InstallError(
             f"Python {platform.python_version()} is not supported: use {oldest[0]}.{oldest[1]} to "
             f"{newest[0]}.{newest[1]}, for example: make PYTHON=python3.{newest[1]}"
         )
-    stamp, wanted = directory / ".rkv-vllm-installed", fingerprint()
+    stamp, wanted = directory / ".rkv-vllm-installed", fingerprint(runtime=runtime)
     if not force and stamp.is_file() and stamp.read_text() == wanted:
         return
     started = time.monotonic()
     stamp.unlink(missing_ok=True)
     python = create_venv(directory)
     install_torch(python)
-    install_requirements(python)
-    run(
-        python,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "--editable",
-        str(ROOT),
-    )
-    check(python)
+    install_requirements(python, runtime=runtime)
+    if runtime:  # xgrammar asks for Triton: a gigabyte that only a GPU, or our tests, have a use for
+        run(python, "-m", "pip", "uninstall", "--quiet", "--yes", "triton")
+    else:
+        run(
+            python,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "--editable",
+            str(ROOT),
+        )
+    check(python, runtime=runtime)
     stamp.write_text(wanted)
     say(f"ready in {time.monotonic() - started:.0f} s: {directory}")
 
 
-def fingerprint() -> str:
-    """What an installation depends on: this script, pyproject.toml and the Python version."""
-    digest = hashlib.sha256(platform.python_version().encode())
+def fingerprint(*, runtime: bool = False) -> str:
+    """What an installation depends on: this script, pyproject.toml, Python's version, what is left out."""
+    digest = hashlib.sha256(f"{platform.python_version()} {runtime}".encode())
     for file in (Path(__file__), ROOT / "pyproject.toml"):
         digest.update(file.read_bytes())
     return digest.hexdigest()
@@ -124,7 +137,7 @@ def install_torch(python: Path) -> None:
         )
 
 
-def install_requirements(python: Path) -> None:
+def install_requirements(python: Path, *, runtime: bool) -> None:
     """vLLM, what vLLM needs, and what this package, its demo and its tests need, resolved together."""
     say(f"installing {VLLM} and what it needs")
     run(python, "-m", "pip", "install", "--quiet", "--no-deps", VLLM)
@@ -132,7 +145,7 @@ def install_requirements(python: Path) -> None:
     torch = installed_version(python, "torch")
     with tempfile.TemporaryDirectory() as scratch:
         requirements, constraints = Path(scratch, "requirements.txt"), Path(scratch, "constraints.txt")
-        requirements.write_text("\n".join(listed + own_requirements()))
+        requirements.write_text("\n".join(listed + own_requirements(runtime=runtime)))
         constraints.write_text(f"torch==={torch}\n{VLLM}\n")  # nothing may replace these two
         run(
             python,
@@ -148,12 +161,18 @@ def install_requirements(python: Path) -> None:
         )
 
 
-def own_requirements() -> list[str]:
-    """This package's requirements with its extras, less those that name the package."""
+def own_requirements(*, runtime: bool = False) -> list[str]:
+    """This package's requirements: with the extra `demo` to run it, with `dev` to work on it."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    requirements = [*project["dependencies"], *extras["bench"], *extras["demo"], *extras["dev"]]
-    return [requirement for requirement in requirements if not requirement.startswith(project["name"])]
+    own = re.compile(rf"{project['name']}\[([\w,-]+)\]")  # an extra names others as `rkv-vllm[demo]`
+    requirements, extras = list(project["dependencies"]), ["demo" if runtime else "dev"]
+    for extra in extras:
+        for requirement in project["optional-dependencies"][extra]:
+            if match := own.fullmatch(requirement):
+                extras += match[1].split(",")
+            else:
+                requirements.append(requirement)
+    return list(dict.fromkeys(requirements))
 
 
 def vllm_requirements() -> list[str]:
@@ -172,11 +191,12 @@ def vllm_requirements() -> list[str]:
     ]
 
 
-def check(python: Path) -> None:
-    """vLLM, transformers and this package import, and nothing has replaced the CPU torch."""
+def check(python: Path, *, runtime: bool) -> None:
+    """vLLM, transformers and, if installed, this package import, and nothing has replaced the CPU torch."""
     say("checking that vLLM and transformers import")
+    own = "" if runtime else ", rkv_vllm, rkv_vllm.kernels, rkv_vllm.server"
     program = (
-        "import torch, transformers, vllm, rkv_vllm, rkv_vllm.kernels, rkv_vllm.server\n"
+        f"import torch, transformers, vllm{own}\n"
         "assert torch.version.cuda is None, f'torch {torch.__version__} is a CUDA build'\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         "from vllm import LLM\n"

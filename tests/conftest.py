@@ -1,9 +1,13 @@
-"""One Triton for the whole test run."""
+"""One Triton for the whole test run, and helpers that tests of several folders import by name."""
 
 import os
+import sys
+from pathlib import Path
 
 import torch
 
 # Triton reads this while it is imported, and vLLM, which the engine's tests use, imports it.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+sys.path.insert(0, str(Path(__file__).parent))

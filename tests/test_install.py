@@ -44,6 +44,14 @@ def test_own_requirements_name_neither_torch_nor_vllm(install_cpu: ModuleType) -
     assert {"typer", "openai", "pytest"} <= required
 
 
+def test_a_runtime_has_the_demo_and_no_tools_of_development(install_cpu: ModuleType) -> None:
+    """The image is installed like that; an environment of the other kind is not taken for up to date."""
+    runtime, all_of_them = (names(install_cpu.own_requirements(runtime=choice)) for choice in (True, False))
+    assert {"typer", "openai", "gguf"} <= runtime < all_of_them
+    assert not runtime & {"pytest", "mypy", "triton", "helm-python-sdk"}
+    assert install_cpu.fingerprint(runtime=True) != install_cpu.fingerprint(runtime=False)
+
+
 def test_a_second_run_does_nothing(
     install_cpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

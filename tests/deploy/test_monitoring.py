@@ -12,6 +12,7 @@ import yaml
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
+from roundtrip import lost
 
 from rkv_vllm.counters import TALLIED
 from rkv_vllm.metrics import BUILD_INFO, QUERY_WINDOW_BYTES
@@ -30,23 +31,6 @@ def unknown_names(expression: str) -> set[str]:
     """Names with our prefix that no metric and no series of a histogram has; recorded ones have a colon."""
     names = set(re.findall(r"(?<![\w:])rkv_\w+", expression))
     return {name for name in names if re.sub(r"_(bucket|sum|count)$", "", name) not in METRICS}
-
-
-def lost(ours: Any, theirs: Any, path: str = "") -> list[str]:
-    """Paths of what stands in `ours` and not, with the same value, in `theirs`."""
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        return [
-            where
-            for key, value in ours.items()
-            for where in (lost(value, theirs[key], f"{path}.{key}") if key in theirs else [f"{path}.{key}"])
-        ]
-    if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
-        return [
-            where
-            for i, pair in enumerate(zip(ours, theirs, strict=True))
-            for where in lost(*pair, f"{path}[{i}]")
-        ]
-    return [] if ours == theirs else [path]
 
 
 @pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)

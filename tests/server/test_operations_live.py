@@ -30,6 +30,7 @@ pytestmark = pytest.mark.engine
 MODEL = "smollm2"
 KEYS = {"alice": "sk-alice-0123456789abcdef", "bob": "sk-bob-0123456789abcdef"}
 MOST_TOKENS = 128
+DRAIN_SECONDS = 30
 OPTIONS = [
     *("--dtype", "float32"),
     *("--block-size", "32"),
@@ -42,6 +43,7 @@ OPTIONS = [
     *("--limit-n", "4"),
     *("--limit-concurrent-per-key", "64"),
     *("--access-log", "json"),
+    *("--shutdown-timeout", str(DRAIN_SECONDS)),
 ]
 CLIENTS = 64
 BUDGETS = (0, 16, 24, 32)
@@ -289,22 +291,38 @@ def test_64_clients_half_of_which_leave(server: Server) -> None:
     assert growth < GROWTH_BYTES
 
 
-def test_sigterm_finishes_what_runs_and_ends_with_status_0(server: Server) -> None:
-    """The stream gets all its tokens while newcomers are sent away, and nothing went wrong in the log."""
+def test_a_pods_stop_finishes_what_runs_and_ends_with_status_0(server: Server) -> None:
+    """As the Helm chart has Kubernetes stop a pod, with its probes, which have no API key: while preStop runs
+    newcomers are served; then the stream gets all its tokens while newcomers are sent away, the pod is alive
+    but not ready, it ends within the grace period, and nothing went wrong in the log."""
+    from chart import container, pod, render  # needs Helm's binding
+
+    objects = render({"shutdown": {"preStopSeconds": 1, "drainSeconds": DRAIN_SECONDS}})
+    kubernetes, grace = container(objects), pod(objects)["terminationGracePeriodSeconds"]
+    assert f"--shutdown-timeout={DRAIN_SECONDS}" in kubernetes["args"]
+
+    def probe(name: str) -> int:
+        with server.http(key=None) as kubelet:
+            return kubelet.get(kubernetes[name]["httpGet"]["path"]).status_code
+
+    assert [probe(name) for name in ("startupProbe", "readinessProbe", "livenessProbe")] == [200, 200, 200]
+    deadline = time.monotonic() + grace
+    waiting = subprocess.Popen(kubernetes["lifecycle"]["preStop"]["exec"]["command"])
     fields = completion(max_tokens=MOST_TOKENS, stream=True, stream_options={"include_usage": True})
     with server.http() as http, http.stream("POST", "/v1/completions", json=fields) as answer:
         events = (line.removeprefix("data: ") for line in answer.iter_lines() if line)
         next(events)
+        assert (waiting.wait(), probe("readinessProbe")) == (0, 200)
         server.process.send_signal(signal.SIGTERM)
+        assert eventually(lambda: probe("readinessProbe") == 503, 5)
         with server.http() as late:
-            assert eventually(lambda: late.get("/ready").status_code == 503, 5)
             refused = late.post("/v1/completions", json=completion())
             assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
-            assert late.get("/health").status_code == 200
+        assert probe("livenessProbe") == 200
         rest = list(events)
     assert rest[-1] == "[DONE]"
     assert json.loads(rest[-2])["usage"]["completion_tokens"] == MOST_TOKENS
-    assert server.process.wait(60) == 0, tail(server.log)
+    assert server.process.wait(deadline - time.monotonic()) == 0, tail(server.log)
     log = server.log.read_text(errors="replace")
     assert "Traceback" not in log
     assert "EngineDeadError" not in log

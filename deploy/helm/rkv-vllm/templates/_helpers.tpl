@@ -1,0 +1,120 @@
+{{- define "rkv-vllm.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" -}}
+{{- end -}}
+
+{{- define "rkv-vllm.fullname" -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 63 | trimSuffix "-" -}}
+{{- else -}}
+{{- $name := include "rkv-vllm.name" . -}}
+{{- if contains $name .Release.Name -}}
+{{- .Release.Name | trunc 63 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name $name | trunc 63 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "rkv-vllm.selectorLabels" -}}
+app.kubernetes.io/name: {{ include "rkv-vllm.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- define "rkv-vllm.labels" -}}
+{{ include "rkv-vllm.selectorLabels" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
+{{- end -}}
+
+{{- define "rkv-vllm.image" -}}
+{{- if .Values.image.digest -}}
+{{ .Values.image.repository }}@{{ .Values.image.digest }}
+{{- else -}}
+{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{- end -}}
+{{- end -}}
+
+{{- define "rkv-vllm.serviceAccountName" -}}
+{{- if .Values.serviceAccount.create -}}
+{{- .Values.serviceAccount.name | default (include "rkv-vllm.fullname" .) -}}
+{{- else -}}
+{{- .Values.serviceAccount.name | default "default" -}}
+{{- end -}}
+{{- end -}}
+
+{{/* The Secret that holds the file of API keys, or nothing where the server takes none. */}}
+{{- define "rkv-vllm.apiKeySecret" -}}
+{{- if .Values.apiKeys.existingSecret -}}
+{{- .Values.apiKeys.existingSecret -}}
+{{- else if .Values.apiKeys.entries -}}
+{{- include "rkv-vllm.fullname" . }}-api-keys
+{{- end -}}
+{{- end -}}
+
+{{/* From the first second of preStop until the engine has ended. */}}
+{{- define "rkv-vllm.gracePeriod" -}}
+{{- add .Values.shutdown.preStopSeconds .Values.shutdown.drainSeconds .Values.shutdown.engineSeconds -}}
+{{- end -}}
+
+{{/* Labels by which Prometheus knows the pods of this release, when it scrapes them by the ServiceMonitor. */}}
+{{- define "rkv-vllm.series" -}}
+namespace="{{ .Release.Namespace }}",service="{{ include "rkv-vllm.fullname" . }}"
+{{- end -}}
+
+{{/* Options of `rkv-vllm serve`, one a line; an unset value is no option. */}}
+{{- define "rkv-vllm.arguments" -}}
+{{- $values := .Values -}}
+{{- $options := list
+  (list "served-model-name" $values.servedModelName)
+  (list "kv-budget" $values.kvCache.budget)
+  (list "kv-budget-min" $values.kvCache.budgetMin)
+  (list "kv-budget-max" $values.kvCache.budgetMax)
+  (list "kv-buffer" $values.kvCache.buffer)
+  (list "kv-policy" $values.kvCache.policy)
+  (list "kv-policies" (join "," $values.kvCache.policies))
+  (list "kv-mix-lambda" $values.kvCache.mixLambda)
+  (list "kv-granularity" $values.kvCache.granularity)
+  (list "max-model-len" $values.engine.maxModelLen)
+  (list "max-num-seqs" $values.engine.maxNumSeqs)
+  (list "gpu-memory-utilization" $values.engine.gpuMemoryUtilization)
+  (list "limit-body-bytes" $values.limits.bodyBytes)
+  (list "limit-max-tokens" $values.limits.maxTokens)
+  (list "limit-n" $values.limits.answers)
+  (list "limit-concurrent" $values.limits.concurrent)
+  (list "limit-concurrent-per-key" $values.limits.concurrentPerKey)
+  (list "open-routes" (join "," $values.openRoutes))
+  (list "access-log" $values.accessLog)
+  (list "shutdown-timeout" $values.shutdown.drainSeconds)
+-}}
+- {{ $values.model | quote }}
+- --host=0.0.0.0
+- --port=8000
+{{- range $options }}
+{{- $value := index . 1 }}
+{{- if not (or (kindIs "invalid" $value) (eq (toString $value) "")) }}
+- {{ printf "--%s=%s" (first .) (kindIs "float64" $value | ternary ($value | toJson) (toString $value)) | quote }}
+{{- end }}
+{{- end }}
+{{- if gt (int $values.gpu.count) 1 }}
+- --tensor-parallel-size={{ int $values.gpu.count }}
+{{- end }}
+{{- if $values.kvCache.requireBudget }}
+- --kv-require-budget
+{{- end }}
+{{- if $values.kvCache.beyondPool }}
+- --kv-beyond-pool
+{{- end }}
+{{- if $values.kvCache.keyPolicies }}
+- --kv-key-policies=/etc/rkv-vllm/policies/key-policies.yaml
+{{- end }}
+{{- if $values.openMetrics }}
+- --open-metrics
+{{- end }}
+{{- if include "rkv-vllm.apiKeySecret" . }}
+- --api-key-file=/etc/rkv-vllm/keys/api-keys
+{{- end }}
+{{- range $values.engine.extraArgs }}
+- {{ . | quote }}
+{{- end }}
+{{- end -}}
