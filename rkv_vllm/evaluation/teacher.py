@@ -60,20 +60,22 @@ class Lesson:
     Attributes:
         reference: float32 [tokens, vocabulary] in host memory: the logits of the full cache.
         seen: float64 [students, tokens, MEASURES] on the engine's device; NaN where nothing was predicted.
-        on_token: called for every prediction.
+        on_token: called for every token of every request once.
     """
 
     def __init__(self, window: Window, students: int, on_token: Callable[[], None]) -> None:
         self._prompt, self._forced = len(window.prompt), window.forced
         self._students = students
         self._on_token = on_token
+        self._done: set[tuple[int, int]] = set()
         self.reference = torch.empty(0)
         self.seen = torch.empty(0)
 
     def attend(self, logits: torch.Tensor, student: int, length: int) -> None:
         """Looks at one request's logits, float32 [vocabulary], and leaves only the forced token possible.
 
-        `length` is the request's tokens so far; within its prompt, nothing is predicted that is used.
+        `length` is the request's tokens so far; within its prompt, nothing is predicted that is used. A token
+        may be predicted again, by a prompt in chunks or after a preemption: the last time counts.
         """
         index = length - self._prompt
         if not 0 <= index < len(self._forced):
@@ -90,7 +92,9 @@ class Lesson:
             self.seen[student, index] = compare(self.reference[index].to(logits.device), logits, token)
         logits.fill_(-torch.inf)
         logits[token] = 0.0
-        self._on_token()
+        if (student, index) not in self._done:
+            self._done.add((student, index))
+            self._on_token()
 
 
 _lesson: Lesson | None = None

@@ -171,6 +171,18 @@ def test_a_lesson_forces_the_text_and_sees_the_logits_first(lesson: Lesson) -> N
     assert lesson.seen[0].isnan().all()
 
 
+def test_a_token_predicted_again_counts_once() -> None:
+    """Proves that of two predictions of a token the later is kept, and that progress sees one."""
+    tokens: list[None] = []
+    lesson = Lesson(Window("text", (0, 1, 2), (3, 1)), 1, lambda: tokens.append(None))
+    for logits in (torch.zeros(4), torch.arange(4.0)):
+        lesson.attend(logits, MODEL_STUDENT, 3)
+    for logits in (torch.zeros(4), torch.arange(4.0)):
+        lesson.attend(logits, 0, 3)
+    assert len(tokens) == 2
+    assert lesson.seen[0, 0, :2].tolist() == [0.0, 1.0]
+
+
 def test_rows_are_followed_through_the_v1_batch(lesson: Lesson) -> None:
     """Proves that removed, added, moved and swapped rows lead to the right requests, strangers left alone."""
     processor = TeacherForcing()
