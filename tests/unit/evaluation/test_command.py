@@ -56,7 +56,7 @@ def plain(text: str) -> str:
 def test_a_run_and_its_files(started: list[Any], questions: Path, tmp_path: Path) -> None:
     """Proves that table, JSON and files say the same, and that vLLM is given its own options."""
     out = tmp_path / "out"
-    options = ("--budgets=32", "--policies=rkv,random", "--buffers=8", "--mix-lambda=0.3", "--seed=5")
+    options = ("--budgets=32", "--policies=rkv,random", "--buffers=8", "--kv-mix-lambda=0.3", "--seed=5")
     result = evaluate(questions, out, *options, "--max-model-len", "512", "--enforce-eager", "--json")
     assert result.exit_code == 0, result.output
     assert {path.name for path in out.iterdir()} == FILES
@@ -97,7 +97,7 @@ def test_another_run_is_not_mixed_in(started: list[Any], questions: Path, tmp_pa
     assert evaluate(questions, out, "--budgets=32", "--problems=2").exit_code == 0
     more = json.loads(evaluate(questions, out, "--budgets=32,48", "--problems=3", "--json").stdout)
     assert [row["answers"] for row in more["rows"]] == [3] * 9
-    for options in (("--seed=1",), ("--temperature=0.6",), ("--mix-lambda=0.5",), ("--enforce-eager",)):
+    for options in (("--seed=1",), ("--temperature=0.6",), ("--kv-mix-lambda=0.5",), ("--enforce-eager",)):
         refused = evaluate(questions, out, "--budgets=32", *options)
         assert refused.exit_code == 2
         assert "holds another run: " in plain(refused.stderr)
@@ -115,7 +115,9 @@ def test_percent_is_published_as_tokens(started: list[Any], questions: Path, tmp
 def test_several_runs_in_one_table(started: list[Any], questions: Path, tmp_path: Path) -> None:
     """Proves that runs with different server-wide settings are merged and told apart."""
     for weight in ("0.1", "0.5"):
-        evaluate(questions, tmp_path / weight, "--budgets=32,64", "--policies=rkv", f"--mix-lambda={weight}")
+        evaluate(
+            questions, tmp_path / weight, "--budgets=32,64", "--policies=rkv", f"--kv-mix-lambda={weight}"
+        )
     merged = tmp_path / "merged"
     words = ["eval-report", str(tmp_path / "0.1"), str(tmp_path / "0.5"), "--out", str(merged)]
     result = CliRunner().invoke(app, words, env={"COLUMNS": "80"})
@@ -141,9 +143,9 @@ def test_several_runs_in_one_table(started: list[Any], questions: Path, tmp_path
         (("--task-option=match=best",), "task-option match: "),
         (("--task=best",), "task: "),
         (("--task=jsonl:no/such/file",), "no/such/file"),
-        (("--mix-lambda=2",), "mix_lambda: "),
+        (("--kv-mix-lambda=2",), "mix_lambda: "),
         (("--problems=0",), "--problems"),
-        (("--base-url=http://127.0.0.1:9", "--mix-lambda=0.5"), "has its own settings: mix_lambda"),
+        (("--base-url=http://127.0.0.1:9", "--kv-mix-lambda=0.5"), "has its own settings: mix_lambda"),
         (("--base-url=http://127.0.0.1:9", "--max-model-len=9"), "has its own settings: --max-model-len=9"),
     ],
 )
