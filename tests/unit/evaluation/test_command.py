@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 from xml.etree import ElementTree
 
 import pytest
@@ -15,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from rkv_vllm.cli import app
 from rkv_vllm.evaluation import command
-from rkv_vllm.evaluation.engines import Sampling
+from rkv_vllm.evaluation.engines import EngineError, Sampling
 
 FILES = {"answers.jsonl", "plot.svg", "run.json", "summary.json", "table.md"}
 
@@ -101,6 +102,18 @@ def test_another_run_is_not_mixed_in(started: list[Any], questions: Path, tmp_pa
         refused = evaluate(questions, out, "--budgets=32", *options)
         assert refused.exit_code == 2
         assert "holds another run: " in plain(refused.stderr)
+
+
+def test_a_run_that_answered_nothing_is_no_run(
+    started: list[Any], questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Proves that after an engine that could not start, the same folder takes corrected options."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(command, "in_process", Mock(side_effect=EngineError("no memory")))
+        failed = evaluate(questions, out, "--budgets=32", "--block-size=16")
+        assert failed.exit_code == 1 and "no memory" in failed.stderr
+    assert evaluate(questions, out, "--budgets=32", "--block-size=32").exit_code == 0
 
 
 def test_percent_is_published_as_tokens(started: list[Any], questions: Path, tmp_path: Path) -> None:
