@@ -47,10 +47,9 @@ class RunFile(BaseModel):
         Args:
             goes_on: whether there are answers of the run that is there.
 
-        Raises: ValueError that names what differs from the run that is there.
+        Raises: ValueError that names what differs from the run that is there; OSError where its file is gone.
         """
-        there = goes_on and path.exists()
-        run = cls.model_validate_json(path.read_text()) if there else cls(settings=settings)
+        run = cls.model_validate_json(path.read_text()) if goes_on else cls(settings=settings)
         was, asked = run.settings.model_dump(), settings.model_dump()
         if different := [
             f"{name} was {was[name]!r}, not {asked[name]!r}" for name in was if was[name] != asked[name]
