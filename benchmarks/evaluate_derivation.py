@@ -36,7 +36,7 @@ POLICIES = ("rkv", "snapkv", "keydiff", "recency", "random")
 LAMBDAS = ("0", "0.01", "0.03", "0.3", "0.5", "1.0")
 #: In flight in each process: the more, the fewer steps, which take turns on the GPU.
 REQUESTS = 512
-#: Of each process; a token takes 4 KiB. Where a third of the requests keep their full cache, all need 620,000.
+#: Of each process; a token takes 4 KiB. Where a third of the requests have full caches, all need 620,000.
 KV_CACHE_BYTES = 5 << 29
 ENGINE = (
     *("--max-model-len", "2304", "--max-num-seqs", str(REQUESTS)),

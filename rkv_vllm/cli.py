@@ -232,8 +232,7 @@ def evaluate(
 ) -> None:
     """Measure what budgets cost in accuracy, against the full cache of the same engine.
 
-    Every policy with every budget and buffer is one setting of single requests, and all run mixed in one
-    engine.
+    Every policy with every budget and buffer is one setting of requests, and all run mixed in one engine.
     """
     config = _config(mix_lambda=kv_mix_lambda, granularity=kv_granularity)
     _need_eval_extra()
