@@ -1,1 +1,1 @@
-"""`rkv-vllm eval`: accuracy by budget, policy and buffer, against the full cache of the same engine."""
+"""What compaction costs: measured in the engine, against its own full cache."""

@@ -60,7 +60,7 @@ class JsonlTask:
         return drawn[:count]
 
     def _read(self, text: str) -> Iterator[Problem]:
-        for index, line in enumerate(text.splitlines(), 1):
+        for index, line in enumerate(text.split("\n"), 1):
             if not line.strip():
                 continue
             where = f"{self._path}, line {index}"
