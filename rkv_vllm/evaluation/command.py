@@ -93,8 +93,7 @@ def evaluate(asked: Evaluation, console: Console) -> Summary:
             console.print(f"Mean length with the full cache: {length:,.1f} tokens.")
 
         settings, facts = asyncio.run(_run(asked, log, run_file, keep_length, console))
-        gc.unfreeze()  # vLLM froze what there was; its engine complains if Python ends before it does
-        gc.collect()
+        gc.collect()  # vLLM's engine, part of a cycle, complains if Python ends before it does
         summary = _summary(asked, run_file, log, settings, facts)
     finally:
         log.close()

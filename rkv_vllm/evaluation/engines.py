@@ -98,6 +98,8 @@ async def in_process(
         yield ProcessEngine(engine, sampling)
     finally:
         engine.shutdown(timeout=SHUTDOWN_SECONDS)
+        # An exception that one of vLLM's imports kept holds this frame; what it holds must not outlive Python.
+        del engine
 
 
 class ProcessEngine:
