@@ -98,7 +98,7 @@ async def in_process(
         yield ProcessEngine(engine, sampling)
     finally:
         engine.shutdown(timeout=SHUTDOWN_SECONDS)
-        # An exception that one of vLLM's imports kept holds this frame; the engine must end before Python does.
+        # An exception that one of vLLM's imports kept holds this frame; the engine must not outlive Python.
         del engine
 
 
