@@ -4,7 +4,8 @@
 
 Runs `rkv-vllm eval` once for each policy, for buffers, and for each server-wide setting, all at the same
 time: the model is small, and what takes time is the scheduler, on CPU cores of its own for each process. Each
-process has rows of its own for the full cache. What was stopped goes on when the same command is given again.
+process has rows of its own for the full cache. What was stopped goes on when the same command is given again;
+--groups runs a part, and what earlier commands left in --work is published with it.
 
 Budgets are in percent of a whole problem's tokens, which all problems have in common. DIR gets tables and one
 JSON file of all runs, a plot for each group, and how long each run took; answers stay in the folder --work.
@@ -33,16 +34,17 @@ VARIABLES, PASSES = 24, 6
 ALL_BUDGETS, TWO_BUDGETS = "full,10%,16%,24%,37%", "full,24%,37%"
 POLICIES = ("rkv", "snapkv", "keydiff", "recency", "random")
 LAMBDAS = ("0", "0.01", "0.03", "0.3", "0.5", "1.0")
-#: Of each process. A token takes 4 KiB: 512 Ki tokens for 384 requests, of which most are compacted.
-KV_CACHE = "2GiB"
-REQUESTS = 384
+#: In flight in each process: the more, the fewer steps, which take turns on the GPU.
+REQUESTS = 512
+#: Of each process; a token takes 4 KiB. Where a third of the requests have full caches, all need 620,000.
+KV_CACHE_BYTES = 5 << 29
 ENGINE = (
     *("--max-model-len", "2304", "--max-num-seqs", str(REQUESTS)),
-    *("--kv-cache-memory-bytes", KV_CACHE),
+    *("--kv-cache-memory-bytes", str(KV_CACHE_BYTES)),
     *("--gpu-memory-utilization", "0.04"),  # only what has to be free at start: the line above sizes the pool
-    *("--cudagraph-capture-sizes", "1", "16", "64", "128", "192", "256", "320", "384"),
+    *("--cudagraph-capture-sizes", "1", "32", "128", "256", "384", "448", "512"),
 )
-#: Processes at the same time, each with about 3.5 GiB of the GPU and two busy threads.
+#: Processes at the same time, each with about 4 GiB of the GPU and two busy threads.
 AT_ONCE = 16
 #: In each group's plot and table beside its own runs: the default settings.
 BASELINE = "policy-rkv"
@@ -63,13 +65,13 @@ def runs() -> list[Run]:
 
     return [
         *(run("policies", f"policy-{policy}", ALL_BUDGETS, policy=policy) for policy in POLICIES),
-        *(run("scope", f"scope-{each}", ALL_BUDGETS, "--scope", each) for each in ("layer", "global")),
+        *(run("scope", f"scope-{each}", ALL_BUDGETS, "--kv-scope", each) for each in ("layer", "global")),
         *(
             run("buffers", f"buffers-{each}", f"full,{each}%", "--buffers", "32,64,128,256")
             for each in (24, 37)
         ),
-        *(run("lambda", f"lambda-{each}", TWO_BUDGETS, "--mix-lambda", each) for each in LAMBDAS),
-        run("order", "order-score", TWO_BUDGETS, "--order", "score"),
+        *(run("lambda", f"lambda-{each}", TWO_BUDGETS, "--kv-mix-lambda", each) for each in LAMBDAS),
+        run("order", "order-score", TWO_BUDGETS, "--kv-order", "score"),
     ]
 
 
@@ -96,18 +98,24 @@ def start(run: Run, args: argparse.Namespace, length: int) -> float | None:
     return seconds if status == 0 else None
 
 
-def publish(done: dict[str, Summary], chosen: list[Run], out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
+def publish(work: Path, out: Path) -> None:
+    """Tables, plots and numbers of all runs that are complete."""
+    done = {
+        run.name: Summary.read(work / run.name)
+        for run in runs()
+        if (work / run.name / "summary.json").exists()
+    }
     (out / "runs.json").write_text(Merged(runs=list(done.values())).model_dump_json(indent=1) + "\n")
     text = []
-    for group in dict.fromkeys(run.group for run in chosen):
-        names = [run.name for run in chosen if run.group == group and run.name in done]
-        if BASELINE in done and group != "policies":
+    for group in dict.fromkeys(run.group for run in runs()):
+        names = [run.name for run in runs() if run.group == group and run.name in done]
+        if not names:
+            continue
+        if BASELINE in done and BASELINE not in names:
             names = [BASELINE, *names]
-        if names:
-            summaries = [done[name] for name in names]
-            draw(summaries, out / f"{group}.svg")
-            text.append(f"## {group}\n\n{markdown(summaries)}")
+        summaries = [done[name] for name in names]
+        draw(summaries, out / f"{group}.svg")
+        text.append(f"## {group}\n\n{markdown(summaries)}")
     (out / "tables.md").write_text("\n".join(text))
 
 
@@ -127,17 +135,15 @@ def main() -> int:
     if unknown := set(args.groups.split(",")) - set(groups):
         parser.error(f"--groups: unknown: {', '.join(sorted(unknown))}")
 
+    args.work = args.work / f"seed-{args.seed}-of-{args.problems}"
     chosen = [run for run in runs() if run.group in args.groups.split(",")]
     problem = make_derivation(random.Random(args.seed), VARIABLES, PASSES)
     length = len(problem.prompt_ids) + len(problem.solution_ids)
     with ThreadPoolExecutor(args.at_once) as pool:
         seconds = list(pool.map(lambda run: start(run, args, length), chosen))
     times = {run.name: each for run, each in zip(chosen, seconds, strict=True)}
-    publish(
-        {name: Summary.read(args.work / name) for name, each in times.items() if each is not None},
-        chosen,
-        args.out,
-    )
+    args.out.mkdir(parents=True, exist_ok=True)
+    publish(args.work, args.out)
     (args.out / "seconds.json").write_text(json.dumps(times, indent=1) + "\n")
     return int(None in times.values())
 

@@ -305,18 +305,17 @@ def evaluate(
     ] = None,
     chat: Annotated[bool, typer.Option(help="Put questions into the model's chat template.")] = True,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 256,
-    mix_lambda: Annotated[float | None, typer.Option(help=_field("mix_lambda"))] = None,
-    granularity: Annotated[Granularity | None, typer.Option(help=_field("granularity"))] = None,
-    scope: Annotated[Scope | None, typer.Option(help=_field("scope"))] = None,
-    order: Annotated[Order | None, typer.Option(help=_field("order"))] = None,
+    kv_mix_lambda: Annotated[float | None, typer.Option(help=_field("mix_lambda"))] = None,
+    kv_granularity: Annotated[Granularity | None, typer.Option(help=_field("granularity"))] = None,
+    kv_scope: Annotated[Scope | None, typer.Option(help=_field("scope"))] = None,
+    kv_order: Annotated[Order | None, typer.Option(help=_field("order"))] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Measure what budgets cost in accuracy, against the full cache of the same engine.
 
-    Every policy with every budget and buffer is one setting of single requests, and all run mixed in one
-    engine.
+    Every policy with every budget and buffer is one setting of requests, and all run mixed in one engine.
     """
-    config = _config(mix_lambda=mix_lambda, granularity=granularity, scope=scope, order=order)
+    config = _config(mix_lambda=kv_mix_lambda, granularity=kv_granularity, scope=kv_scope, order=kv_order)
     _need_eval_extra()
     from rkv_vllm.evaluation.command import Evaluation
     from rkv_vllm.evaluation.command import evaluate as run

@@ -68,6 +68,9 @@ class AnswerLog:
     def __contains__(self, key: Key) -> bool:
         return key in self._answers
 
+    def __len__(self) -> int:
+        return len(self._answers)
+
     def add(self, answer: Answer) -> None:
         self._keep(answer)
         self._file.write(json.dumps(answer.model_dump(), ensure_ascii=False) + "\n")

@@ -78,23 +78,22 @@ def evaluate(asked: Evaluation, console: Console) -> Summary:
     """
     asked.out.mkdir(parents=True, exist_ok=True)
     path = asked.out / "run.json"
-    run_file = RunFile.begin(path, asked.run_settings, asked.command)
-    if asked.full_length is not None:
-        if run_file.full_length not in (None, asked.full_length):
-            raise ValueError(f"full-length: {path} has {run_file.full_length}, not {asked.full_length}")
-        run_file.full_length = asked.full_length
-        run_file.write(path)
-
-    def keep_length(length: float) -> None:
-        run_file.full_length = length
-        run_file.write(path)
-        console.print(f"Mean length with the full cache: {length:,.1f} tokens.")
-
     log = AnswerLog(asked.out / "answers.jsonl")
     try:
+        run_file = RunFile.begin(path, asked.run_settings, asked.command, goes_on=len(log) > 0)
+        if asked.full_length is not None:
+            if run_file.full_length not in (None, asked.full_length):
+                raise ValueError(f"full-length: {path} has {run_file.full_length}, not {asked.full_length}")
+            run_file.full_length = asked.full_length
+            run_file.write(path)
+
+        def keep_length(length: float) -> None:
+            run_file.full_length = length
+            run_file.write(path)
+            console.print(f"Mean length with the full cache: {length:,.1f} tokens.")
+
         settings, facts = asyncio.run(_run(asked, log, run_file, keep_length, console))
-        gc.unfreeze()  # vLLM froze what there was; its engine complains if Python ends before it does
-        gc.collect()
+        gc.collect()  # vLLM's engine, part of a cycle, complains if Python ends before it does
         summary = _summary(asked, run_file, log, settings, facts)
     finally:
         log.close()
@@ -162,9 +161,7 @@ def _summary(
 ) -> Summary:
     names = [problem.name for problem in asked.task.problems(asked.plan.problems, asked.plan.seed)]
     samples = asked.plan.samples
-    rows = rows_of(
-        settings, lambda setting: log.of(setting.name, names, samples), expected=len(names) * samples
-    )
+    rows = rows_of(settings, lambda setting: log.of(setting.name, names, samples))
     summary = Summary(
         commands=run_file.commands,
         settings=run_file.settings,

@@ -14,6 +14,7 @@ from rkv_vllm import __version__
 from rkv_vllm.config import RkvConfig
 from rkv_vllm.doctor import PACKAGES, installed
 from rkv_vllm.evaluation.settings import FULL_CACHE, Setting
+from rkv_vllm.evaluation.tasks import Decode
 from rkv_vllm.evaluation.thinking import START
 from rkv_vllm.server.protocol import FIELD, KvCacheReport
 from rkv_vllm.server.request import FULL, XARGS
@@ -53,10 +54,6 @@ class Generation:
     opened_thinking: bool
 
 
-class Decode(Protocol):
-    def __call__(self, ids: Sequence[int], /) -> str | None: ...
-
-
 class Engine(Protocol):
     """Attributes:
     facts: what it is, for the summary: versions, device, its own sampling defaults.
@@ -64,13 +61,15 @@ class Engine(Protocol):
 
     facts: dict[str, Any]
 
-    async def generate(self, prompt: Prompt, setting: Setting, seed: int, decode: Decode) -> Generation:
+    async def generate(
+        self, prompt: Prompt, setting: Setting, seed: int, decode: Decode | None
+    ) -> Generation:
         """One answer.
 
         Args:
             prompt: a user's words, or the token ids of the whole prompt.
             seed: of the sampling; greedy answers need none.
-            decode: the text of token ids, or None where the model's tokenizer has to say.
+            decode: the text of token ids; None: the model's tokenizer has to say.
 
         Raises: EngineError.
         """
@@ -99,6 +98,8 @@ async def in_process(
         yield ProcessEngine(engine, sampling)
     finally:
         engine.shutdown(timeout=SHUTDOWN_SECONDS)
+        # An exception that one of vLLM's imports kept holds this frame; the engine must not outlive Python.
+        del engine
 
 
 class ProcessEngine:
@@ -114,7 +115,9 @@ class ProcessEngine:
             "sampling_defaults": self._defaults,
         }
 
-    async def generate(self, prompt: Prompt, setting: Setting, seed: int, decode: Decode) -> Generation:
+    async def generate(
+        self, prompt: Prompt, setting: Setting, seed: int, decode: Decode | None
+    ) -> Generation:
         from vllm import SamplingParams
         from vllm.exceptions import VLLMClientError
         from vllm.inputs import tokens_input
@@ -124,7 +127,6 @@ class ProcessEngine:
         room = self._engine.model_config.max_model_len - len(ids)
         if room < 1:
             raise EngineError(f"a prompt of {len(ids)} tokens leaves no room: raise --max-model-len")
-        own_text = decode(()) is not None
         greedy = self._sampling.temperature == 0
         params = SamplingParams.from_optional(
             **{
@@ -134,7 +136,7 @@ class ProcessEngine:
                 "max_tokens": min(room, self._sampling.max_tokens or room),
             },
             seed=None if greedy else seed,
-            detokenize=not own_text,
+            detokenize=decode is None,
             output_kind=RequestOutputKind.FINAL_ONLY,
             extra_args=setting.extra_args,
         )
@@ -146,10 +148,8 @@ class ProcessEngine:
         completion = result.outputs[0]
         report = KvCacheReport.from_kv_transfer_params(result.kv_transfer_params)
         assert report is not None, "R-KV's scheduler reports on every request"
-        text = decode(completion.token_ids) if own_text else completion.text
-        assert text is not None
         return Generation(
-            output=text,
+            output=completion.text if decode is None else decode(completion.token_ids),
             truncated=completion.finish_reason == "length",
             prompt_tokens=len(ids),
             output_tokens=len(completion.token_ids),
@@ -210,7 +210,9 @@ class ServerEngine:
         self._client, self._model, self._length, self._sampling = client, model, length, sampling
         self.facts = facts
 
-    async def generate(self, prompt: Prompt, setting: Setting, seed: int, decode: Decode) -> Generation:
+    async def generate(
+        self, prompt: Prompt, setting: Setting, seed: int, decode: Decode | None
+    ) -> Generation:
         from openai import APIError
 
         sampling = self._sampling

@@ -41,15 +41,18 @@ class RunFile(BaseModel):
     full_length: float | None = None
 
     @classmethod
-    def begin(cls, path: Path, settings: RunSettings, command: str) -> RunFile:
+    def begin(cls, path: Path, settings: RunSettings, command: str, *, goes_on: bool) -> RunFile:
         """Reads the run that is there, or makes a new one, and notes the command.
 
-        Raises: ValueError that names what differs from the run that is there.
+        Args:
+            goes_on: whether there are answers of the run that is there.
+
+        Raises: ValueError that names what differs from the run that is there; OSError where its file is gone.
         """
-        run = cls.model_validate_json(path.read_text()) if path.exists() else cls(settings=settings)
-        there, asked = run.settings.model_dump(), settings.model_dump()
+        run = cls.model_validate_json(path.read_text()) if goes_on else cls(settings=settings)
+        was, asked = run.settings.model_dump(), settings.model_dump()
         if different := [
-            f"{name} was {there[name]!r}, not {asked[name]!r}" for name in there if there[name] != asked[name]
+            f"{name} was {was[name]!r}, not {asked[name]!r}" for name in was if was[name] != asked[name]
         ]:
             raise ValueError(f"out: {path.parent} holds another run: {'; '.join(different)}")
         if command not in run.commands:

@@ -46,13 +46,13 @@ def share(outcomes: Sequence[Sequence[bool]]) -> Estimate:
 
 
 def mean(values: Sequence[Sequence[float]]) -> Estimate:
-    """Mean with a normal interval from the variance between problems.
+    """Mean with a normal interval from the variance between problems; one problem alone shows none.
 
     Args:
         values: by problem, one for each of its answers; at least one.
     """
     value = _mean(values)
-    error = Z * math.sqrt(_variance_of_mean(values)) if len(values) > 1 else math.inf
+    error = Z * math.sqrt(_variance_of_mean(values)) if len(values) > 1 else 0.0
     return Estimate(value, value - error, value + error)
 
 

@@ -34,7 +34,6 @@ class Row(BaseModel):
 
     Attributes:
         budget_percent: what the budget was asked as, where it was in percent.
-        answers, expected: how many there are, and how many the run asks for.
         accuracy: share of right answers; truncated ones are wrong.
         truncated: share of answers that the limit on tokens ended.
         output_tokens: mean length of an answer.
@@ -50,7 +49,6 @@ class Row(BaseModel):
     buffer: int | None
     problems: int
     answers: int
-    expected: int
     right: int
     accuracy: Estimate
     truncated: Estimate
@@ -64,8 +62,6 @@ class Row(BaseModel):
     @property
     def warning(self) -> str | None:
         """What keeps the row from saying what it seems to."""
-        if self.answers < self.expected:
-            return f"unfinished: {self.answers} of {self.expected} answers, the short ones first"
         if self.budget == "full":
             return None
         if not self.evicted_tokens:
@@ -103,24 +99,17 @@ def full_length(answers: Sequence[Sequence[Answer]]) -> float:
 def rows_of(
     settings: Sequence[Setting],
     answers_of: Callable[[Setting], list[list[Answer]]],
-    expected: int,
 ) -> list[Row]:
     """
     Args:
-        settings: in the order of the rows; one without answers gets none.
-        answers_of: the answers to a setting, by problem.
-        expected: answers a setting.
+        settings: in the order of the rows, the full cache among them.
+        answers_of: the answers to a setting, by problem; there is one at least.
     """
-    full = answers_of(FULL_CACHE)
-    pages = statistics.mean(_values(full, lambda answer: answer.peak_pages)).value if full else None
-    return [
-        _row(setting, answers, expected, pages) for setting in settings if (answers := answers_of(setting))
-    ]
+    full_pages = statistics.mean(_values(answers_of(FULL_CACHE), lambda answer: answer.peak_pages)).value
+    return [_row(setting, answers_of(setting), full_pages) for setting in settings]
 
 
-def _row(
-    setting: Setting, answers: Sequence[Sequence[Answer]], expected: int, full_pages: float | None
-) -> Row:
+def _row(setting: Setting, answers: Sequence[Sequence[Answer]], full_pages: float) -> Row:
     def mean(value: Callable[[Answer], float]) -> float:
         return statistics.mean(_values(answers, value)).value
 
@@ -137,7 +126,6 @@ def _row(
         buffer=None if is_full else setting.buffer,
         problems=len(answers),
         answers=sum(map(len, answers)),
-        expected=expected,
         right=sum(map(sum, right)),
         accuracy=Estimate.of(statistics.share(right)),
         truncated=Estimate.of(statistics.share(truncated)),
@@ -146,7 +134,7 @@ def _row(
         compactions=round(mean(lambda answer: answer.compactions), 3),
         evicted_tokens=round(mean(lambda answer: answer.evicted_tokens), 3),
         peak_pages=round(peak, 3),
-        share_of_kv=round(peak / (full_pages or peak), 5),
+        share_of_kv=round(peak / full_pages, 5),
     )
 
 

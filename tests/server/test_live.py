@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,13 @@ import schemathesis
 from hypothesis import HealthCheck, assume, given, settings
 from live_server import MODEL, PAGE_SIZE, StartServer
 from schemathesis import GenerationMode
+from typer.testing import CliRunner
+
+from rkv_vllm.cli import app
 
 pytestmark = pytest.mark.engine
+
+ROOT = Path(__file__).parents[2]
 
 BUDGET, BUFFER, TOKENS = 32, 16, 24
 KV_CACHE = {"budget": BUDGET, "buffer": BUFFER, "policy": "snapkv"}
@@ -317,3 +323,59 @@ def test_the_server_keeps_to_its_published_schema(url: str, mode: GenerationMode
 def test_the_bounds_are_as_published(url: str) -> None:
     """Proves that `GET /v1/kv_cache` answers as its schema says."""
     published(url)["/v1/kv_cache"]["GET"].validate_response(httpx.get(f"{url}/v1/kv_cache"))
+
+
+def test_evaluation(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves that `rkv-vllm eval` measures a running server, by text and by token ids."""
+    monkeypatch.setenv("OPENAI_API_KEY", FREE_KEY)
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(json.dumps({"question": TEXT, "answer": "thirteen"}) + "\n")
+    options = ("--budgets", f"{BUDGET}", "--buffers", f"{BUFFER}", "--max-tokens", f"{TOKENS}", "--json")
+    for task in (f"jsonl:{questions}", "derivation"):
+        words = ["eval", "--base-url", url, "--task", task, "--problems", "1", *options]
+        out = tmp_path / task[:5]
+        result = CliRunner().invoke(app, [*words, "--policies", "rkv,snapkv", "--out", str(out)])
+        assert result.exit_code == 0, result.output
+        full, *budgeted = json.loads(result.stdout)["rows"]
+        assert (full["setting"], full["evicted_tokens"]) == ("full", 0)
+        assert [row["policy"] for row in budgeted] == ["rkv", "snapkv"]
+        assert all(row["evicted_tokens"] > BUDGET and row["share_of_kv"] <= 1 for row in budgeted)
+
+
+def test_lm_eval(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves that lm-eval's client carries a budget in its generation arguments, and that it is kept."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.chdir(ROOT)  # the task's file is named from there
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("OPENAI_API_KEY", FREE_KEY)
+
+    def compactions() -> float:
+        text = httpx.get(f"{url}/metrics").text
+        return sum(
+            float(line.rsplit(" ", 1)[1])
+            for line in text.splitlines()
+            if line.startswith("rkv_compactions_total{") and 'policy="snapkv"' in line and "executed" in line
+        )
+
+    def evaluate(kv_cache: dict[str, Any]) -> float:
+        before = compactions()
+        results = simple_evaluate(
+            model="local-completions",
+            model_args={
+                "model": MODEL,
+                "base_url": f"{url}/v1/completions",
+                "tokenizer_backend": None,
+                "eos_string": "<|im_end|>",
+            },
+            tasks=["rkv_sums"],
+            task_manager=TaskManager(include_path=str(ROOT / "benchmarks" / "lm_eval")),
+            gen_kwargs={"kv_cache": kv_cache},
+            limit=2,
+        )
+        assert 0 <= results["results"]["rkv_sums"]["exact_match,last-number"] <= 1
+        return compactions() - before
+
+    assert evaluate(KV_CACHE) >= 2, "each prompt is longer than budget and buffer"
+    assert evaluate({"budget": "full"}) == 0

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
+from rkv_vllm.evaluation.tasks.base import Decode as Decode
 from rkv_vllm.evaluation.tasks.base import Problem as Problem
 from rkv_vllm.evaluation.tasks.base import Task as Task
 from rkv_vllm.evaluation.tasks.derivation import DerivationOptions, DerivationTask

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
+Decode = Callable[[Sequence[int]], str]
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -34,10 +36,12 @@ class Task(Protocol):
     """Attributes:
     max_tokens: limit on an answer's tokens where none was given; None: what the context has room for.
     opens_thinking: whether the prompts, as token ids, end with the start of the thinking.
+    decode: the text of an answer's token ids; None: the model's tokenizer has to say.
     """
 
     max_tokens: int | None
     opens_thinking: bool
+    decode: Decode | None
 
     def describe(self) -> dict[str, Any]:
         """What makes the problems what they are, for the run's file: a run with another one is another
@@ -45,6 +49,3 @@ class Task(Protocol):
 
     def problems(self, count: int, seed: int) -> list[Problem]:
         """At most `count`; with a larger count and the same seed, the same ones first."""
-
-    def decode(self, ids: Sequence[int]) -> str | None:
-        """The text of an answer's token ids, or None where the model's tokenizer has to say."""

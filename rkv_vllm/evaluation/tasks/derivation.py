@@ -21,7 +21,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from rkv_vllm.evaluation.tasks.base import Problem, TaskOptions
+from rkv_vllm.evaluation.tasks.base import Decode, Problem, TaskOptions
 
 KEYWORDS = ("<pad>", "<bos>", "<eos>", "<user>", "<think>", "</think>", "check", "wait", "ok", "again")
 VOCABULARY = (*KEYWORDS, *string.digits, *string.ascii_lowercase, *"=+-*;?#.:, ")
@@ -128,6 +128,7 @@ class DerivationTask:
         self._options = options
         self._make = partial(make_derivation, variables=options.variables, passes=options.passes)
         solution = len(self._make(random.Random(0)).solution_ids)
+        self.decode: Decode | None = decode
         self.max_tokens: int | None = 64 * math.ceil(1.05 * solution / 64)
 
     def describe(self) -> dict[str, Any]:
@@ -137,6 +138,3 @@ class DerivationTask:
         rng = random.Random(seed)
         drawn = [self._make(rng) for _ in range(count)]
         return [Problem(str(i), each.prompt_ids, each.is_right) for i, each in enumerate(drawn)]
-
-    def decode(self, ids: Sequence[int]) -> str | None:
-        return decode(ids)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rkv_vllm.evaluation.tasks.base import Problem, TaskOptions
+from rkv_vllm.evaluation.tasks.base import Decode, Problem, TaskOptions
 from rkv_vllm.evaluation.tasks.matching import COMPARE, Match, number
 
 PLACE = "{question}"
@@ -29,6 +29,7 @@ class JsonlOptions(TaskOptions):
 class JsonlTask:
     max_tokens: int | None = None
     opens_thinking = False
+    decode: Decode | None = None
 
     def __init__(self, path: Path, options: JsonlOptions) -> None:
         """Raises: ValueError that names the option, or the line of the file, that is wrong."""
@@ -58,11 +59,8 @@ class JsonlTask:
         random.Random(seed).shuffle(drawn)
         return drawn[:count]
 
-    def decode(self, ids: Sequence[int]) -> str | None:
-        return None
-
     def _read(self, text: str) -> Iterator[Problem]:
-        for index, line in enumerate(text.splitlines(), 1):
+        for index, line in enumerate(text.split("\n"), 1):
             if not line.strip():
                 continue
             where = f"{self._path}, line {index}"

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from rkv_vllm.evaluation.tasks.base import Problem
+from rkv_vllm.evaluation.tasks.base import Decode, Problem
 
 PROMPT = "{question}\n\nGive the final answer, and nothing else, between <answer> and </answer>."
 TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -19,6 +18,7 @@ UNREADABLE = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 class ReasoningGymTask:
     max_tokens: int | None = None
     opens_thinking = False
+    decode: Decode | None = None
 
     def __init__(self, name: str, options: dict[str, Any]) -> None:
         """
@@ -67,6 +67,3 @@ class ReasoningGymTask:
             Problem(str(i), PROMPT.replace("{question}", entry["question"]), partial(is_right, entry))
             for i, entry in enumerate(dataset)
         ]
-
-    def decode(self, ids: Sequence[int]) -> str | None:
-        return None

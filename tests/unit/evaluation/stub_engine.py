@@ -6,8 +6,9 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from rkv_vllm.evaluation.engines import Decode, EngineError, Generation, Prompt
+from rkv_vllm.evaluation.engines import EngineError, Generation, Prompt
 from rkv_vllm.evaluation.settings import FULL_CACHE, Setting
+from rkv_vllm.evaluation.tasks import Decode
 from rkv_vllm.server.protocol import KvCacheReport
 
 #: Tokens of every prompt, and of an answer where the test does not say.
@@ -53,7 +54,9 @@ class StubEngine:
         self._answer, self._truncated, self._opened = answer, truncated, opened_thinking
         self._fails_after, self._used = fails_after, used
 
-    async def generate(self, prompt: Prompt, setting: Setting, seed: int, decode: Decode) -> Generation:
+    async def generate(
+        self, prompt: Prompt, setting: Setting, seed: int, decode: Decode | None
+    ) -> Generation:
         if self._fails_after is not None and len(self.asked) >= self._fails_after:
             raise EngineError("out of order")
         self.asked.append((prompt, setting, seed))

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 from xml.etree import ElementTree
 
 import pytest
@@ -15,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from rkv_vllm.cli import app
 from rkv_vllm.evaluation import command
-from rkv_vllm.evaluation.engines import Sampling
+from rkv_vllm.evaluation.engines import EngineError, Sampling
 
 FILES = {"answers.jsonl", "plot.svg", "run.json", "summary.json", "table.md"}
 
@@ -56,7 +57,7 @@ def plain(text: str) -> str:
 def test_a_run_and_its_files(started: list[Any], questions: Path, tmp_path: Path) -> None:
     """Proves that table, JSON and files say the same, and that vLLM is given its own options."""
     out = tmp_path / "out"
-    options = ("--budgets=32", "--policies=rkv,random", "--buffers=8", "--mix-lambda=0.3", "--seed=5")
+    options = ("--budgets=32", "--policies=rkv,random", "--buffers=8", "--kv-mix-lambda=0.3", "--seed=5")
     result = evaluate(questions, out, *options, "--max-model-len", "512", "--enforce-eager", "--json")
     assert result.exit_code == 0, result.output
     assert {path.name for path in out.iterdir()} == FILES
@@ -97,10 +98,22 @@ def test_another_run_is_not_mixed_in(started: list[Any], questions: Path, tmp_pa
     assert evaluate(questions, out, "--budgets=32", "--problems=2").exit_code == 0
     more = json.loads(evaluate(questions, out, "--budgets=32,48", "--problems=3", "--json").stdout)
     assert [row["answers"] for row in more["rows"]] == [3] * 9
-    for options in (("--seed=1",), ("--temperature=0.6",), ("--mix-lambda=0.5",), ("--enforce-eager",)):
+    for options in (("--seed=1",), ("--temperature=0.6",), ("--kv-mix-lambda=0.5",), ("--enforce-eager",)):
         refused = evaluate(questions, out, "--budgets=32", *options)
         assert refused.exit_code == 2
         assert "holds another run: " in plain(refused.stderr)
+
+
+def test_a_run_that_answered_nothing_is_no_run(
+    started: list[Any], questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Proves that after an engine that could not start, the same folder takes corrected options."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(command, "in_process", Mock(side_effect=EngineError("no memory")))
+        failed = evaluate(questions, out, "--budgets=32", "--block-size=16")
+        assert failed.exit_code == 1 and "no memory" in failed.stderr
+    assert evaluate(questions, out, "--budgets=32", "--block-size=32").exit_code == 0
 
 
 def test_percent_is_published_as_tokens(started: list[Any], questions: Path, tmp_path: Path) -> None:
@@ -115,7 +128,9 @@ def test_percent_is_published_as_tokens(started: list[Any], questions: Path, tmp
 def test_several_runs_in_one_table(started: list[Any], questions: Path, tmp_path: Path) -> None:
     """Proves that runs with different server-wide settings are merged and told apart."""
     for weight in ("0.1", "0.5"):
-        evaluate(questions, tmp_path / weight, "--budgets=32,64", "--policies=rkv", f"--mix-lambda={weight}")
+        evaluate(
+            questions, tmp_path / weight, "--budgets=32,64", "--policies=rkv", f"--kv-mix-lambda={weight}"
+        )
     merged = tmp_path / "merged"
     words = ["eval-report", str(tmp_path / "0.1"), str(tmp_path / "0.5"), "--out", str(merged)]
     result = CliRunner().invoke(app, words, env={"COLUMNS": "80"})
@@ -141,9 +156,9 @@ def test_several_runs_in_one_table(started: list[Any], questions: Path, tmp_path
         (("--task-option=match=best",), "task-option match: "),
         (("--task=best",), "task: "),
         (("--task=jsonl:no/such/file",), "no/such/file"),
-        (("--mix-lambda=2",), "mix_lambda: "),
+        (("--kv-mix-lambda=2",), "mix_lambda: "),
         (("--problems=0",), "--problems"),
-        (("--base-url=http://127.0.0.1:9", "--mix-lambda=0.5"), "has its own settings: mix_lambda"),
+        (("--base-url=http://127.0.0.1:9", "--kv-mix-lambda=0.5"), "has its own settings: mix_lambda"),
         (("--base-url=http://127.0.0.1:9", "--max-model-len=9"), "has its own settings: --max-model-len=9"),
     ],
 )

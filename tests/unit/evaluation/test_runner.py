@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,14 @@ from rkv_vllm.evaluation.engines import EngineError
 from rkv_vllm.evaluation.runner import Plan, run
 from rkv_vllm.evaluation.settings import FULL_CACHE, Setting, parse_budgets
 from rkv_vllm.evaluation.summary import Row, rows_of
-from rkv_vllm.evaluation.tasks import Problem
+from rkv_vllm.evaluation.tasks import Decode, Problem
 
 
 class Numbers:
     """A task whose answers are the questions."""
 
-    max_tokens = None
+    max_tokens: int | None = None
+    decode: Decode | None = None
 
     def __init__(self, opens_thinking: bool = False) -> None:
         self.opens_thinking = opens_thinking
@@ -35,9 +35,6 @@ class Numbers:
             Problem(str(i), str(i), lambda answer, i=i: answer == str(i))  # type: ignore[misc]
             for i in range(count)
         ]
-
-    def decode(self, ids: Sequence[int]) -> str | None:
-        return None
 
 
 def plan(budgets: str = "32", problems: int = 4, samples: int = 1, concurrency: int = 3) -> Plan:
@@ -61,9 +58,8 @@ def echo(prompt: Any, setting: Setting) -> str:
     return str(prompt)
 
 
-def rows(log: AnswerLog, settings: list[Setting], problems: int = 4) -> dict[str, Row]:
-    names = list(map(str, range(problems)))
-    found = rows_of(settings, lambda setting: log.of(setting.name, names, 1), expected=problems)
+def rows(log: AnswerLog, settings: list[Setting]) -> dict[str, Row]:
+    found = rows_of(settings, lambda setting: log.of(setting.name, map(str, range(4)), 1))
     return {row.setting: row for row in found}
 
 
@@ -208,11 +204,3 @@ def test_a_row_without_compaction_says_so(tmp_path: Path) -> None:
     settings, _, _ = ask(StubEngine(echo), log, plan("4096"))
     _, rkv, random = rows(log, settings).values()
     assert rkv.warning == random.warning == "this row was NOT compacted: no token was evicted"
-
-
-def test_an_unfinished_row_says_so(tmp_path: Path) -> None:
-    """Proves that a run that was stopped half way shows how much of it there is."""
-    log = AnswerLog(tmp_path / "answers.jsonl")
-    settings, _, _ = ask(StubEngine(echo), log, plan())
-    row = rows(log, settings, problems=5)["full"]
-    assert row.warning is not None and "4 of 5" in row.warning

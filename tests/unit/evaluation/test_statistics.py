@@ -75,3 +75,9 @@ def test_mean_of_clusters() -> None:
 def test_problems_without_all_samples_weigh_by_their_answers() -> None:
     """Proves that an unfinished run's mean is that of its answers."""
     assert share([[True, True, True], [False]]).value == 0.75
+
+
+def test_one_problem_shows_no_spread() -> None:
+    """Proves that a run on one problem has finite numbers."""
+    assert mean([[3.0, 5.0]]) == (4, 4, 4)
+    assert share([[True, False]]).value == 0.5

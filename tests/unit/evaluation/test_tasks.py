@@ -82,6 +82,14 @@ def test_jsonl(questions: Path) -> None:
     assert problem.is_right("It is 14.") and not problem.is_right("It is 15.") and not problem.is_right("")
 
 
+def test_lines_end_where_json_says(tmp_path: Path) -> None:
+    """Proves that separators which only Unicode calls line ends may stand in a question."""
+    path = tmp_path / "questions.jsonl"
+    path.write_bytes('{"question": "a\u2028b\x85c", "answer": 1}\r\n'.encode())
+    [problem] = make_task(f"jsonl:{path}", {}).problems(9, 0)
+    assert problem.prompt == "a\u2028b\x85c"
+
+
 def test_another_file_is_another_task(questions: Path) -> None:
     """Proves that a changed file cannot be mixed into an old run."""
     options = {"question": "problem", "answer": "solution"}
