@@ -10,7 +10,8 @@ early where it can:
 * alike: mean similarity 0.8; nearly every pair is a match.
 
 The floor of a stage is what it must compute over the rate of the tensor cores, or the bytes that it must
-read and write once over the bandwidth; a round's floor is the sum of its stages' floors. For the matches it
+read and write once over the bandwidth, both as a matrix product and a copy reach them on the same device; a
+round's floor is the sum of its stages' floors. For the matches it
 is half of all pairs, for whatever keys: where the search ends early it can take less.
 """
 
@@ -28,6 +29,8 @@ from pathlib import Path
 import torch
 import triton
 
+from rkv_vllm.bench.ceilings import measure_device
+from rkv_vllm.bench.floor import Ceilings
 from rkv_vllm.kernels import tiled
 from rkv_vllm.kernels.combine import combine
 from rkv_vllm.kernels.compact import compact
@@ -48,8 +51,10 @@ class Setup:
     Other pages, so that every repetition scores the same keys.
     """
 
-    def __init__(self, arguments: argparse.Namespace, length: int, keep: int, shift: float) -> None:
-        self.arguments, self.length, self.keep = arguments, length, keep
+    def __init__(
+        self, arguments: argparse.Namespace, ceilings: Ceilings, length: int, keep: int, shift: float
+    ) -> None:
+        self.arguments, self.ceilings, self.length, self.keep = arguments, ceilings, length, keep
         layers, heads, size = arguments.layers, arguments.kv_heads, arguments.head_size
         page_size, requests = arguments.page_size, arguments.requests
         source, target = -(-length // page_size), -(-keep // page_size)
@@ -97,7 +102,8 @@ class Setup:
         key_bytes = heads * self.length * arguments.head_size * 2
         products = heads * self.length**2 * arguments.head_size  # symmetric: half of 2 N^2 D
         moved = 2 * heads * self.keep * 2 * arguments.head_size * 2
-        bandwidth, rate = arguments.terabytes * 1e9, arguments.teraflops * 1e9  # a millisecond
+        bandwidth = self.ceilings.bytes_per_second / 1000  # a millisecond
+        rate = self.ceilings.operations_per_second / 1000
         return {
             "survey": key_bytes / bandwidth,
             "matches": products / rate,
@@ -173,11 +179,13 @@ def time_call(call: Callable[[], None], repetitions: int) -> float:
     return statistics.median(samples)
 
 
-def measure(arguments: argparse.Namespace, length: int, keep: int) -> list[dict[str, object]]:
+def measure(
+    arguments: argparse.Namespace, ceilings: Ceilings, length: int, keep: int
+) -> list[dict[str, object]]:
     """One row a kind of keys for one length."""
     rows: list[dict[str, object]] = []
     for keys, shift in SHIFTS.items():
-        setup = Setup(arguments, length, keep, shift)
+        setup = Setup(arguments, ceilings, length, keep, shift)
         setup.round.warm_up(setup.queries)
         setup.round.run(setup.queries, setup.batch, setup.lam)
         torch.cuda.synchronize()
@@ -237,24 +245,22 @@ def main() -> None:
         "--lengths", default="1152:1024,2176:2048,4224:4096", help="length:keep, comma separated"
     )
     parser.add_argument("--repetitions", type=int, default=20)
-    parser.add_argument("--teraflops", type=float, default=790.0, help="bf16 tensor-core rate for the floor")
-    parser.add_argument(
-        "--terabytes", type=float, default=4.3, help="memory bandwidth a second for the floor"
-    )
     parser.add_argument("--json", type=Path, help="where to write the raw numbers")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
+    device = measure_device()
+    if device.ceilings is None:
         sys.exit("this benchmark needs a CUDA device")
+    torch.cuda.empty_cache()
     rows = []
     for pair in arguments.lengths.split(","):
         length, keep = map(int, pair.split(":"))
-        for row in measure(arguments, length, keep):
+        for row in measure(arguments, device.ceilings, length, keep):
             show(row)
             rows.append(row)
     if arguments.json:
         report = {
             "command": shlex.join(["python", "benchmarks/kernels.py", *sys.argv[1:]]),
-            "device": torch.cuda.get_device_name(),
+            "device": device.model_dump(),
             "torch": torch.__version__,
             "triton": triton.__version__,
             "settings": {
