@@ -94,7 +94,7 @@ def check_identity(model: str) -> dict[str, Any]:
 def check_graphs(model: str) -> dict[str, Any]:
     """FULL graphs replay what the same kernels do without graphs, in batches of odd, padded sizes.
 
-    Batch-invariant: else FlashAttention splits long rows in another way inside a graph, in stock vLLM too.
+    Batch-invariant: otherwise vLLM lets FlashAttention choose other splits outside a graph than inside.
     """
     by_mode = {}
     with mock.patch.dict(os.environ, VLLM_BATCH_INVARIANT="1"):

@@ -1,10 +1,10 @@
-"""How far the search for similar keys has to go in a real model's cache: which row of the kernels' table applies.
+"""How far the search for similar keys has to go in a real model's cache: which column of a table applies.
 
     python benchmarks/key_matches.py --model .cache/models/SmolLM2-135M-Instruct --text docs/serving.md
 
 The search (`kernels/redundancy.py`) visits a block of rows tile by tile, newest keys first, until each row
-has a key that is similar to it. What it visits is counted here from the keys that transformers' own forward pass
-leaves in its cache, on the CPU.
+has a key that is similar to it. What it visits is counted here, on the CPU, from the keys that transformers'
+own forward pass leaves in its cache.
 """
 
 from __future__ import annotations
