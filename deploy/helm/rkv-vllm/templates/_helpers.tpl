@@ -75,6 +75,8 @@ namespace="{{ .Release.Namespace }}",service="{{ include "rkv-vllm.fullname" . }
   (list "kv-policies" (join "," $values.kvCache.policies))
   (list "kv-mix-lambda" $values.kvCache.mixLambda)
   (list "kv-granularity" $values.kvCache.granularity)
+  (list "kv-scope" $values.kvCache.scope)
+  (list "kv-order" $values.kvCache.order)
   (list "max-model-len" $values.engine.maxModelLen)
   (list "max-num-seqs" $values.engine.maxNumSeqs)
   (list "gpu-memory-utilization" $values.engine.gpuMemoryUtilization)
