@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import texts
@@ -35,14 +34,6 @@ def asks(encode: Callable[[str], list[int]]) -> dict[tuple[str, str], Ask]:
 @pytest.fixture(scope="module")
 def run(rkv: Engine, asks: dict[tuple[str, str], Ask]) -> Run:
     return rkv.run(list(asks.values()))
-
-
-@pytest.fixture(scope="module")
-def reference(model: Path) -> Iterator[HfReference]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield HfReference(model)
-    torch.set_num_threads(threads)
 
 
 def worst_difference(teaching: Teaching, tokens: list[int], logprobs: list[float]) -> float:

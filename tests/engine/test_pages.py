@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from math import ceil
-from pathlib import Path
 
 import pytest
 import texts
@@ -41,14 +40,6 @@ def asks(encode: Encode) -> dict[str, Ask]:
 @pytest.fixture(scope="module")
 def run(paged: Engine, asks: dict[str, Ask]) -> Run:
     return paged.run(list(asks.values()))
-
-
-@pytest.fixture(scope="module")
-def reference(model: Path) -> Iterator[HfReference]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield HfReference(model)
-    torch.set_num_threads(threads)
 
 
 def test_budget_above_the_length_is_stock(paged: Engine, stock: Engine, encode: Encode) -> None:

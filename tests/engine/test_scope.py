@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Literal
 
-import pytest
 import texts
 import torch
 from engine_process import Ask, Engine, Settings
@@ -19,14 +17,6 @@ CASES = {
     "numbers": (texts.multiples(7), 64, 24, "rkv"),
     "prose": (texts.KING, 48, 24, "recency"),
 }
-
-
-@pytest.fixture(scope="module")
-def reference(model: Path) -> Iterator[HfReference]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield HfReference(model)
-    torch.set_num_threads(threads)
 
 
 def test_generation_with_shared_scores_equals_transformers(
