@@ -69,6 +69,16 @@ class RequestBudget:
         return self.policy in QUERY_POLICIES
 
 
+def extra_args(budget: RequestBudget | None) -> dict[str, int | str]:
+    """What a request sends for these settings, in `SamplingParams.extra_args` or `vllm_xargs` over HTTP.
+
+    `budget` None: full cache, whatever the server's default.
+    """
+    if budget is None:
+        return {"rkv_budget": OFF}
+    return {"rkv_budget": budget.budget, "rkv_buffer": budget.buffer, "rkv_policy": budget.policy}
+
+
 class RkvConfig(BaseModel):
     """Server-wide settings, carried in vLLM's `additional_config["rkv"]`."""
 

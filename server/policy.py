@@ -25,6 +25,7 @@ from rkv_vllm.config import (
     RkvConfig,
     Scope,
 )
+from rkv_vllm.explain import explain
 from rkv_vllm.server.protocol import BudgetBounds, BufferBounds, KvCacheBounds, PolicyChoice
 from rkv_vllm.server.request import FULL, KvCacheError, KvCacheRequest
 
@@ -187,15 +188,6 @@ class KvSettings(KvPolicy, BaseSettings):
         )
 
 
-def explain(error: ValidationError) -> str:
-    """One line that names each wrong setting."""
-    lines = []
-    for problem in error.errors():
-        message = problem["msg"].removeprefix("Value error, ")  # pydantic's, where the text is ours
-        lines.append(f"{problem['loc'][0]}: {message}" if problem["loc"] else message)
-    return "; ".join(dict.fromkeys(lines))
-
-
 @dataclass(frozen=True, slots=True)
 class KvPolicies:
     """The policy of every caller.
@@ -242,4 +234,4 @@ def _overrides(path: Path, common: dict[str, Any]) -> Iterator[tuple[str, KvPoli
         try:
             yield digest, KvPolicy.model_validate({**common, **settings})
         except ValidationError as error:
-            raise ValueError(f"{path}: key {digest[:12]}...: {explain(error)}") from None
+            raise ValueError(f"{path}: key {digest[:12]}...: {explain(error, depth=1)}") from None

@@ -16,7 +16,8 @@ from rich.console import Console
 
 from rkv_vllm.bench.report import compare, show
 from rkv_vllm.bench.results import Measure, Results, read_results
-from rkv_vllm.bench.rows import Group, explain, read_groups
+from rkv_vllm.bench.rows import Group, read_groups
+from rkv_vllm.explain import explain
 
 #: Wide enough for the table where the output is no terminal.
 FILE_WIDTH = 180

@@ -25,7 +25,7 @@ from rkv_vllm.bench.load import Ask, prompt_ids
 from rkv_vllm.bench.results import EngineFacts
 from rkv_vllm.bench.rows import Kind, Row
 from rkv_vllm.bench.window import Step
-from rkv_vllm.config import OFF
+from rkv_vllm.config import extra_args
 from rkv_vllm.counters import COMPACTION_DURATION, COMPACTIONS, EVICTED_TOKENS, read
 from rkv_vllm.engine_args import rkv_engine_args
 from rkv_vllm.metrics import take_tally
@@ -80,12 +80,7 @@ class BenchEngine:
 
         Raises: RefusedError where vLLM does not take it.
         """
-        budget = row.budget_for(self.kind)
-        extra: dict[str, Any] | None = None
-        if budget is not None:
-            extra = {"rkv_budget": budget.budget, "rkv_buffer": budget.buffer, "rkv_policy": budget.policy}
-        elif self.kind != "stock":
-            extra = {"rkv_budget": OFF}
+        extra = None if self.kind == "stock" else extra_args(row.budget_for(self.kind))
         params = SamplingParams(
             temperature=0, max_tokens=ask.output_tokens, ignore_eos=True, detokenize=False, extra_args=extra
         )

@@ -8,8 +8,9 @@ from pydantic import BaseModel, ValidationError
 
 from rkv_vllm.bench.floor import Ceilings, ModelShape
 from rkv_vllm.bench.kernel_time import KernelTime
-from rkv_vllm.bench.rows import Entry, Group, Kind, Row, explain
+from rkv_vllm.bench.rows import Entry, Group, Kind, Row
 from rkv_vllm.bench.window import Point, Window
+from rkv_vllm.explain import explain
 
 
 class Measure(BaseModel):

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rkv_vllm.config import BudgetTokens, BufferTokens, PolicyName, RequestBudget
+from rkv_vllm.explain import explain
 
 #: An engine without R-KV, one whose requests have the row's budget, and one whose requests switch R-KV off.
 Kind = Literal["stock", "rkv", "off"]
@@ -173,13 +174,3 @@ def read_groups(path: Path) -> dict[str, Group]:
         return {name: Group.model_validate(group) for name, group in content.items()}
     except ValidationError as error:
         raise ValueError(f"{path}: {explain(error)}") from None
-
-
-def explain(error: ValidationError) -> str:
-    """Each wrong field, in a line of text."""
-    lines = []
-    for problem in error.errors():
-        field = ".".join(str(part) for part in problem["loc"])
-        message = problem["msg"].removeprefix("Value error, ")
-        lines.append(f"{field}: {message}" if field else message)
-    return "; ".join(lines)

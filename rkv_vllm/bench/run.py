@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shlex
 import signal
 import subprocess
 import sys
@@ -16,15 +15,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from threading import Thread, Timer
 
-from rkv_vllm import __version__
 from rkv_vllm.bench.engine_life import Order
 from rkv_vllm.bench.results import Device, EngineFacts, Life, LoadResult, Measure, Results
 from rkv_vllm.bench.rows import Group, Kind
-from rkv_vllm.doctor import PACKAGES
+from rkv_vllm.provenance import command_line, versions
 
 #: Of every process: the engine core apart from what measures it, and nothing asked of or told to the network.
 ENVIRONMENT = {
@@ -69,9 +66,9 @@ def run_group(
     with log.open("wb") as output:
         say("measuring the device")
         results = Results(
-            command=shlex.join(["rkv-vllm", *sys.argv[1:]]),
+            command=command_line(),
             started=datetime.now(UTC).isoformat(timespec="seconds"),
-            versions=_versions(),
+            versions=versions(),
             platform=platform.platform(),
             device=_device(output.fileno()),
             group=group,
@@ -223,13 +220,3 @@ def _device(log: int) -> Device:
 
 def _python(module: str) -> list[str]:
     return [sys.executable, "-m", module]
-
-
-def _versions() -> dict[str, str]:
-    found = {"rkv-vllm": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-import platform
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any, Protocol
 
-from rkv_vllm import __version__
 from rkv_vllm.config import RkvConfig
-from rkv_vllm.doctor import PACKAGES, installed
 from rkv_vllm.evaluation.settings import FULL_CACHE, Setting
 from rkv_vllm.evaluation.tasks import Decode
 from rkv_vllm.evaluation.thinking import START
+from rkv_vllm.provenance import device, versions
 from rkv_vllm.server.protocol import FIELD, KvCacheReport
 from rkv_vllm.server.request import FULL, XARGS
 
@@ -113,7 +111,7 @@ class ProcessEngine:
         # As a server of the model does: its authors' own top_k, and the like.
         self._defaults: dict[str, Any] = engine.model_config.get_diff_sampling_param()
         self.facts = {
-            "versions": versions(PACKAGES),
+            "versions": versions(),
             "device": device(),
             "dtype": str(engine.model_config.dtype).removeprefix("torch."),
             "sampling_defaults": self._defaults,
@@ -273,16 +271,3 @@ def check_in_force(setting: Setting, report: KvCacheReport) -> None:
     used = (report.budget, report.policy, report.buffer)
     if used != asked:
         raise EngineError(f"asked for budget, policy and buffer {asked}, the engine used {used}")
-
-
-def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Of this package, Python, and those of `packages` that are installed."""
-    return {"rkv-vllm": __version__, "python": platform.python_version(), **installed(packages)}
-
-
-def device() -> str:
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu():
-        return f"CPU, {os.cpu_count()} cores"
-    return str(current_platform.get_device_name())

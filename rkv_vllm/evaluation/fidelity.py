@@ -38,20 +38,8 @@ class Window:
     forced: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """How one request keeps its cache; a budget of None is the full cache, the control."""
-
-    budget: int | None
-    buffer: int
-    policy: PolicyName
-
-    @property
-    def extra_args(self) -> dict[str, int | str]:
-        """Of the request's sampling parameters."""
-        if self.budget is None:
-            return {"rkv_budget": 0}
-        return {"rkv_budget": self.budget, "rkv_buffer": self.buffer, "rkv_policy": self.policy}
+#: How one request keeps its cache; None is the full cache, the control.
+Setting = RequestBudget | None
 
 
 class Figure(BaseModel):
@@ -134,16 +122,14 @@ def settings_of(
 
     Raises: ValueError that names the field of a value out of bounds.
     """
-    settings = [Setting(None, config.buffer, config.policy)]
+    settings: list[Setting] = [None]
     for policy in policies:
         for buffer in buffers:
             for budget in budgets:
                 asked = {"rkv_budget": budget, "rkv_buffer": buffer, "rkv_policy": policy}
                 if budget == 0:
                     raise ValueError("rkv_budget 0 is the full cache, which is always measured")
-                settled = config.resolve(BudgetRequest.from_extra_args(asked))
-                assert settled is not None
-                settings.append(Setting(settled.budget, settled.buffer, settled.policy))
+                settings.append(config.resolve(BudgetRequest.from_extra_args(asked)))
     return settings
 
 
@@ -259,11 +245,10 @@ def figure(by_window: np.ndarray, seed: int) -> Figure:
 
 def row_of(setting: Setting, planned: Schedule, measured: np.ndarray, seed: int) -> Row:
     """One setting's summary; `measured` is float64 [windows, tokens, MEASURES]."""
-    full = setting.budget is None
     return Row(
-        budget=setting.budget,
-        buffer=None if full else setting.buffer,
-        policy=None if full else setting.policy,
+        budget=None if setting is None else setting.budget,
+        buffer=None if setting is None else setting.buffer,
+        policy=None if setting is None else setting.policy,
         compactions=len(planned.first_affected),
         evicted_tokens=planned.evicted_tokens,
         groups=groups_of(measured, distances(planned, measured.shape[1]), seed),

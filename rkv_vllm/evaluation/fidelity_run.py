@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,11 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from vllm.platforms import current_platform
-from vllm.version import __version__ as vllm_version
 
-from rkv_vllm import __version__
 from rkv_vllm.config import RkvConfig
 from rkv_vllm.evaluation.fidelity import Report, Setting, Window, cut, row_of
 from rkv_vllm.evaluation.teacher import Teacher
+from rkv_vllm.provenance import device, versions
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,7 @@ def _measure(plan: Plan, teacher: Teacher, windows: Sequence[Window], console: C
     return Report(
         command=plan.command,
         model=plan.model,
-        device=f"{current_platform.device_type} ({current_platform.get_device_name()})",
+        device=device(),
         dtype=teacher.dtype,
         texts=[path.name for path in plan.texts],
         windows=len(windows),
@@ -100,7 +97,7 @@ def _measure(plan: Plan, teacher: Teacher, windows: Sequence[Window], console: C
         seed=plan.seed,
         full_perplexity=math.exp(-full_logprob),
         reference_bytes=teacher.reference_bytes * plan.forced,
-        versions={"rkv-vllm": __version__, "vllm": vllm_version, "python": platform.python_version()},
+        versions=versions(),
         rows=[
             row_of(setting, planned, together[index], plan.seed)
             for index, (setting, planned) in enumerate(zip(plan.settings, schedules, strict=True))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from rkv_vllm.config import OFF, WINDOW, PolicyName
+from rkv_vllm.config import OFF, WINDOW, PolicyName, RequestBudget, extra_args
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +25,10 @@ class Setting:
 
     @property
     def extra_args(self) -> dict[str, Any]:
-        """As `SamplingParams.extra_args` has it, and `vllm_xargs` over HTTP."""
+        """As a request sends it."""
         if self.policy is None:
-            return {"rkv_budget": OFF}
-        return {"rkv_budget": self.budget, "rkv_buffer": self.buffer, "rkv_policy": self.policy}
+            return extra_args(None)
+        return extra_args(RequestBudget(self.budget, self.buffer, self.policy))
 
 
 FULL_CACHE = Setting()

@@ -14,18 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
-from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV1
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV2
 
-from rkv_vllm.config import BudgetRequest, RkvConfig
-from rkv_vllm.engine_args import rkv_engine_args
+from rkv_vllm.config import RkvConfig, extra_args
 from rkv_vllm.evaluation.fidelity import MEASURES, Schedule, Setting, Window, schedule
 from rkv_vllm.result import RESULT_KEY
+from rkv_vllm.vllm_arguments import engine_arguments
 
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -177,17 +175,15 @@ class Teacher:
             config: the server-wide settings.
             length: tokens of a window, which is max_model_len unless the options say otherwise.
 
-        Raises: ValueError where the engine would not run in this process.
+        Raises: ValueError for an option that cannot be combined with R-KV, or with which the engine would not
+            run in this process.
         """
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="rkv-vllm fidelity"))
         # Pages that another request has filled change the shapes of the arithmetic, and so its rounding.
-        defaults = [f"--model={model}", f"--max-model-len={length}", "--no-enable-prefix-caching"]
-        engine_args = EngineArgs.from_cli_args(parser.parse_args([*defaults, *options]))
-        for name, value in rkv_engine_args(**config.model_dump(exclude_none=True)).items():
-            setattr(engine_args, name, value)
+        defaults = [model, f"--max-model-len={length}", "--no-enable-prefix-caching"]
+        engine_args = engine_arguments("fidelity", [*defaults, *options], config)
         engine_args.logits_processors = [*(engine_args.logits_processors or ()), PROCESSOR]
         if engine_args.tensor_parallel_size * engine_args.pipeline_parallel_size > 1:
             raise ValueError(
@@ -223,7 +219,7 @@ class Teacher:
         """
         lesson = Lesson(window, len(settings), on_token)
         with _teaching(lesson):
-            self._run(window, {MODEL_STUDENT: Setting(None, self._config.buffer, self._config.policy)})
+            self._run(window, {MODEL_STUDENT: None})
             schedules = self._run(window, dict(enumerate(settings)))
         measured = lesson.seen.cpu().numpy()
         if np.isnan(measured).any():
@@ -241,7 +237,7 @@ class Teacher:
                 max_tokens=len(window.forced),
                 ignore_eos=True,
                 detokenize=False,
-                extra_args={**setting.extra_args, STUDENT: student},
+                extra_args={**extra_args(setting), STUDENT: student},
             )
             self._requests += 1
             students[str(self._requests)] = student
@@ -258,9 +254,8 @@ class Teacher:
         if tuple(output.outputs[0].token_ids) != window.forced:
             raise RuntimeError("the engine decoded other tokens than those of the text")
         result = output.kv_transfer_params[RESULT_KEY]
-        budget = self._config.resolve(BudgetRequest.from_extra_args(setting.extra_args))
         planned = schedule(
-            self._config.granularity, len(window.prompt), len(window.forced), budget, result["page_size"]
+            self._config.granularity, len(window.prompt), len(window.forced), setting, result["page_size"]
         )
         if planned.evicted_tokens != result["evicted_tokens"]:
             raise RuntimeError(

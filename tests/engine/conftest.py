@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -14,9 +15,13 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import texts
+import torch
 from engine_process import Ask, Engine, Run, Settings
 
 from rkv_vllm.demo.model import prepare
+
+if TYPE_CHECKING:
+    from hf_reference import HfReference
 
 Encode = Callable[[str], list[int]]
 StartEngine = Callable[[Settings], Engine]
@@ -57,6 +62,17 @@ def rkv(model: Path) -> Iterator[Engine]:
     engine = Engine(model, Settings())
     yield engine
     engine.close()
+
+
+@pytest.fixture(scope="module")
+def reference(model: Path) -> Iterator[HfReference]:
+    """transformers with the float64 reference of the algorithm, on one thread as the engines are."""
+    from hf_reference import HfReference
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield HfReference(model)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -32,6 +32,11 @@ class Teaching:
     logprobs: torch.Tensor
     compacted_at: list[int]
 
+    def worst_difference(self, tokens: Sequence[int], logprobs: Sequence[float]) -> float:
+        """Of the log-probabilities that an engine gave its tokens, the largest distance from these."""
+        chosen = self.logprobs.gather(1, torch.tensor(tokens).unsqueeze(1)).squeeze(1)
+        return (chosen - torch.tensor(logprobs)).abs().max().item()
+
 
 class HfReference:
     """The model in float32 with eager attention, its cache compacted per layer and per KV head."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import texts
-import torch
 from engine_process import Ask, Engine, Run
-from hf_reference import HfReference, Teaching
+from hf_reference import HfReference
 
 POLICIES = ("rkv", "recency")
 #: Prompt, budget, buffer. The last prompt is longer than budget + buffer: the first compaction follows it.
@@ -37,19 +35,6 @@ def run(rkv: Engine, asks: dict[tuple[str, str], Ask]) -> Run:
     return rkv.run(list(asks.values()))
 
 
-@pytest.fixture(scope="module")
-def reference(model: Path) -> Iterator[HfReference]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield HfReference(model)
-    torch.set_num_threads(threads)
-
-
-def worst_difference(teaching: Teaching, tokens: list[int], logprobs: list[float]) -> float:
-    chosen = teaching.logprobs.gather(1, torch.tensor(tokens).unsqueeze(1)).squeeze(1)
-    return (chosen - torch.tensor(logprobs)).abs().max().item()
-
-
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("case", CASES)
 def test_compacted_generation_equals_transformers(
@@ -65,7 +50,7 @@ def test_compacted_generation_equals_transformers(
     assert len(teaching.compacted_at) >= 5
     assert len(teaching.compacted_at) == answer.result["compactions"] == run.compactions(index)
     assert teaching.logprobs.argmax(dim=-1).tolist() == answer.tokens
-    assert worst_difference(teaching, answer.tokens, answer.logprobs) < 1e-3
+    assert teaching.worst_difference(answer.tokens, answer.logprobs) < 1e-3
 
 
 def test_first_compaction_of_a_long_prompt_follows_it_at_once(
@@ -88,4 +73,4 @@ def test_the_comparison_tells_policies_apart(
 
     teaching = reference.teach(ask.prompt, answer.tokens, budget=48, buffer=24, policy="recency")
 
-    assert worst_difference(teaching, answer.tokens, answer.logprobs) > 0.1
+    assert teaching.worst_difference(answer.tokens, answer.logprobs) > 0.1

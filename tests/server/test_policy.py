@@ -10,7 +10,8 @@ import pytest
 from pydantic import ValidationError
 
 from rkv_vllm.config import POLICY_NAMES, BudgetRequest
-from rkv_vllm.server.policy import KvPolicies, KvPolicy, KvSettings, explain
+from rkv_vllm.explain import explain
+from rkv_vllm.server.policy import KvPolicies, KvPolicy, KvSettings
 from rkv_vllm.server.request import KvCacheError, KvCacheRequest, read_kv_cache, read_xargs
 
 KEY = "the key of a caller"
@@ -78,7 +79,7 @@ def test_settings_that_contradict_are_refused_by_name(settings: dict[str, Any], 
     """Proves that a server does not start with a default that it would refuse, and says which it is."""
     with pytest.raises(ValidationError) as refused:
         KvPolicy(**settings)
-    assert explain(refused.value).startswith(f"{named}: ")
+    assert explain(refused.value, depth=1).startswith(f"{named}: ")
 
 
 def test_settings_come_from_the_environment_and_flags_win(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +94,7 @@ def test_settings_come_from_the_environment_and_flags_win(monkeypatch: pytest.Mo
     monkeypatch.setenv("RKV_KV_REQUIRE_BUDGET", "perhaps")
     with pytest.raises(ValidationError) as refused:
         KvSettings()
-    assert explain(refused.value).startswith("require_budget: ")
+    assert explain(refused.value, depth=1).startswith("require_budget: ")
 
 
 def test_without_settings_everything_is_allowed_and_nothing_compacted() -> None:

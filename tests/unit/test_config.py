@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from rkv_vllm.config import POLICY_NAMES, WINDOW, BudgetRequest, RequestBudget, RkvConfig
+from rkv_vllm.config import POLICY_NAMES, WINDOW, BudgetRequest, RequestBudget, RkvConfig, extra_args
 
 
 @pytest.mark.parametrize(
@@ -165,6 +165,12 @@ SERVER = RkvConfig(budget=64, buffer=32, policy="keydiff")
 def test_settings_in_force(server: RkvConfig, asked: dict[str, Any], in_force: RequestBudget | None) -> None:
     """Proves that what a request names wins, the rest is the server's, and 0 is the full cache."""
     assert server.resolve(BudgetRequest.from_extra_args(asked)) == in_force
+
+
+@pytest.mark.parametrize("settings", [None, RequestBudget(9, 8, "snapkv")])
+def test_what_is_sent_is_what_is_read(settings: RequestBudget | None) -> None:
+    """Proves that a request that names its settings gets them, the full cache too, whatever the defaults."""
+    assert SERVER.resolve(BudgetRequest.from_extra_args(extra_args(settings))) == settings
 
 
 @pytest.mark.parametrize("policy", POLICY_NAMES)

@@ -24,7 +24,6 @@ from rkv_vllm.evaluation.fidelity import (
     BEFORE,
     Report,
     Schedule,
-    Setting,
     Window,
     cut,
     distances,
@@ -138,9 +137,11 @@ def test_settings_are_every_combination_behind_the_control() -> None:
     """Proves the order of the settings, and the errors of wrong ones."""
     config = RkvConfig()
     settings = settings_of(config, [64, 32], [16], ["rkv", "recency"])
-    assert [setting.budget for setting in settings] == [None, 64, 32, 64, 32]
-    assert settings[0].extra_args == {"rkv_budget": 0}
-    assert settings[3].extra_args == {"rkv_budget": 64, "rkv_buffer": 16, "rkv_policy": "recency"}
+    assert settings == [
+        None,
+        *(RequestBudget(budget, 16, "rkv") for budget in (64, 32)),
+        *(RequestBudget(budget, 16, "recency") for budget in (64, 32)),
+    ]
     for budgets, policies, named in (([8], ["rkv"], "rkv_budget"), ([64], ["best"], "rkv_policy")):
         with pytest.raises(ValueError, match=named):
             settings_of(config, budgets, [16], policies)
@@ -236,9 +237,9 @@ def test_the_table_shows_controls_and_losses() -> None:
     measured = np.zeros((2, 4, 4))
     measured[..., 0] = 0.25
     rows = [
-        row_of(Setting(None, 128, "rkv"), Schedule((), 0), 0 * measured, 0),
-        row_of(Setting(64, 16, "rkv"), Schedule((0,), 16), measured, 0),
-        row_of(Setting(80, 16, "rkv"), Schedule((2,), 16), measured, 0),
+        row_of(None, Schedule((), 0), 0 * measured, 0),
+        row_of(RequestBudget(64, 16, "rkv"), Schedule((0,), 16), measured, 0),
+        row_of(RequestBudget(80, 16, "rkv"), Schedule((2,), 16), measured, 0),
     ]
     report = Report(
         command="rkv-vllm fidelity", model="m", device="cpu", dtype="float32", texts=["t"], windows=2,

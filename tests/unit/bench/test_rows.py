@@ -9,8 +9,9 @@ import pytest
 from pydantic import ValidationError
 
 from rkv_vllm.bench.command import choose
-from rkv_vllm.bench.rows import Group, Row, explain, read_groups
+from rkv_vllm.bench.rows import Group, Row, read_groups
 from rkv_vllm.config import RequestBudget
+from rkv_vllm.explain import explain
 
 PUBLISHED = Path(__file__).parents[3] / "benchmarks" / "throughput.yaml"
 NOTHING: dict[str, Any] = {"memory_gib": None, "lives": None, "stock_engine": [], "rkv_engine": []}

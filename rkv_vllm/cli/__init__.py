@@ -1,0 +1,36 @@
+"""The command `rkv-vllm`, one file a subcommand.
+
+What takes long to import, vLLM and torch first, is imported by the subcommand that needs it.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from rkv_vllm import __version__
+from rkv_vllm.cli import args, bench, demo, doctor, evaluate, fidelity, serve
+from rkv_vllm.cli.options import with_vllm_options
+
+app = typer.Typer(
+    name="rkv-vllm",
+    help="R-KV decode-time KV cache compression inside stock vLLM.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+app.command(**with_vllm_options("vLLM's own"))(serve.serve)
+app.command()(args.args)
+app.command(**with_vllm_options("vLLM's own"))(doctor.doctor)
+app.command(**with_vllm_options("the engine's own"))(fidelity.fidelity)
+app.command("eval", **with_vllm_options("vLLM's own, for the engine in this process"))(evaluate.evaluate)
+app.command()(evaluate.eval_report)
+app.command(**with_vllm_options("vLLM's own, for every engine"))(bench.bench)
+app.command()(demo.demo)
+app.command()(version)

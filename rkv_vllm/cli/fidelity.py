@@ -1,0 +1,70 @@
+"""`rkv-vllm fidelity`: what budgets change in a model's predictions of a text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rkv_vllm.cli import options
+from rkv_vllm.config import POLICY_NAMES
+from rkv_vllm.provenance import command_line
+
+
+def fidelity(
+    context: typer.Context,
+    model: Annotated[str, typer.Option(help="Directory or name of the model.")],
+    text: Annotated[list[Path], typer.Option(help="Text in UTF-8; may be given several times.")],
+    budgets: Annotated[str, typer.Option(help="Budgets to measure, separated by commas.")],
+    policies: Annotated[str | None, typer.Option(help="Policies, separated by commas; default: all.")] = None,
+    buffers: Annotated[str, typer.Option(help="Buffers, separated by commas.")] = "128",
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a window that are read as a prompt.")] = 256,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of a window that are decoded.")] = 768,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of each text, at most.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Of the intervals' bootstrap.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="File for the result as JSON.")] = None,
+    kv_mix_lambda: options.MixLambda = None,
+    kv_granularity: options.Granularity = None,
+    kv_scope: options.Scope = None,
+    kv_order: options.Order = None,
+    json: Annotated[bool, options.json("tables")] = False,
+) -> None:
+    """Measure what budgets change in a model's predictions of a text, against the engine's own full cache.
+
+    The engine decodes the text itself, so that no answers are needed; compactions happen as in serving.
+    """
+    config = options.rkv_config(
+        mix_lambda=kv_mix_lambda, granularity=kv_granularity, scope=kv_scope, order=kv_order
+    )
+    from rich.console import Console
+
+    from rkv_vllm.evaluation.fidelity import settings_of, show
+
+    try:
+        settings = settings_of(
+            config,
+            _integers("--budgets", budgets),
+            _integers("--buffers", buffers),
+            POLICY_NAMES if policies is None else [name.strip() for name in policies.split(",")],
+        )
+        with options.vllm_on_stderr(level="ERROR"):
+            from rkv_vllm.evaluation.fidelity_run import Plan, run
+
+            plan = Plan(command_line(), model, text, settings, config, prompt, tokens, windows, seed)
+            report = run(plan, context.args, Console(stderr=True))
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from None
+    if out is not None:
+        out.write_text(report.model_dump_json(indent=1) + "\n")
+    if json:
+        typer.echo(report.model_dump_json(indent=1))
+    else:
+        show(report, Console())
+
+
+def _integers(option: str, words: str) -> list[int]:
+    try:
+        return [int(word) for word in words.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{option}: takes integers separated by commas, not {words!r}") from None
