@@ -184,6 +184,8 @@ class CompactingManager(FullAttentionManager):
     ) -> int:
         evicted = self._evicted.get(request_id, 0)
         num_slots = num_tokens - evicted
+        if request_id in self.num_cached_block:  # it runs: the base class's answer, without its other cases
+            return max(cdiv(num_slots, self.block_size) - len(self.req_to_blocks[request_id]), 0)
         if apply_admission_cap and request_id in self._most_slots:
             num_slots = min(num_slots, self._most_slots[request_id])
         return super().get_num_blocks_to_allocate(
@@ -213,6 +215,9 @@ class CompactingManager(FullAttentionManager):
     ) -> None:
         # A compacted page no longer holds the tokens that its hash would promise.
         if request.request_id in self._evicted:
+            return
+        # In most steps no page became full.
+        if num_tokens // self.block_size <= self.num_cached_block.get(request.request_id, 0):
             return
         super().cache_blocks(request, num_tokens, retention_interval, replay_boundaries=replay_boundaries)
 
