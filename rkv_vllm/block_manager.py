@@ -184,8 +184,6 @@ class CompactingManager(FullAttentionManager):
     ) -> int:
         evicted = self._evicted.get(request_id, 0)
         num_slots = num_tokens - evicted
-        if request_id in self.num_cached_block:  # it runs: the base class's answer, without its other cases
-            return max(cdiv(num_slots, self.block_size) - len(self.req_to_blocks[request_id]), 0)
         if apply_admission_cap and request_id in self._most_slots:
             num_slots = min(num_slots, self._most_slots[request_id])
         return super().get_num_blocks_to_allocate(

@@ -381,15 +381,12 @@ class CompactingSchedulerMixin(_Scheduler):
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
-        """vLLM's hook for where a chunk ends, asked for running and for waiting requests.
-
-        Its base class needs it for speculative decoding alone, which is refused.
-        """
+        """vLLM's hook for where a chunk ends, asked for running and for waiting requests."""
         tracked = self._tracked.get(request.request_id)
         # Most steps of a request are far from its next compaction.
         if tracked is not None and num_computed_tokens + num_new_tokens > tracked.free_until:
             num_new_tokens = self._end_of_chunk(request, tracked, num_computed_tokens, num_new_tokens)
-        return max(num_new_tokens, 0)
+        return super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
 
     def _end_of_chunk(
         self, request: Request, tracked: TrackedRequest, num_computed_tokens: int, num_new_tokens: int
