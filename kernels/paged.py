@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
 
 Order = Literal["temporal", "score"]
@@ -251,7 +252,9 @@ def _send(columns: Sequence[list[int]], device: torch.device) -> list[torch.Tens
         packed += [0] * (-len(packed) % _ALIGNMENT)  # every table starts aligned
         starts.append(len(packed))
         packed += column
-    host = torch.tensor(packed, dtype=torch.int32, pin_memory=device.type == "cuda")
+    host = torch.from_numpy(np.array(packed, dtype=np.int32))  # a third of torch.tensor's time
+    if device.type == "cuda":
+        host = host.pin_memory()
     tables = host.to(device, non_blocking=True)
     return [tables[start : start + len(column)] for start, column in zip(starts, columns, strict=True)]
 
@@ -265,6 +268,8 @@ def _overwrites(source: list[int], target: list[int], order: Order) -> bool:
     """
     if order != "temporal":
         return not set(source).isdisjoint(target)
+    if source[: len(target)] == target:  # nearly always
+        return False
     position = {page: index for index, page in enumerate(source)}
     return any(position.get(page, -1) > index for index, page in enumerate(target))
 

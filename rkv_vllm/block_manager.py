@@ -214,6 +214,9 @@ class CompactingManager(FullAttentionManager):
         # A compacted page no longer holds the tokens that its hash would promise.
         if request.request_id in self._evicted:
             return
+        # In most steps no page became full.
+        if num_tokens // self.block_size <= self.num_cached_block.get(request.request_id, 0):
+            return
         super().cache_blocks(request, num_tokens, retention_interval, replay_boundaries=replay_boundaries)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:

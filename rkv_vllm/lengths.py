@@ -45,6 +45,11 @@ class RequestLengths:
         """Position of the first token whose query the next compaction looks at."""
         return max(self.next_due - WINDOW, 0)
 
+    @property
+    def free_until(self) -> int:
+        """Logical length up to which a chunk may end without being cut or recorded."""
+        return self.recorded_from
+
     def end_of_chunk(self, logical: int, num_new_tokens: int) -> int:
         """How many of `num_new_tokens` may be computed before the next compaction has to come.
 
@@ -94,6 +99,10 @@ class PageLengths(RequestLengths):
 
     def is_due(self, logical: int) -> bool:
         return not self.leaving and logical >= self.next_due
+
+    @property
+    def free_until(self) -> int:
+        return min(self.recorded_from, self.most_slots - self.held(0))
 
     def end_of_chunk(self, logical: int, num_new_tokens: int) -> int:
         return min(num_new_tokens, self.next_due - logical, self.most_slots - self.held(logical))

@@ -47,10 +47,12 @@ logger = init_logger(__name__)
 class TrackedRequest:
     """A request that is compacted, and what its result will say.
 
-    `rounds` counts compactions since it last started from nothing; `sequence` is of its last `PageEviction`.
+    `rounds` counts compactions since it last started from nothing; `sequence` is of its last `PageEviction`;
+    `free_until` is that of `lengths`, or lower.
     """
 
     lengths: RequestLengths
+    free_until: int = 0
     rounds: int = 0
     compactions: int = 0
     evicted_tokens: int = 0
@@ -69,6 +71,7 @@ class TrackedRequest:
 
     def restart(self) -> None:
         self.lengths.restart()
+        self.free_until = 0
         self.rounds = 0
 
 
@@ -100,6 +103,8 @@ class CompactingSchedulerMixin(_Scheduler):
         self._manager = managers[0]
         self._query_rows = QueryRows(num_query_rows(vllm_config.scheduler_config.max_num_seqs))
         self._tracked: dict[str, TrackedRequest] = {}
+        self._may_be_due: list[Request] = []  # every request that is due, and some that are not
+        self._with_stop_strings: set[str] = set()
         self._refusals: list[tuple[int, EngineCoreOutput]] = []  # with the client that asked
         self._sequences = itertools.count()
         pool = self.kv_cache_manager.block_pool
@@ -110,6 +115,8 @@ class CompactingSchedulerMixin(_Scheduler):
     def add_request(self, request: Request) -> None:
         more_of_session = request.request_id in self.requests
         super().add_request(request)
+        if request.sampling_params is not None and request.sampling_params.stop:
+            self._with_stop_strings.add(request.request_id)
         if more_of_session:
             return
         # A streaming-input session edits its own past, which a compacted cache cannot follow.
@@ -180,6 +187,7 @@ class CompactingSchedulerMixin(_Scheduler):
         budget = tracked.budget if tracked else None
         self._counters.ended(request.request_id, budget, result, request.num_tokens)
         self._manager.unbound(request.request_id)
+        self._with_stop_strings.discard(request.request_id)
         self._query_rows.release(request.request_id)
         # Connectors are refused at start, so that nothing else answers in this field.
         _, ec_transfer_params = super()._free_request(request, delay_free_blocks)
@@ -226,7 +234,8 @@ class CompactingSchedulerMixin(_Scheduler):
         self._counters.step_begins(time.perf_counter())
         plan = CompactionPlan()
         moves: list[PageMove] = []
-        for request in list(self.running):
+        candidates, self._may_be_due = self._may_be_due, []
+        for request in candidates:
             tracked = self._tracked.get(request.request_id)
             if tracked is None or not self._is_due(request, tracked):
                 continue
@@ -331,16 +340,17 @@ class CompactingSchedulerMixin(_Scheduler):
         for client_index, refusal in self._refusals:
             outputs.setdefault(client_index, EngineCoreOutputs()).outputs.append(refusal)
         self._refusals.clear()
-        self._report_early(output for of_client in outputs.values() for output in of_client.outputs)
+        if self._with_stop_strings:
+            self._report_early(output for of_client in outputs.values() for output in of_client.outputs)
         return outputs
 
     def _report_early(self, outputs: Iterable[EngineCoreOutput]) -> None:
         """Stop strings are found in the API server, which then wants nothing more of the request from here:
         each output of one that has any carries its result so far."""
         for output in outputs:
-            request = self.requests.get(output.request_id)
-            if request is not None and request.sampling_params is not None and request.sampling_params.stop:
-                output.kv_transfer_params = {RESULT_KEY: self._result(request)}
+            if output.request_id in self._with_stop_strings:
+                result = self._result(self.requests[output.request_id])
+                output.kv_transfer_params = {RESULT_KEY: result}
 
     def _learn(self, report: PageReport) -> None:
         """Returns the pages that left to the pool; every step that read them has run."""
@@ -349,9 +359,11 @@ class CompactingSchedulerMixin(_Scheduler):
             return  # finished, or started again: it has nothing of what is reported
         lengths = tracked.lengths
         if isinstance(lengths, PageLengths) and lengths.leaving:
-            self._note_pages(tracked, self.requests[report.request_id])
+            request = self.requests[report.request_id]
+            self._note_pages(tracked, request)
             self._manager.remove_pages(report.request_id, report.pages)
             lengths.learn()
+            self._may_be_due.append(request)
 
     def _recordings(self, output: SchedulerOutput) -> dict[str, int]:
         """Whose queries to record in this step, and in which row: those that took one to be scheduled."""
@@ -371,18 +383,29 @@ class CompactingSchedulerMixin(_Scheduler):
     ) -> int:
         """vLLM's hook for where a chunk ends, asked for running and for waiting requests."""
         tracked = self._tracked.get(request.request_id)
-        if tracked is not None:
-            num_new_tokens = tracked.lengths.end_of_chunk(num_computed_tokens, num_new_tokens)
-            first = tracked.lengths.recorded_from
-            if (
-                tracked.budget.needs_queries
-                and num_computed_tokens + num_new_tokens > first
-                and not self._query_rows.hold(request.request_id)
-            ):
-                # Without a row it stays before the window, and waits there for one.
-                self._counters.deferred("no_query_row")
-                num_new_tokens = max(first - num_computed_tokens, 0)
+        # Most steps of a request are far from its next compaction.
+        if tracked is not None and num_computed_tokens + num_new_tokens > tracked.free_until:
+            num_new_tokens = self._end_of_chunk(request, tracked, num_computed_tokens, num_new_tokens)
         return super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+
+    def _end_of_chunk(
+        self, request: Request, tracked: TrackedRequest, num_computed_tokens: int, num_new_tokens: int
+    ) -> int:
+        lengths = tracked.lengths
+        tracked.free_until = lengths.free_until
+        num_new_tokens = lengths.end_of_chunk(num_computed_tokens, num_new_tokens)
+        first = lengths.recorded_from
+        if (
+            tracked.budget.needs_queries
+            and num_computed_tokens + num_new_tokens > first
+            and not self._query_rows.hold(request.request_id)
+        ):
+            # Without a row it stays before the window, and waits there for one.
+            self._counters.deferred("no_query_row")
+            num_new_tokens = max(first - num_computed_tokens, 0)
+        if num_computed_tokens + num_new_tokens >= lengths.next_due:
+            self._may_be_due.append(request)
+        return num_new_tokens
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         blocks, num_hit_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)

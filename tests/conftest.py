@@ -5,6 +5,11 @@ import sys
 from pathlib import Path
 
 import torch
+from hypothesis import settings
+
+# No test measures time: an example may take as long as a busy machine needs.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 # Triton reads this while it is imported, and vLLM, which the engine's tests use, imports it.
 if not torch.cuda.is_available():

@@ -87,6 +87,29 @@ def _compact_a_buffer_too_late(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(RequestLengths, "next_due", late)
 
 
+def _look_at_chunks_too_late(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(RequestLengths, "free_until", property(lambda lengths: lengths.next_due))
+
+
+def _believe_a_resumed_request_far_from_its_compaction(patch: pytest.MonkeyPatch) -> None:
+    def restart(tracked: TrackedRequest) -> None:
+        tracked.lengths.restart()
+        tracked.rounds = 0
+
+    patch.setattr(TrackedRequest, "restart", restart)
+
+
+def _overlook_a_request_that_is_due(patch: pytest.MonkeyPatch) -> None:
+    end_of_chunk = CompactingSchedulerMixin._end_of_chunk
+
+    def overlook(scheduler: CompactingSchedulerMixin, *args: Any) -> int:
+        num_new_tokens = end_of_chunk(scheduler, *args)
+        del scheduler._may_be_due[1:]
+        return num_new_tokens
+
+    patch.setattr(CompactingSchedulerMixin, "_end_of_chunk", overlook)
+
+
 def _give_up_where_no_page_is_free(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         CompactingSchedulerMixin,
@@ -179,6 +202,10 @@ def by_page_keep_leaving_pages_of_a_preempted_request(patch: pytest.MonkeyPatch)
 
 def by_page_take_pages_while_others_are_leaving(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PageLengths, "end_of_chunk", RequestLengths.end_of_chunk)
+
+
+def by_page_forget_that_others_are_leaving(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(PageLengths, "free_until", RequestLengths.free_until)
 
 
 def by_page_plan_again_before_the_report(patch: pytest.MonkeyPatch) -> None:

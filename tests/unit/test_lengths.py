@@ -10,6 +10,7 @@ from rkv_vllm.config import WINDOW, RequestBudget
 from rkv_vllm.lengths import PageLengths, RequestLengths
 
 prompts = st.integers(1, 300)
+page_sizes = st.sampled_from([1, 4, 8, 16, 32, 128])
 budgets = st.builds(RequestBudget, st.integers(WINDOW + 1, 200), st.integers(WINDOW, 100), st.just("rkv"))
 
 
@@ -70,13 +71,25 @@ def test_window_is_computed_here(prompt: int, budget: RequestBudget) -> None:
     assert lengths.recorded_from >= 0
 
 
+@given(prompts, budgets, page_sizes, st.integers(0, 400), st.integers(1, 400))
+def test_a_free_chunk_is_left_alone(
+    prompt: int, budget: RequestBudget, page: int, logical: int, num_new_tokens: int
+) -> None:
+    """Proves that a chunk which ends by `free_until` is not cut, and ends before the window to record."""
+    by_page = PageLengths(prompt, budget, page_size=page)
+    leaving = PageLengths(prompt, budget, page_size=page)
+    leaving.compact(leaving.next_due)
+    for lengths in (RequestLengths(prompt, budget), by_page, leaving):
+        logical = min(logical, lengths.free_until - 1)
+        chunk = min(num_new_tokens, lengths.free_until - logical)
+        assert lengths.end_of_chunk(logical, chunk) == chunk
+        assert logical + chunk <= lengths.recorded_from < lengths.next_due
+
+
 @pytest.mark.parametrize(("prompt", "slots"), [(10, 96), (96, 96), (500, 500)])
 def test_most_slots(prompt: int, slots: int) -> None:
     """Proves the bound that admission reckons with."""
     assert RequestLengths(prompt, RequestBudget(64, 32, "rkv")).most_slots == slots
-
-
-page_sizes = st.sampled_from([1, 4, 8, 16, 32, 128])
 
 
 @pytest.mark.parametrize(
