@@ -15,7 +15,7 @@ settings.load_profile("untimed")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# Its handler keeps the stream of its first import: not that of a command under test, which is closed behind it.
+# Its handler keeps the stream of its first import: not that of a command under test, which gets closed.
 import vllm.logger  # noqa: E402, F401
 
 sys.path.insert(0, str(Path(__file__).parent))
