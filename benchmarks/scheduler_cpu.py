@@ -8,7 +8,8 @@ in a turn every request with a budget is compacted exactly once:
     off     ours, every request with its full cache
     on      ours, every request on the budget; compactions are spread evenly over the steps
 
-All requests have different prompts, and the pool is never short. Times are CPU time of the one thread, in
+All requests have different prompts, and the pool is never short. For each seed the engines are built anew:
+how their objects happen to lie in memory is worth some per cent. Times are CPU time of the one thread, in
 microseconds a step; `update` is `update_from_output`, of which `make_stats` is a part, and `pickle` is of the
 SchedulerOutput with its plan, as it is sent to workers in other processes.
 """
@@ -83,7 +84,7 @@ def model_config(max_model_len: int) -> ModelConfig:
 class Engine:
     """vLLM's engine core in small, timed: a scheduler, one or two steps in flight, and a made-up model."""
 
-    def __init__(self, name: str, num_requests: int, arguments: argparse.Namespace) -> None:
+    def __init__(self, name: str, num_requests: int, seed: int, arguments: argparse.Namespace) -> None:
         self.microseconds: Counter[str] = Counter()
         self.compactions = 0
         self._depth = 1 if arguments.sync else 2
@@ -92,7 +93,7 @@ class Engine:
         length = arguments.budget + (arguments.repetitions + 3) * arguments.buffer
         self.scheduler = _scheduler(name, num_requests, length, arguments)
         self._timed_make_stats()
-        random_ = random.Random(arguments.seed)
+        random_ = random.Random(seed)
         hasher = get_request_block_hasher(arguments.page_size, sha256)
         phases = [index * arguments.buffer // num_requests for index in range(num_requests)]
         random_.shuffle(phases)
@@ -182,20 +183,21 @@ def _answer(output: SchedulerOutput) -> ModelRunnerOutput:
 
 def measure(num_requests: int, arguments: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     """Each engine's turns, and what they come to."""
-    engines = {name: Engine(name, num_requests, arguments) for name in ENGINES}
-    for engine in engines.values():
-        engine.run(arguments.buffer + 1)  # prompts, and each request's first compaction
-    gc.collect()
-    gc.freeze()  # as vLLM's engine core does when it is up
     turns: dict[str, list[dict[str, float]]] = {name: [] for name in ENGINES}
-    task = progress.add_task(f"{num_requests} requests", total=arguments.repetitions)
-    for repetition in range(arguments.repetitions):
-        for index in range(len(ENGINES)):  # each goes first as often as the others
-            name = ENGINES[(repetition + index) % len(ENGINES)]
-            turns[name].append(engines[name].run(arguments.buffer))
-        progress.advance(task)
-    gc.unfreeze()
-    assert engines["on"].compactions == num_requests and engines["off"].compactions == 0
+    task = progress.add_task(f"{num_requests} requests", total=len(arguments.seeds) * arguments.repetitions)
+    for seed in arguments.seeds:
+        engines = {name: Engine(name, num_requests, seed, arguments) for name in ENGINES}
+        for engine in engines.values():
+            engine.run(arguments.buffer + 1)  # prompts, and each request's first compaction
+        gc.collect()
+        gc.freeze()  # as vLLM's engine core does when it is up
+        for repetition in range(arguments.repetitions):
+            for index in range(len(ENGINES)):  # each goes first as often as the others
+                name = ENGINES[(repetition + index) % len(ENGINES)]
+                turns[name].append(engines[name].run(arguments.buffer))
+            progress.advance(task)
+        gc.unfreeze()
+        assert engines["on"].compactions == num_requests and engines["off"].compactions == 0
     for of_engine in turns.values():
         for turn in of_engine:
             turn["schedule + update"] = turn["schedule"] + turn["update"]
@@ -231,8 +233,8 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=1024)
     parser.add_argument("--buffer", type=int, default=128)
     parser.add_argument("--page-size", type=int, default=16)
-    parser.add_argument("--repetitions", type=int, default=9, help="turns of each engine (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--repetitions", type=int, default=5, help="turns a seed (%(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--sync", action="store_true", help="the schedulers without async scheduling")
     parser.add_argument("--json", type=Path, help="where to write the raw numbers")
     arguments = parser.parse_args()
