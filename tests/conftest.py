@@ -1,9 +1,11 @@
 """One Triton for the whole test run, and helpers that tests of several folders import by name."""
 
+import logging
 import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -15,7 +17,12 @@ settings.load_profile("untimed")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# Its handler keeps the stream of its first import: not that of a command under test, which gets closed.
-import vllm.logger  # noqa: E402, F401
-
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(autouse=True)
+def _vllm_logs_to_an_open_stream() -> None:
+    """A command run by a test before may have bound vLLM's log to its own output, which is closed by now."""
+    for handler in logging.getLogger("vllm").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.stream = sys.__stderr__  # setStream would flush the closed one
