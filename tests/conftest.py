@@ -24,5 +24,5 @@ sys.path.insert(0, str(Path(__file__).parent))
 def _vllm_logs_to_an_open_stream() -> None:
     """A command run by a test before may have bound vLLM's log to its own output, which is closed by now."""
     for handler in logging.getLogger("vllm").handlers:
-        if isinstance(handler, logging.StreamHandler):
+        if type(handler) is logging.StreamHandler:  # not one of pytest's, which are kinds of it
             handler.stream = sys.__stderr__  # setStream would flush the closed one
