@@ -5,14 +5,14 @@ The default is DeepSeek-R1-Distill-Llama-8B in bfloat16 (32 layers, 8 KV heads, 
 ahead, divided by the number of requests. Three kinds of keys are timed, since the search for matches ends
 early where it can:
 
-* independent: random directions; no key has a match, the search visits half of all pairs. The worst case.
+* independent: random directions; no key has a match, the search visits all pairs. The worst case.
 * some matches: a common direction makes a mean similarity of 0.36, below the threshold.
 * alike: mean similarity 0.8; nearly every pair is a match.
 
 The floor of a stage is what it must compute over the rate of the tensor cores, or the bytes that it must
 read and write once over the bandwidth, both as a matrix product and a copy reach them on the same device; a
-round's floor is the sum of its stages' floors. For the matches it
-is half of all pairs, for whatever keys: where the search ends early it can take less.
+round's floor is the sum of its stages' floors. For the matches it is half of all pairs, since the matrix is
+symmetric, and for whatever keys: where the search ends early it can take less.
 """
 
 from __future__ import annotations

@@ -6,10 +6,9 @@ import re
 from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
-from typing import Literal, get_args
+from typing import Literal
 
 Match = Literal["exact", "numeric", "math-verify"]
-MATCHES: tuple[Match, ...] = get_args(Match)
 
 BOXED = "\\boxed{"
 #: Digits beyond this are a model that cannot stop, and no number to compare with.
