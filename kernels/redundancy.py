@@ -5,8 +5,10 @@ the newest on, and stops once all of its rows have a match. It keeps one number 
 the threshold. The sums themselves follow from the sum of the normalised keys (rkv_spec 4.4 B), in O(N D), so
 that memory stays O(N).
 
-The matrix is symmetric, but computing half of it was measured to be no faster: what a tile tells its columns
-then has to cross warps and go through memory, and programs can no longer stop early on their own.
+The matrix is symmetric, which spares most of its older half. A first launch visits the columns from a block's
+own first key on, and notes the newest match of the whole block. A second one completes blocks with rows that
+have none: it visits the columns of an older block only where that block noted a match as new as this one, for
+otherwise no pair between the two can exceed the threshold.
 
 Formulas: rkv_spec 1.4 and 4.4 B and C; reference: ``naive.redundancy``.
 """
@@ -41,6 +43,7 @@ class MatchTiles:
         span: column tiles between two checks whether all rows have their match.
         warps: warps a program.
         stages: depth of the pipeline of loads.
+        registers: most registers a thread, or None to leave it to the compiler.
     """
 
     rows: int
@@ -48,6 +51,7 @@ class MatchTiles:
     span: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 def match_tiles(head_size: int, dtype: torch.dtype) -> MatchTiles:
@@ -55,7 +59,8 @@ def match_tiles(head_size: int, dtype: torch.dtype) -> MatchTiles:
     if dtype.itemsize == 4:
         return MatchTiles(rows=32, columns=32, span=2, warps=4, stages=2)
     if head_size <= 128:
-        return MatchTiles(rows=128, columns=64, span=16, warps=4, stages=2)
+        # With 168 registers three programs fit a multiprocessor.
+        return MatchTiles(rows=128, columns=64, span=16, warps=4, stages=2, registers=168)
     return MatchTiles(rows=64, columns=64, span=4, warps=4, stages=2)
 
 
@@ -72,11 +77,13 @@ def _matches_kernel(
     lam,
     inverse_norms,
     newest,
+    reaches,
     threshold,
     first_layer,
     first_request,
     requests,
     capacity,
+    OLDER: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -85,7 +92,7 @@ def _matches_kernel(
     COLUMNS: tl.constexpr,
     SPAN: tl.constexpr,
 ):
-    block = tl.program_id(0)
+    block = tl.program_id(0) + OLDER  # nothing is older than the first block
     head = tl.program_id(1) % HEADS
     local_request = tl.program_id(1) // HEADS
     request = first_request + local_request
@@ -96,26 +103,47 @@ def _matches_kernel(
     owner = ((tl.program_id(2) * requests + local_request) * HEADS + head).to(tl.int64)
     inverse_norms += owner * capacity
     newest += owner * capacity
-    pages = source_pages + request * stride_pages
-    kv += tl.multiple_of(tl.load(layer_offsets + layer), 16) + head.to(tl.int64) * stride_kv_head
-
     rows = block * ROWS + tl.arange(0, ROWS)
     inside = rows < length
+    # The newest column visited, with the top bit if it is a match.
+    if OLDER:
+        found = tl.load(newest + rows, mask=inside, other=0)
+        if tl.min(found, axis=0) >= 0:
+            return
+        best = tl.where(found < 0, 0, found.to(tl.uint32) | _MATCH)
+    else:
+        best = tl.where(inside, 0, -1).to(tl.uint32, bitcast=True)
+
+    pages = source_pages + request * stride_pages
+    kv += tl.multiple_of(tl.load(layer_offsets + layer), 16) + head.to(tl.int64) * stride_kv_head
     own_offsets = slot_offsets(pages, rows, inside, stride_page, stride_slot, PAGE_SIZE)
     own = load_rows(kv, own_offsets, HEAD_SIZE, BLOCK_D)  # what lies behind the length is never stored
     # A pair is a match if its product, less the column's norm, exceeds the threshold times the row's norm.
     bound = threshold / tl.load(inverse_norms + rows, mask=inside, other=1.0)
-    best = tl.where(inside, 0, -1).to(tl.uint32, bitcast=True)  # with the top bit once there is a match
 
-    tiles = tl.cdiv(length, COLUMNS)  # those still to visit
-    span = 1  # the newest tile alone serves most rows, where keys are alike
-    column = tl.arange(0, COLUMNS)
-    # Page numbers are read one tile ahead: so the pipeline spends none of its stages on them.
-    page = tl.load(pages + tl.minimum((tiles - 1) * COLUMNS + column, length - 1) // PAGE_SIZE)
-    while (tiles > 0) & (tl.min(best, axis=0) < _MATCH):
-        count = tl.minimum(span, tiles)
+    own_tile = block * ROWS // COLUMNS  # the first of the block's own columns
+    if OLDER:
+        tiles = own_tile  # those still to visit end here
+        oldest = 0
         span = SPAN
-        for step in range(0, count):
+    else:
+        tiles = tl.cdiv(length, COLUMNS)
+        oldest = own_tile
+        span = 1  # the newest tile alone serves most rows, where keys are alike
+    column = tl.arange(0, COLUMNS)
+    while (tiles > oldest) & (tl.min(best, axis=0) < _MATCH):
+        count = tl.minimum(span, tiles - oldest)
+        span = SPAN
+        if OLDER:
+            # Blocks that begin in this span; if none of them reaches this one, there is no pair to find.
+            older = (tiles - count) * COLUMNS // ROWS + tl.arange(0, SPAN)
+            reach = tl.load(reaches + owner * capacity + older, mask=older * ROWS < tiles * COLUMNS, other=-1)
+            visits = tl.where(tl.max(reach, axis=0) >= block * ROWS, count, 0)
+        else:
+            visits = count
+        # Page numbers are read one tile ahead: so the pipeline spends none of its stages on them.
+        page = tl.load(pages + tl.minimum((tiles - 1) * COLUMNS + column, length - 1) // PAGE_SIZE)
+        for step in range(0, visits):
             columns = (tiles - 1 - step) * COLUMNS + column
             offsets = offsets_in_pages(page, columns, stride_page, stride_slot, PAGE_SIZE)
             other = load_rows(kv, offsets, HEAD_SIZE, BLOCK_D)
@@ -123,17 +151,25 @@ def _matches_kernel(
             inverse = tl.load(inverse_norms + columns, mask=columns < length, other=0.0)
             products = tl.dot(own, tl.trans(other), input_precision="ieee")
             missing = bound[:, None] - products * inverse[None, :]
-            newest_column = (tiles - step) * COLUMNS - 1
-            is_own = (newest_column >= block * ROWS) & (newest_column - COLUMNS < (block + 1) * ROWS - 1)
-            if is_own | (newest_column >= length):  # a key is no match of its own, and what is no key of none
-                no_pair = (rows[:, None] == columns[None, :]) | (columns >= length)[None, :]
-                missing = tl.where(no_pair, 1.0, missing)
+            if not OLDER:
+                newest_column = (tiles - step) * COLUMNS - 1
+                is_own = newest_column - COLUMNS < (block + 1) * ROWS - 1
+                # A key is no match of its own, and what is no key of none.
+                if is_own | (newest_column >= length):
+                    no_pair = (rows[:, None] == columns[None, :]) | (columns >= length)[None, :]
+                    missing = tl.where(no_pair, 1.0, missing)
             # Of a match the difference is negative: its sign becomes the top bit of the column's number.
             sign = missing.to(tl.uint32, bitcast=True) & 0x80000000
             best = tl.maximum(best, tl.max(sign | columns[None, :].to(tl.uint32), axis=1))
         tiles -= count
-    found = tl.where(best < _MATCH, 0, best & 0x7FFFFFFF).to(tl.int32)
-    tl.store(newest + rows, found, mask=inside)
+    matched = (best & 0x7FFFFFFF).to(tl.int32)
+    if OLDER:
+        tl.store(newest + rows, tl.where(best < _MATCH, 0, matched), mask=inside)
+    else:
+        # Without older columns, the first block's rows are complete.
+        found = tl.where(best < _MATCH, tl.where(block == 0, 0, -1), matched)
+        tl.store(newest + rows, found, mask=inside)
+        tl.store(reaches + owner * capacity + block, tl.max(tl.where(inside, found, -1), axis=0))
 
 
 @triton.jit(do_not_specialize=["stride_pages", "first_layer", "first_request", "requests", "blocks"])
@@ -244,31 +280,35 @@ def newest_matches(
     """
     kv, batch = part.kv, part.batch
     tiles = tiles or match_tiles(kv.head_size, kv.dtype)
-    _matches_kernel[(-(-part.longest // tiles.rows), part.requests * kv.num_heads, part.layers)](
-        kv.layers[0],
-        kv.layer_offsets,
-        *kv.layers[0].stride()[:3],
-        batch.source_pages,
-        batch.source_pages.stride(0),
-        batch.lengths_on_device,
-        lam,
-        part.weights,
-        part.slots,
-        threshold,
-        part.first_layer,
-        part.first_request,
-        part.requests,
-        part.capacity,
-        HEADS=kv.num_heads,
-        HEAD_SIZE=kv.head_size,
-        BLOCK_D=triton.next_power_of_2(kv.head_size),
-        PAGE_SIZE=kv.page_size,
-        ROWS=tiles.rows,
-        COLUMNS=tiles.columns,
-        SPAN=tiles.span,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )
+    for older in (False, True):
+        _matches_kernel[(-(-part.longest // tiles.rows) - older, part.requests * kv.num_heads, part.layers)](
+            kv.layers[0],
+            kv.layer_offsets,
+            *kv.layers[0].stride()[:3],
+            batch.source_pages,
+            batch.source_pages.stride(0),
+            batch.lengths_on_device,
+            lam,
+            part.weights,
+            part.slots,
+            part.scores.view(torch.int32),  # scores come later
+            threshold,
+            part.first_layer,
+            part.first_request,
+            part.requests,
+            part.capacity,
+            OLDER=older,
+            HEADS=kv.num_heads,
+            HEAD_SIZE=kv.head_size,
+            BLOCK_D=triton.next_power_of_2(kv.head_size),
+            PAGE_SIZE=kv.page_size,
+            ROWS=tiles.rows,
+            COLUMNS=tiles.columns,
+            SPAN=tiles.span,
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+            maxnreg=tiles.registers,
+        )
 
 
 def sums(part: Part, queries: torch.Tensor, lam: torch.Tensor, *, window: int, scale: float) -> None:

@@ -250,6 +250,16 @@ def test_matches_that_only_older_tokens_offer() -> None:
     assert_scores(cache, [0.0])
 
 
+@pytest.mark.parametrize("pair", [(3, 128), (127, 128), (0, 1), (60, 64), (5, 149)], ids=str)
+def test_the_only_pair_is_found_from_both_of_its_keys(pair: tuple[int, int]) -> None:
+    """Proves that no tile with a pair is passed over: two equal keys among random ones, at blocks' edges."""
+    for dtype in DTYPES:
+        cache = Cache([150, 90], heads=2, shift=0.0, dtype=dtype)
+        old, new = ((cache.source[0][slot // 16], 0, slot % 16) for slot in pair)
+        cache.layers[0][new] = cache.layers[0][old]
+        assert_scores(cache, [0.0, 0.1])
+
+
 def test_equal_keys_and_zero_keys() -> None:
     """Proves the degenerate cases finite and right: all keys equal, all zero, and some zero."""
     for fill in ("equal", "zero", "some zero"):
