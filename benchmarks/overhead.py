@@ -12,15 +12,18 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shlex
 import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from vllm import LLM, SamplingParams
 
 from rkv_vllm import rkv_engine_args
+from rkv_vllm.provenance import versions
 
 
 def engine(model: str, share: float, **extra: Any) -> LLM:
@@ -60,11 +63,11 @@ def main() -> None:
     parser.add_argument("--output", type=int, default=2048)
     parser.add_argument("--budget", type=int, default=1024)
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--share", type=float, default=0.45, help="of the GPU's memory, for each engine")
     args = parser.parse_args()
 
-    stock = engine(args.model, 0.45)
-
-    ours = engine(args.model, 0.45, **rkv_engine_args())
+    stock = engine(args.model, args.share)
+    ours = engine(args.model, args.share, **rkv_engine_args())
     runs = {"stock": (stock, None), "off": (ours, 0), "rkv": (ours, args.budget)}
     for llm, budget in runs.values():  # warm-up
         tokens_per_second(llm, argparse.Namespace(**{**vars(args), "output": 64}), budget, seed=0)
@@ -73,14 +76,16 @@ def main() -> None:
         for name, (llm, budget) in runs.items():
             speeds[name].append(round(tokens_per_second(llm, args, budget, seed=repetition), 1))
             print(name, speeds[name][-1], flush=True)
-    medians = {name: statistics.median(values) for name, values in speeds.items()}
-    result = {
-        "command": " ".join(sys.argv),
-        "tokens_per_second": speeds,
-        "median": medians,
-        "ratio_to_stock": {name: round(value / medians["stock"], 4) for name, value in medians.items()},
-    }
-    args.out.write_text(json.dumps(result, indent=1))
+        medians = {name: statistics.median(values) for name, values in speeds.items()}
+        result = {
+            "command": shlex.join(["python", "benchmarks/overhead.py", *sys.argv[1:]]),
+            "gpu": torch.cuda.get_device_name(),
+            "versions": versions(),
+            "tokens_per_second": speeds,
+            "median": medians,
+            "ratio_to_stock": {name: round(value / medians["stock"], 4) for name, value in medians.items()},
+        }
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result["ratio_to_stock"]))
 
 
