@@ -33,7 +33,8 @@ class Part:
         requests: number of requests.
         longest: largest physical length among the requests, in tokens.
         capacity: entries a (layer, request, head) in the per-token tables; a multiple of 128.
-        slots: int32 table: each key's newest match, then its window attention (float32), then the kept slots.
+        slots: int32 table: each key's newest match (-1: none), then its window attention (float32), then the
+            kept slots.
         weights: float32 table: inverse norm of each key.
         links: int64 table: sum of a key's similarities in units of 1 / LINK_SCALE.
         scores: float32 table: joint scores.

@@ -31,6 +31,7 @@ _SUMS_BLOCK = 32  # tokens a program of the second walk
 _SUMS_WARPS = 2
 _SUMS_STEP = 64  # columns of a key that the second walk takes at a time
 _MATCH = tl.constexpr(0x80000000)  # the bit that marks a match
+_REACHES = tl.constexpr(32)  # blocks whose newest matches are read at a time
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,13 @@ def _matches_kernel(
         found = tl.load(newest + rows, mask=inside, other=0)
         if tl.min(found, axis=0) >= 0:
             return
+        farthest = tl.full((_REACHES,), -1, tl.int32)
+        for first in range(0, block, _REACHES):
+            older = first + tl.arange(0, _REACHES)
+            reach = tl.load(reaches + owner * capacity + older, mask=older < block, other=-1)
+            farthest = tl.maximum(farthest, reach)
+        if tl.max(farthest, axis=0) < block * ROWS:
+            return
         best = tl.where(found < 0, 0, found.to(tl.uint32) | _MATCH)
     else:
         best = tl.where(inside, 0, -1).to(tl.uint32, bitcast=True)
@@ -135,8 +143,7 @@ def _matches_kernel(
         count = tl.minimum(span, tiles - oldest)
         span = SPAN
         if OLDER:
-            # Blocks that begin in this span; if none of them reaches this one, there is no pair to find.
-            older = (tiles - count) * COLUMNS // ROWS + tl.arange(0, SPAN)
+            older = (tiles - count) * COLUMNS // ROWS + tl.arange(0, SPAN)  # the blocks of this span
             reach = tl.load(reaches + owner * capacity + older, mask=older * ROWS < tiles * COLUMNS, other=-1)
             visits = tl.where(tl.max(reach, axis=0) >= block * ROWS, count, 0)
         else:
@@ -164,10 +171,9 @@ def _matches_kernel(
         tiles -= count
     matched = (best & 0x7FFFFFFF).to(tl.int32)
     if OLDER:
-        tl.store(newest + rows, tl.where(best < _MATCH, 0, matched), mask=inside)
+        tl.store(newest + rows, tl.where(best < _MATCH, -1, matched), mask=inside)
     else:
-        # Without older columns, the first block's rows are complete.
-        found = tl.where(best < _MATCH, tl.where(block == 0, 0, -1), matched)
+        found = tl.where(best < _MATCH, -1, matched)
         tl.store(newest + rows, found, mask=inside)
         tl.store(reaches + owner * capacity + block, tl.max(tl.where(inside, found, -1), axis=0))
 
@@ -226,7 +232,7 @@ def _sums_kernel(
     pages = source_pages + request * stride_pages
     kv += tl.multiple_of(tl.load(layer_offsets + layer), 16) + head.to(tl.int64) * stride_kv_head
     inside = slots < length
-    match = tl.load(newest + table + slots, mask=inside, other=0)
+    match = tl.maximum(tl.load(newest + table + slots, mask=inside, other=0), 0)  # slot 0 stands for none
     tl.debug_barrier()  # attention goes where the matches were
     own = slot_offsets(pages, slots, inside, stride_page, stride_slot, PAGE_SIZE)
     keys = load_rows(kv, own, HEAD_SIZE, BLOCK_D)  # what lies behind the length goes nowhere
@@ -270,7 +276,7 @@ def _sums_kernel(
 def newest_matches(
     part: Part, lam: torch.Tensor, *, threshold: float, tiles: MatchTiles | None = None
 ) -> None:
-    """Write each key's newest match to ``part.slots``, given the inverse norms in ``part.weights``.
+    """Write each key's newest match, or -1, to ``part.slots``, given the inverse norms in ``part.weights``.
 
     Args:
         part: requests and layers, after ``survey``.

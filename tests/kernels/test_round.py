@@ -431,7 +431,9 @@ def test_shared_scores_equal_the_float64_reference() -> None:
     assert scores.abs().max() < 5
     for scratch_bytes in (64 << 20, 700_000 if GPU else 40_000):
         rounds = cache.round(scope="global", scratch_bytes=scratch_bytes)
+        most_parts = 0
         for parts in rounds._parts(cache.batch(lengths)):
+            most_parts = max(most_parts, len(parts))
             for part in parts:
                 own = scores[part.first_layer :, part.first_request :][: part.layers, : part.requests]
                 layer = share_in_layer(part, own, window=WINDOW).clone()
