@@ -94,10 +94,12 @@ def check_identity(model: str) -> dict[str, Any]:
 def check_graphs(model: str) -> dict[str, Any]:
     """FULL graphs replay what the same kernels do without graphs, in batches of odd, padded sizes.
 
-    Batch-invariant: otherwise vLLM lets FlashAttention choose other splits outside a graph than inside.
+    Batch-invariant: otherwise vLLM lets FlashAttention choose other splits outside a graph than inside. In
+    this process: otherwise how fast requests reach the engine decides which of them share their first steps,
+    and a step with prompts takes other kernels than one without.
     """
     by_mode = {}
-    with mock.patch.dict(os.environ, VLLM_BATCH_INVARIANT="1"):
+    with mock.patch.dict(os.environ, VLLM_BATCH_INVARIANT="1", VLLM_ENABLE_V1_MULTIPROCESSING="0"):
         for mode in ("FULL_AND_PIECEWISE", "NONE"):
             llm = engine(model, compilation_config={"cudagraph_mode": mode})
             by_mode[mode] = [
