@@ -27,7 +27,7 @@ from rkv_vllm import rkv_engine_args
 from rkv_vllm.evaluation.tasks.derivation import decode, make_derivation
 from rkv_vllm.evaluation.thinking import after_thinking
 
-NUM_PAGES_SMALL = 700  # holds five full caches of the checks' requests, of 16 tokens a page
+NUM_PAGES_SMALL = 1200  # of 16 tokens: four full caches of the checks' requests, and 11 of budget 768
 
 ENGINE_ARGS: dict[str, Any] = {
     "max_model_len": 2304,
@@ -114,14 +114,19 @@ def check_graphs(model: str) -> dict[str, Any]:
 
 
 def check_preemption(model: str) -> dict[str, Any]:
-    """Preempted, compacted and resumed requests sample on, and are as often right as in a large pool."""
+    """Preempted, compacted and resumed requests sample on, and are as often right as in a large pool.
+
+    Requests with full caches run beside them, whose growth nobody keeps room for.
+    """
     rng = random.Random(3)
     problems = [make_derivation(rng, 24, 6) for _ in range(96)]
     asked = [{"prompt_token_ids": problem.prompt_ids} for problem in problems]
     params = SamplingParams(temperature=0, max_tokens=2048, extra_args={"rkv_budget": 768})
+    growing = prompts(4, seed=4)
 
     def percent_right(llm: LLM) -> float:
-        outputs = llm.generate(asked, params, use_tqdm=False)
+        both = [greedy(2048, 0)] * len(growing) + [params] * len(asked)
+        outputs = llm.generate(growing + asked, both, use_tqdm=False)[len(growing) :]
         answers = [after_thinking(decode(output.outputs[0].token_ids), opened=True) for output in outputs]
         right = [p.is_right(answer or "") for p, answer in zip(problems, answers, strict=True)]
         return round(100 * sum(right) / len(right), 1)

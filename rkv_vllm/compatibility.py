@@ -43,6 +43,7 @@ FEATURES: tuple[Feature, ...] = (
     _works("chunked prefill", "prompts are compacted when decoding begins"),
     _works("async scheduling", "compactions follow from counts, not from sampled tokens"),
     _works("preemption", "a resumed request replays its compactions and gives the same output"),
+    _works("admission", "a request waits until there is room for what those that run will grow to"),
     _works("logprobs, penalties, stop conditions, structured output", "all see logical lengths"),
     _works("several samples of a prompt (n > 1)", "each is compacted by itself"),
     _refused(

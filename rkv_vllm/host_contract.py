@@ -42,6 +42,21 @@ CONTRACT: Contract = {
     "vllm.v1.core.block_pool.BlockPool.get_new_blocks": ("num_blocks",),
     "vllm.v1.core.block_pool.BlockPool.free_blocks": ("ordered_blocks",),
     "vllm.v1.core.block_pool.BlockPool.evict_blocks": ("block_ids",),
+    # Leaves `watermark_blocks` free when it admits a request, which admission sets.
+    "vllm.v1.core.kv_cache_manager.KVCacheManager.allocate_slots": (
+        "request",
+        "num_new_tokens",
+        "num_new_computed_tokens",
+        "new_computed_blocks",
+        "num_lookahead_tokens",
+        "num_external_computed_tokens",
+        "delay_cache_blocks",
+        "num_encoder_tokens",
+        "full_sequence_must_fit",
+        "reserved_blocks",
+        "has_scheduled_reqs",
+        "skip_zeroing_group_ids",
+    ),
     "vllm.v1.core.kv_cache_manager.KVCacheManager.truncate_computed_blocks": (
         "blocks",
         "num_computed_tokens",

@@ -63,6 +63,11 @@ class RequestLengths:
         """Slots that the request holds at most, in tokens, however long it grows."""
         return max(self.num_prompt_tokens, self.due_slots)
 
+    @property
+    def cycle(self) -> tuple[int, int]:
+        """Slots that the request goes between, in tokens, once it is compacted for the first time."""
+        return self.budget.budget, self.due_slots
+
     def compact(self, logical: int) -> None:
         """Records that a compaction at this length brought the request down to its budget."""
         self.evicted = logical - self.budget.budget
@@ -111,6 +116,10 @@ class PageLengths(RequestLengths):
     def most_slots(self) -> int:
         # One page more to go on with while others are leaving.
         return max(self.num_prompt_tokens, self.due_slots) + self.page_size
+
+    @property
+    def cycle(self) -> tuple[int, int]:
+        return self.kept_pages * self.page_size, self.due_slots + self.page_size
 
     def compact(self, logical: int) -> None:
         """Records that so many pages of lowest score are to leave that `kept_pages` stay."""

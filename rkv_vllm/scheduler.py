@@ -21,6 +21,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
+from rkv_vllm.admission import Cycle, Growth, pages_to_come
 from rkv_vllm.block_manager import CompactingManager, PageMove, register_compacting_spec
 from rkv_vllm.compatibility import refuse_unsupported
 from rkv_vllm.config import BudgetRequest, RequestBudget, RkvConfig
@@ -41,6 +42,9 @@ else:
     _Scheduler = object
 
 logger = init_logger(__name__)
+
+#: What running requests will still take is looked at again after so many steps, if anybody waits for pages.
+_STEPS_PER_OUTLOOK = 4
 
 
 @dataclass(slots=True)
@@ -83,6 +87,8 @@ class CompactingSchedulerMixin(_Scheduler):
     step. Whether a request is due follows from its own counts, never from its neighbours or from sampled
     tokens.
 
+    Waiting requests are admitted when there is room for what those that run will come to hold.
+
     By page, only the device knows which pages leave. They are counted as the request's until the workers'
     report comes back with the output of the step, one or more steps later.
     """
@@ -107,6 +113,11 @@ class CompactingSchedulerMixin(_Scheduler):
         self._with_stop_strings: set[str] = set()
         self._refusals: list[tuple[int, EngineCoreOutput]] = []  # with the client that asked
         self._sequences = itertools.count()
+        self._growth = Growth(self._manager.block_size)
+        self._watermark = self.kv_cache_manager.watermark_blocks  # what the server's operator asks for
+        self._to_come = 0.0  # pages that the running requests will still take, too many rather than too few
+        self._reserve = 0.0  # the same with what those that this step admits will take
+        self._steps_since_outlook = _STEPS_PER_OUTLOOK
         pool = self.kv_cache_manager.block_pool
         self._counters = Counters(self._manager.block_size, pool.num_gpu_blocks - 1)  # less vLLM's null page
 
@@ -185,6 +196,10 @@ class CompactingSchedulerMixin(_Scheduler):
         result = self._result(request)
         tracked = self._tracked.pop(request.request_id, None)
         budget = tracked.budget if tracked else None
+        if tracked is not None and request.num_output_tokens:
+            most = self._most_slots(request, tracked)
+            held = most if tracked.compactions else request.num_tokens
+            self._growth.ended(request.num_prompt_tokens, held, most)
         self._counters.ended(request.request_id, budget, result, request.num_tokens)
         self._manager.unbound(request.request_id)
         self._with_stop_strings.discard(request.request_id)
@@ -246,7 +261,11 @@ class CompactingSchedulerMixin(_Scheduler):
                 plan.compactions.append(compaction)
                 moves.append(move)
         self._manager.release(moves)
+        self._to_come += sum(len(move.leaving) for move in moves)
+        self._look_ahead()
         output: SchedulerOutput = super().schedule(throttle_prefills)
+        if output.scheduled_new_reqs or output.scheduled_cached_reqs.resumed_req_ids:
+            self._steps_since_outlook = _STEPS_PER_OUTLOOK
         if output.preempted_req_ids:
             # Preempted after it was planned: its pages may have a new owner in this very step.
             gone = output.preempted_req_ids
@@ -362,6 +381,7 @@ class CompactingSchedulerMixin(_Scheduler):
             request = self.requests[report.request_id]
             self._note_pages(tracked, request)
             self._manager.remove_pages(report.request_id, report.pages)
+            self._to_come += len(report.pages)
             lengths.learn()
             self._may_be_due.append(request)
 
@@ -376,6 +396,40 @@ class CompactingSchedulerMixin(_Scheduler):
                 self._query_rows.release(request_id)
         return recordings
 
+    # -- who is admitted -----------------------------------------------------------------------------------
+
+    def _look_ahead(self) -> None:
+        """Reckons up what the running requests will still take, if somebody waits for pages."""
+        self._steps_since_outlook += 1
+        self._reserve = self._to_come
+        if not self.waiting or self._steps_since_outlook <= _STEPS_PER_OUTLOOK:
+            return
+        self._steps_since_outlook = 0
+        cycles, growing = [], 0.0
+        for request in self.running:
+            tracked = self._tracked.get(request.request_id)
+            if tracked is None:
+                continue
+            held = tracked.lengths.held(request.num_computed_tokens)
+            if tracked.rounds:
+                cycles.append(Cycle(held, *tracked.lengths.cycle))
+            else:
+                growing += self._growth.to_come(held, self._most_slots(request, tracked))
+        self._to_come = self._reserve = growing + pages_to_come(cycles, self._manager.block_size)
+
+    def _keep_reserve(self, request: Request, tracked: TrackedRequest | None) -> None:
+        """Sets how many pages vLLM leaves free if it admits a waiting request: for it, and for all before it.
+
+        vLLM asks for waiting requests one after the other, and stops at the first that it does not admit.
+        """
+        if tracked is not None:
+            self._reserve += self._growth.to_come(request.num_tokens, self._most_slots(request, tracked))
+        self.kv_cache_manager.watermark_blocks = self._watermark + int(self._reserve)
+
+    @staticmethod
+    def _most_slots(request: Request, tracked: TrackedRequest) -> int:
+        return most_slots(request.num_prompt_tokens + request.max_tokens, tracked.lengths)
+
     # -- where chunks end ----------------------------------------------------------------------------------
 
     def _reserve_prefill_lookahead(
@@ -383,6 +437,8 @@ class CompactingSchedulerMixin(_Scheduler):
     ) -> int:
         """vLLM's hook for where a chunk ends, asked for running and for waiting requests."""
         tracked = self._tracked.get(request.request_id)
+        if request.status != RequestStatus.RUNNING:
+            self._keep_reserve(request, tracked)
         # Most steps of a request are far from its next compaction.
         if tracked is not None and num_computed_tokens + num_new_tokens > tracked.free_until:
             num_new_tokens = self._end_of_chunk(request, tracked, num_computed_tokens, num_new_tokens)

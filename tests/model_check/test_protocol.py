@@ -14,7 +14,7 @@ from vllm.v1.request import Request
 from workload import by_page, random_arrivals, random_setup, smallest_pool
 
 from rkv_vllm import scheduler as scheduler_module
-from rkv_vllm.config import RkvConfig
+from rkv_vllm.config import Granularity, RkvConfig
 from rkv_vllm.page_report import PageReport
 from rkv_vllm.plan import plan_of
 
@@ -175,6 +175,23 @@ def test_a_request_outgrows_the_pool() -> None:
     outcome = Engine(setup, arrivals).run()
     assert max(map(len, outcome.tokens.values())) > 3 * setup.page_size
     assert outcome.counts["preemptions"] == 0
+
+
+@pytest.mark.parametrize("granularity", ["token", "page"])
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("depth", [1, 3])
+def test_a_full_pool_of_budgets_preempts_nobody(depth: int, together: bool, granularity: Granularity) -> None:
+    """Proves that admission keeps room for what running requests grow to, in step and out of step."""
+    budgets = [{"rkv_budget": budget, "rkv_buffer": 24, "rkv_policy": "recency"} for budget in (40, 56, 120)]
+    arrivals = [
+        Arrival(f"{i}", prompt(20, i), 90 + 50 * (i % 4), budgets[i % 3], at_step=0 if together else 2 * i)
+        for i in range(30)
+    ]
+    config = RkvConfig(granularity=granularity)
+    setup = Setup(num_pages=60, depth=depth, max_num_seqs=30, prefix_caching=False, config=config)
+    outcome = Engine(setup, arrivals).run()
+    assert outcome.counts["preemptions"] == 0
+    assert outcome.counts["schedules"] < 330  # what the pool is large enough for
 
 
 def test_sharers_of_a_full_pool_are_compacted_when_they_are_due() -> None:
