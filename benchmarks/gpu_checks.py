@@ -27,7 +27,7 @@ from rkv_vllm import rkv_engine_args
 from rkv_vllm.evaluation.tasks.derivation import decode, make_derivation
 from rkv_vllm.evaluation.thinking import after_thinking
 
-NUM_PAGES_SMALL = 1200  # of 16 tokens: four full caches of the checks' requests, and 11 of budget 768
+NUM_PAGES_SMALL = 2400  # of 16 tokens: four full caches of the checks' requests, and 33 of budget 768
 
 ENGINE_ARGS: dict[str, Any] = {
     "max_model_len": 2304,

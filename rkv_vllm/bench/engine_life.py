@@ -187,7 +187,8 @@ def live(order: Order, say: Callable[[str], None], write: Callable[[BaseModel], 
         for row in order.rows:
             say(f"{order.kind}: {row.name}")
             run = LoadRun(engine, row, order.measure, order.deadline)
-            run.run(order.trace_folder)
+            # A profiler that was used once may slow down what follows.
+            run.run(order.trace_folder if row is order.rows[-1] else None)
             write(run.result)
             say(f"{order.kind}: {row.name}: {_in_short(run.result)}")
     finally:

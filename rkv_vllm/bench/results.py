@@ -21,7 +21,7 @@ class Measure(BaseModel):
         window_seconds: length of a window, in whole steps; `window_steps`, where given, goes before it.
         settle_steps: the load is steady when as many requests ran in so many steps as in those before.
         settle_seconds: after so long it is measured as it is, and the result says so.
-        profile_steps: steps recorded with the profiler behind the windows; 0: no profiler is set up.
+        profile_steps: steps recorded with the profiler behind an engine's last load; 0: it is not set up.
     """
 
     windows: int = 3

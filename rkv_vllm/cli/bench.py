@@ -58,7 +58,7 @@ def bench(
         float, typer.Option(min=0.0, help="Measure after so long even if the load is not steady.")
     ] = 20.0,
     profile: Annotated[
-        int, typer.Option(min=0, help="Record so many steps with torch's profiler behind the windows.")
+        int, typer.Option(min=0, help="Record so many steps with torch's profiler behind the last load.")
     ] = 0,
     time_limit: Annotated[float | None, typer.Option(help="Seconds for everything.")] = None,
     stock_arg: Annotated[
