@@ -64,9 +64,14 @@ class RequestLengths:
         return max(self.num_prompt_tokens, self.due_slots)
 
     @property
-    def cycle(self) -> tuple[int, int]:
-        """Slots that the request goes between, in tokens, once it is compacted for the first time."""
-        return self.budget.budget, self.due_slots
+    def kept_slots(self) -> int:
+        """Physical length right after a compaction."""
+        return self.budget.budget
+
+    @property
+    def leaving_slots(self) -> int:
+        """Slots beyond its physical length that the pool may count as the request's."""
+        return 0
 
     def compact(self, logical: int) -> None:
         """Records that a compaction at this length brought the request down to its budget."""
@@ -118,8 +123,12 @@ class PageLengths(RequestLengths):
         return max(self.num_prompt_tokens, self.due_slots) + self.page_size
 
     @property
-    def cycle(self) -> tuple[int, int]:
-        return self.kept_pages * self.page_size, self.due_slots + self.page_size
+    def kept_slots(self) -> int:
+        return self.kept_pages * self.page_size
+
+    @property
+    def leaving_slots(self) -> int:
+        return self.page_size
 
     def compact(self, logical: int) -> None:
         """Records that so many pages of lowest score are to leave that `kept_pages` stay."""

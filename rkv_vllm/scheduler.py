@@ -21,7 +21,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from rkv_vllm.admission import Cycle, Growth, pages_to_come
+from rkv_vllm.admission import Course, Endings, Outlook
 from rkv_vllm.block_manager import CompactingManager, PageMove, register_compacting_spec
 from rkv_vllm.compatibility import refuse_unsupported
 from rkv_vllm.config import BudgetRequest, RequestBudget, RkvConfig
@@ -43,8 +43,9 @@ else:
 
 logger = init_logger(__name__)
 
-#: What running requests will still take is looked at again after so many steps, if anybody waits for pages.
-_STEPS_PER_OUTLOOK = 4
+#: What running requests will hold is looked at again after so many steps, or when one has come or gone, if
+#: anybody waits for pages.
+_STEPS_PER_OUTLOOK = 8
 
 
 @dataclass(slots=True)
@@ -113,10 +114,11 @@ class CompactingSchedulerMixin(_Scheduler):
         self._with_stop_strings: set[str] = set()
         self._refusals: list[tuple[int, EngineCoreOutput]] = []  # with the client that asked
         self._sequences = itertools.count()
-        self._growth = Growth(self._manager.block_size)
         self._watermark = self.kv_cache_manager.watermark_blocks  # what the server's operator asks for
-        self._to_come = 0.0  # pages that the running requests will still take, too many rather than too few
-        self._reserve = 0.0  # the same with what those that this step admits will take
+        self._endings = Endings()
+        self._outlook = Outlook([], None, 0.0, self._manager.block_size)  # of running requests with a budget
+        self._held_pages = 0  # by them, as far as known: too few rather than too many
+        self._admitted: Course | None = None  # in this step, if vLLM asks for another one
         self._steps_since_outlook = _STEPS_PER_OUTLOOK
         pool = self.kv_cache_manager.block_pool
         self._counters = Counters(self._manager.block_size, pool.num_gpu_blocks - 1)  # less vLLM's null page
@@ -186,6 +188,7 @@ class CompactingSchedulerMixin(_Scheduler):
         if tracked is not None:
             self._note_pages(tracked, request)
             tracked.restart()
+            self._steps_since_outlook = _STEPS_PER_OUTLOOK
             self._query_rows.release(request.request_id)
         self._counters.preempted(request.request_id, request.num_computed_tokens)
         super()._preempt_request(request, timestamp, drop_stale_output)
@@ -197,9 +200,9 @@ class CompactingSchedulerMixin(_Scheduler):
         tracked = self._tracked.pop(request.request_id, None)
         budget = tracked.budget if tracked else None
         if tracked is not None and request.num_output_tokens:
-            most = self._most_slots(request, tracked)
-            held = most if tracked.compactions else request.num_tokens
-            self._growth.ended(request.num_prompt_tokens, held, most)
+            early = request.status != RequestStatus.FINISHED_LENGTH_CAPPED
+            self._endings.ended(request.num_output_tokens, early=early)
+            self._steps_since_outlook = _STEPS_PER_OUTLOOK
         self._counters.ended(request.request_id, budget, result, request.num_tokens)
         self._manager.unbound(request.request_id)
         self._with_stop_strings.discard(request.request_id)
@@ -261,7 +264,7 @@ class CompactingSchedulerMixin(_Scheduler):
                 plan.compactions.append(compaction)
                 moves.append(move)
         self._manager.release(moves)
-        self._to_come += sum(len(move.leaving) for move in moves)
+        self._held_pages -= sum(len(move.leaving) for move in moves)
         self._look_ahead()
         output: SchedulerOutput = super().schedule(throttle_prefills)
         if output.scheduled_new_reqs or output.scheduled_cached_reqs.resumed_req_ids:
@@ -381,7 +384,7 @@ class CompactingSchedulerMixin(_Scheduler):
             request = self.requests[report.request_id]
             self._note_pages(tracked, request)
             self._manager.remove_pages(report.request_id, report.pages)
-            self._to_come += len(report.pages)
+            self._held_pages -= len(report.pages)
             lengths.learn()
             self._may_be_due.append(request)
 
@@ -399,36 +402,49 @@ class CompactingSchedulerMixin(_Scheduler):
     # -- who is admitted -----------------------------------------------------------------------------------
 
     def _look_ahead(self) -> None:
-        """Reckons up what the running requests will still take, if somebody waits for pages."""
+        """Reckons up what the running requests will hold, if somebody waits for pages."""
+        self._admitted = None
         self._steps_since_outlook += 1
-        self._reserve = self._to_come
         if not self.waiting or self._steps_since_outlook <= _STEPS_PER_OUTLOOK:
             return
         self._steps_since_outlook = 0
-        cycles, growing = [], 0.0
+        page_size, courses, held_pages, tokens = self._manager.block_size, [], 0, 0
         for request in self.running:
             tracked = self._tracked.get(request.request_id)
-            if tracked is None:
-                continue
-            held = tracked.lengths.held(request.num_computed_tokens)
-            if tracked.rounds:
-                cycles.append(Cycle(held, *tracked.lengths.cycle))
-            else:
-                growing += self._growth.to_come(held, self._most_slots(request, tracked))
-        self._to_come = self._reserve = growing + pages_to_come(cycles, self._manager.block_size)
+            if tracked is not None:
+                courses.append(self._course(request, tracked))
+                held_pages += cdiv(tracked.lengths.held(request.num_computed_tokens), page_size)
+                tokens += request.num_output_tokens
+        self._held_pages = held_pages
+        first = self.waiting.peek_request()
+        tracked = self._tracked.get(first.request_id)
+        newcomer = None if tracked is None else self._course(first, tracked)
+        self._outlook = Outlook(courses, newcomer, self._endings.rate(tokens), page_size)
 
-    def _keep_reserve(self, request: Request, tracked: TrackedRequest | None) -> None:
+    def _keep_room(self, request: Request, tracked: TrackedRequest | None) -> None:
         """Sets how many pages vLLM leaves free if it admits a waiting request: for it, and for all before it.
 
         vLLM asks for waiting requests one after the other, and stops at the first that it does not admit.
         """
-        if tracked is not None:
-            self._reserve += self._growth.to_come(request.num_tokens, self._most_slots(request, tracked))
-        self.kv_cache_manager.watermark_blocks = self._watermark + int(self._reserve)
+        if self._admitted is not None:
+            self._outlook.add(self._admitted)
+            self._held_pages += cdiv(self._admitted.held, self._manager.block_size)
+        self._admitted = course = None if tracked is None else self._course(request, tracked)
+        own_pages = 0 if course is None else cdiv(course.held, self._manager.block_size)
+        to_come = self._outlook.most_pages(course) - self._held_pages - own_pages
+        self.kv_cache_manager.watermark_blocks = self._watermark + max(to_come, 0)
 
     @staticmethod
-    def _most_slots(request: Request, tracked: TrackedRequest) -> int:
-        return most_slots(request.num_prompt_tokens + request.max_tokens, tracked.lengths)
+    def _course(request: Request, tracked: TrackedRequest) -> Course:
+        lengths = tracked.lengths
+        left = max(request.max_tokens - request.num_output_tokens, 0)
+        if tracked.rounds:
+            held = lengths.physical(request.num_computed_tokens) + lengths.leaving_slots
+            return Course(
+                held, lengths.due_slots + lengths.leaving_slots, lengths.due_slots - lengths.kept_slots, left
+            )
+        most = most_slots(request.num_prompt_tokens + request.max_tokens, lengths)
+        return Course(min(max(request.num_computed_tokens, request.num_tokens), most), most, 0, left)
 
     # -- where chunks end ----------------------------------------------------------------------------------
 
@@ -438,7 +454,7 @@ class CompactingSchedulerMixin(_Scheduler):
         """vLLM's hook for where a chunk ends, asked for running and for waiting requests."""
         tracked = self._tracked.get(request.request_id)
         if request.status != RequestStatus.RUNNING:
-            self._keep_reserve(request, tracked)
+            self._keep_room(request, tracked)
         # Most steps of a request are far from its next compaction.
         if tracked is not None and num_computed_tokens + num_new_tokens > tracked.free_until:
             num_new_tokens = self._end_of_chunk(request, tracked, num_computed_tokens, num_new_tokens)

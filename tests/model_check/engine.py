@@ -51,6 +51,7 @@ class Arrival:
     abort_after_tokens: int | None = None
     abort_at_step: int | None = None
     priority: int = 0
+    stops_early: bool = True
 
     def budget(self, config: RkvConfig) -> RequestBudget | None:
         return config.resolve(BudgetRequest.from_extra_args(self.extra_args))
@@ -69,7 +70,10 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Setup:
-    """An engine. `depth` is the number of steps in flight: 1 for the sync scheduler."""
+    """An engine. `depth` is the number of steps in flight: 1 for the sync scheduler.
+
+    Without `keeps_room` requests are admitted as in stock vLLM, so that more of them are preempted.
+    """
 
     num_pages: int
     page_size: int = 16
@@ -78,6 +82,7 @@ class Setup:
     max_num_batched_tokens: int = 128
     prefix_caching: bool = True
     priorities: bool = False
+    keeps_room: bool = True
     v2_runner: bool = False
     config: RkvConfig = field(default_factory=RkvConfig)
     reset_at_steps: frozenset[int] = frozenset()
@@ -158,6 +163,8 @@ def make_scheduler(setup: Setup) -> CompactingScheduler | CompactingAsyncSchedul
         log_stats=True,
     )
     scheduler.use_v2_model_runner = setup.v2_runner
+    if not setup.keeps_room:
+        scheduler._keep_room = lambda request, tracked: None  # type: ignore[method-assign]
     return scheduler
 
 
@@ -218,7 +225,9 @@ class Engine:
             request_id=arrival.request_id,
             prompt_token_ids=list(arrival.prompt),
             sampling_params=SamplingParams(
-                max_tokens=arrival.max_tokens, stop_token_ids=[STOP_TOKEN], extra_args=arrival.extra_args
+                max_tokens=arrival.max_tokens,
+                stop_token_ids=[STOP_TOKEN] if arrival.stops_early else [],
+                extra_args=arrival.extra_args,
             ),
             pooling_params=None,
             arrival_time=float(len(self.requests)),

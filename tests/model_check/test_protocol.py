@@ -184,14 +184,22 @@ def test_a_full_pool_of_budgets_preempts_nobody(depth: int, together: bool, gran
     """Proves that admission keeps room for what running requests grow to, in step and out of step."""
     budgets = [{"rkv_budget": budget, "rkv_buffer": 24, "rkv_policy": "recency"} for budget in (40, 56, 120)]
     arrivals = [
-        Arrival(f"{i}", prompt(20, i), 90 + 50 * (i % 4), budgets[i % 3], at_step=0 if together else 2 * i)
+        Arrival(
+            f"{i}",
+            prompt(20, i),
+            max_tokens=90 + 50 * (i % 4),
+            extra_args=budgets[i % 3],
+            at_step=0 if together else 2 * i,
+            stops_early=False,
+        )
         for i in range(30)
     ]
     config = RkvConfig(granularity=granularity)
     setup = Setup(num_pages=60, depth=depth, max_num_seqs=30, prefix_caching=False, config=config)
-    outcome = Engine(setup, arrivals).run()
-    assert outcome.counts["preemptions"] == 0
-    assert outcome.counts["schedules"] < 330  # what the pool is large enough for
+    careful, eager = (Engine(replace(setup, keeps_room=keeps), arrivals).run() for keeps in (True, False))
+    assert careful.counts["preemptions"] == 0 and eager.counts["preemptions"] > 10
+    assert careful.counts["schedules"] < 1.2 * eager.counts["schedules"]
+    assert careful.tokens == eager.tokens
 
 
 def test_sharers_of_a_full_pool_are_compacted_when_they_are_due() -> None:

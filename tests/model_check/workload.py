@@ -65,7 +65,9 @@ def random_setup(chance: random.Random, arrivals: list[Arrival]) -> Setup:
         config=config,
         seed=chance.randrange(1 << 30),
     )
-    return replace(setup, num_pages=smallest_pool(setup, arrivals) + chance.choice((0, 0, 1, 2, 4, 8)))
+    spare = chance.choice((0, 0, 1, 2, 4, 8))
+    keeps_room = chance.random() < 0.5
+    return replace(setup, num_pages=smallest_pool(setup, arrivals) + spare, keeps_room=keeps_room)
 
 
 def by_page(setup: Setup, arrivals: list[Arrival]) -> Setup:
