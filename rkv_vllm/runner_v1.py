@@ -25,6 +25,28 @@ from rkv_vllm.query_window import CpuQueryWindow, window_positions
 from rkv_vllm.stopwatch import attach_laps
 
 
+class RewindableGenerator(torch.Generator):
+    """Of a request with a seed, so that the engine survives a split prompt.
+
+    vLLM samples for every request of a step, and takes the draw back where the prompt is not complete. It
+    does so by the offset of a CUDA generator, which a CPU generator has not: asking for it would end the
+    engine.
+    """
+
+    _before: torch.Tensor
+
+    def remember(self) -> None:
+        """To be called before each draw."""
+        self._before = self.get_state()
+
+    def get_offset(self) -> int:
+        return 0
+
+    def set_offset(self, offset: int) -> None:
+        """Takes back the last draw, whatever the offset."""
+        self.set_state(self._before)
+
+
 class CompactingCpuRunner(CPUModelRunner):
     """The V1 runner of vLLM's CPU build with compaction.
 
@@ -73,7 +95,18 @@ class CompactingCpuRunner(CPUModelRunner):
             with self._compactor.stopwatch.lap():
                 for eviction in plan.page_evictions:
                     self._drop_pages(eviction)
-        return super()._update_states(scheduler_output)
+        updated = super()._update_states(scheduler_output)
+        for request in scheduler_output.scheduled_new_reqs:
+            self._make_rewindable(request.req_id)
+        return updated
+
+    def _make_rewindable(self, request_id: str) -> None:
+        state = self.requests[request_id]
+        if state.generator is not None:
+            generator = RewindableGenerator()
+            generator.set_state(state.generator.get_state())
+            state.generator = generator
+            self.input_batch.generators[self.input_batch.req_id_to_index[request_id]] = generator
 
     def _shorten(self, compaction: Compaction) -> None:
         self._evicted[compaction.request_id] = compaction.evicted
@@ -98,6 +131,8 @@ class CompactingCpuRunner(CPUModelRunner):
         return self._report(super().execute_model(*args, **kwargs))
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        for generator in self.input_batch.generators.values():
+            generator.remember()
         output, laps = super().sample_tokens(*args, **kwargs), self._compactor.stopwatch.take()
         if isinstance(output, ModelRunnerOutput) and output.req_ids:  # not vLLM's one empty output for all
             attach_laps(output, laps)

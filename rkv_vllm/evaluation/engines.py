@@ -102,12 +102,8 @@ async def in_process(
 
 class ProcessEngine:
     def __init__(self, engine: AsyncLLM, sampling: Sampling) -> None:
-        from vllm.platforms import current_platform
-
         self._engine, self._sampling = engine, sampling
         self._names = map(str, count())
-        # vLLM 0.32 on a CPU ends when it splits the prompt of a request that has a seed.
-        self._seeded = sampling.temperature > 0 and not current_platform.is_cpu()
         # As a server of the model does: its authors' own top_k, and the like.
         self._defaults: dict[str, Any] = engine.model_config.get_diff_sampling_param()
         self.facts = {
@@ -115,7 +111,6 @@ class ProcessEngine:
             "device": device(),
             "dtype": str(engine.model_config.dtype).removeprefix("torch."),
             "sampling_defaults": self._defaults,
-            "seeded": self._seeded,
         }
 
     async def generate(
@@ -137,7 +132,7 @@ class ProcessEngine:
                 "top_p": self._sampling.top_p,
                 "max_tokens": min(room, self._sampling.max_tokens or room),
             },
-            seed=seed if self._seeded else None,
+            seed=seed if self._sampling.temperature > 0 else None,
             detokenize=decode is None,
             output_kind=RequestOutputKind.FINAL_ONLY,
             extra_args=setting.extra_args,

@@ -43,7 +43,7 @@ class Ask:
     """A request.
 
     `extra` is `SamplingParams.extra_args`; `arrives_at`: steps of the run before it comes; `abort_after`:
-    tokens after which the client leaves.
+    tokens after which the client leaves; `seed`: of sampling at temperature 1, greedy without one.
     """
 
     prompt: Sequence[int]
@@ -51,6 +51,7 @@ class Ask:
     extra: Mapping[str, Any] = field(default_factory=dict)
     arrives_at: int = 0
     abort_after: int | None = None
+    seed: int | None = None
 
 
 @dataclass
@@ -231,7 +232,8 @@ class _Host:
         from vllm.exceptions import VLLMValidationError
 
         params = SamplingParams(
-            temperature=0.0,
+            temperature=0.0 if ask.seed is None else 1.0,
+            seed=ask.seed,
             max_tokens=ask.max_tokens,
             ignore_eos=True,
             logprobs=0,  # of the chosen token alone

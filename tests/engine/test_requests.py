@@ -160,3 +160,18 @@ def test_2097_tokens_within_a_budget_of_512(long_ask: Ask, long_run: Future[Run]
         "reason": None,
     }
     assert run.compactions(0) == len(rounds) == 8
+
+
+def test_a_seed_gives_the_same_tokens_however_the_prompt_is_split(rkv: Engine, encode: Encode) -> None:
+    """Sampled requests whose prompts take several steps do not end the engine, and draw the same numbers."""
+    long = encode(texts.squares(45))
+    assert 512 < len(long) < 1024
+    seeded = Ask(long, 20, {"rkv_budget": 64}, seed=7)
+    before = Ask(encode(texts.squares(25)), 20)  # takes most of the first step's tokens
+
+    (alone,) = rkv.run([seeded]).answers
+    _, behind = rkv.run([before, seeded]).answers
+
+    assert alone.tokens == behind.tokens
+    (other,) = rkv.run([Ask(long, 20, {"rkv_budget": 64}, seed=8)]).answers
+    assert other.tokens != alone.tokens
