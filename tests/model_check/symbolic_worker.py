@@ -153,6 +153,7 @@ class RequestState:
     tokens: list[int]
     block_ids: tuple[list[int], ...]
     num_computed_tokens: int
+    generator: None = None  # no request has a seed
 
 
 class HostRunner:
