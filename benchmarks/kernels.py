@@ -5,8 +5,9 @@ The default is DeepSeek-R1-Distill-Llama-8B in bfloat16 (32 layers, 8 KV heads, 
 ahead, divided by the number of requests. Three kinds of keys are timed, since the search for matches ends
 early where it can:
 
-* independent: random directions; no key has a match, the search visits all pairs. The worst case.
-* some matches: a common direction makes a mean similarity of 0.36, below the threshold.
+* independent: random directions; no key has a match, the search visits half of all pairs.
+* some matches: a common direction makes a mean similarity of 0.36, below the threshold. The search visits
+  most pairs, from both of their keys: the worst case.
 * alike: mean similarity 0.8; nearly every pair is a match.
 
 The floor of a stage is what it must compute over the rate of the tensor cores, or the bytes that it must
@@ -19,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import statistics
 import sys
 from collections.abc import Callable
@@ -39,6 +39,7 @@ from rkv_vllm.kernels.paged import CompactionBatch, PagedKV
 from rkv_vllm.kernels.pipeline import RkvRound
 from rkv_vllm.kernels.redundancy import newest_matches, sums
 from rkv_vllm.kernels.select import select
+from rkv_vllm.provenance import command_line
 
 STAGES = ("survey", "matches", "sums", "combine", "select", "move")
 SHIFTS = {"independent": 0.0, "some matches": 0.75, "alike": 2.0}
@@ -259,7 +260,7 @@ def main() -> None:
             rows.append(row)
     if arguments.json:
         report = {
-            "command": shlex.join(["python", "benchmarks/kernels.py", *sys.argv[1:]]),
+            "command": command_line("python", "benchmarks/kernels.py"),
             "device": device.model_dump(),
             "torch": torch.__version__,
             "triton": triton.__version__,

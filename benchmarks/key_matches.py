@@ -3,15 +3,15 @@
     python benchmarks/key_matches.py --model .cache/models/SmolLM2-135M-Instruct --text docs/serving.md
 
 The search (`kernels/redundancy.py`) visits a block of rows tile by tile, newest keys first, until each row
-has a key that is similar to it. What it visits is counted here, on the CPU, from the keys that transformers'
-own forward pass leaves in its cache.
+has a key that is similar to it. What it visits at most is counted here, on the CPU, from the keys that
+transformers' own forward pass leaves in its cache: older tiles that it need not visit, since their keys found
+nothing in newer ones, are counted too.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rkv_vllm.config import SIMILARITY_THRESHOLD
 from rkv_vllm.kernels.redundancy import match_tiles
+from rkv_vllm.provenance import command_line
 
 
 def visited(keys: torch.Tensor, rows: int, columns: int) -> tuple[float, float]:
@@ -59,7 +60,7 @@ def main() -> None:
     by_layer = [visited(layer.keys[0], tiles.rows, tiles.columns) for layer in cache.layers]
     shares, without = zip(*by_layer, strict=True)
     report = {
-        "command": shlex.join(["python", "benchmarks/key_matches.py", *sys.argv[1:]]),
+        "command": command_line("python", "benchmarks/key_matches.py"),
         "tokens": length,
         "rows": tiles.rows,
         "columns": tiles.columns,

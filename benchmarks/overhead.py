@@ -12,9 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import shlex
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ import torch
 from vllm import LLM, SamplingParams
 
 from rkv_vllm import rkv_engine_args
-from rkv_vllm.provenance import versions
+from rkv_vllm.provenance import command_line, versions
 
 
 def engine(model: str, share: float, **extra: Any) -> LLM:
@@ -78,7 +76,7 @@ def main() -> None:
             print(name, speeds[name][-1], flush=True)
         medians = {name: statistics.median(values) for name, values in speeds.items()}
         result = {
-            "command": shlex.join(["python", "benchmarks/overhead.py", *sys.argv[1:]]),
+            "command": command_line("python", "benchmarks/overhead.py"),
             "gpu": torch.cuda.get_device_name(),
             "versions": versions(),
             "tokens_per_second": speeds,

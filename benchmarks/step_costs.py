@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,8 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
+
+from rkv_vllm.provenance import command_line
 
 LAYERS, TIMED_LAYERS = 32, 4  # so many, whose weights do not fit the L2 cache, stand for all
 WEIGHTS = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
@@ -166,7 +166,7 @@ def main() -> None:
         )
     if arguments.json:
         result = {
-            "command": shlex.join(["python", "benchmarks/step_costs.py", *sys.argv[1:]]),
+            "command": command_line("python", "benchmarks/step_costs.py"),
             "device": torch.cuda.get_device_name(),
             "products": of_products,
             "attention": of_attention,

@@ -169,13 +169,10 @@ def _matches_kernel(
             sign = missing.to(tl.uint32, bitcast=True) & 0x80000000
             best = tl.maximum(best, tl.max(sign | columns[None, :].to(tl.uint32), axis=1))
         tiles -= count
-    matched = (best & 0x7FFFFFFF).to(tl.int32)
-    if OLDER:
-        tl.store(newest + rows, tl.where(best < _MATCH, -1, matched), mask=inside)
-    else:
-        found = tl.where(best < _MATCH, -1, matched)
-        tl.store(newest + rows, found, mask=inside)
-        tl.store(reaches + owner * capacity + block, tl.max(tl.where(inside, found, -1), axis=0))
+    matched = tl.where(best < _MATCH, -1, (best & 0x7FFFFFFF).to(tl.int32))
+    tl.store(newest + rows, matched, mask=inside)
+    if not OLDER:
+        tl.store(reaches + owner * capacity + block, tl.max(tl.where(inside, matched, -1), axis=0))
 
 
 @triton.jit(do_not_specialize=["stride_pages", "first_layer", "first_request", "requests", "blocks"])

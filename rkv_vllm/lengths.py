@@ -61,7 +61,7 @@ class RequestLengths:
     @property
     def most_slots(self) -> int:
         """Slots that the request holds at most, in tokens, however long it grows."""
-        return max(self.num_prompt_tokens, self.due_slots)
+        return max(self.num_prompt_tokens, self.due_slots) + self.leaving_slots
 
     @property
     def kept_slots(self) -> int:
@@ -105,7 +105,7 @@ class PageLengths(RequestLengths):
     @property
     def due_slots(self) -> int:
         # With a small buffer the threshold may come before there is a page to drop.
-        return max(self.budget.threshold, self.kept_pages * self.page_size + 1)
+        return max(self.budget.threshold, self.kept_slots + 1)
 
     def is_due(self, logical: int) -> bool:
         return not self.leaving and logical >= self.next_due
@@ -118,17 +118,12 @@ class PageLengths(RequestLengths):
         return min(num_new_tokens, self.next_due - logical, self.most_slots - self.held(logical))
 
     @property
-    def most_slots(self) -> int:
-        # One page more to go on with while others are leaving.
-        return max(self.num_prompt_tokens, self.due_slots) + self.page_size
-
-    @property
     def kept_slots(self) -> int:
         return self.kept_pages * self.page_size
 
     @property
     def leaving_slots(self) -> int:
-        return self.page_size
+        return self.page_size  # one page more to go on with while others are leaving
 
     def compact(self, logical: int) -> None:
         """Records that so many pages of lowest score are to leave that `kept_pages` stay."""

