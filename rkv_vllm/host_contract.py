@@ -149,6 +149,16 @@ CONTRACT_V2_RUNNER: Contract = {
         "is_profiling",
         "kv_cache_allocation_context",
     ),
+    "vllm.v1.worker.gpu.model_runner.GPUModelRunner.capture_model": ("profile_only",),
+    "vllm.v1.worker.gpu.cudagraph_utils.ModelCudaGraphManager.run_fullgraph": ("desc",),
+    "vllm.v1.worker.gpu.cudagraph_utils.ModelCudaGraphManager.dispatch": (
+        "num_reqs",
+        "num_tokens",
+        "uniform_token_count",
+        "num_active_loras",
+        "max_query_len",
+        "num_ubatches",
+    ),
     "vllm.v1.worker.gpu.block_table.BlockTables.append_block_ids": (
         "req_index",
         "new_block_ids",

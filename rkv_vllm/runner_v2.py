@@ -26,6 +26,7 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 from rkv_vllm.config import WINDOW, RkvConfig
 from rkv_vllm.gpu_compactor import GpuCompactor
 from rkv_vllm.gpu_query_window import GpuQueryWindow
+from rkv_vllm.graph_choice import prefer_fastest
 from rkv_vllm.kernels.physical import prepare_physical
 from rkv_vllm.page_report import PageReport, with_reports
 from rkv_vllm.plan import PageEviction, plan_of
@@ -138,6 +139,14 @@ class CompactingRunnerV2(GPUModelRunner):
         """Compiles the kernels, which would otherwise stall the first request that is due."""
         self._compactor.warm_up()
         self._query_window.warm_up()
+
+    def capture_model(self, *, profile_only: bool = False) -> int:
+        num_bytes: int = super().capture_model(profile_only=profile_only)
+        # Ranks that time their graphs apart could choose different ones.
+        alone = self.vllm_config.parallel_config.world_size_across_dp == 1
+        if alone and not profile_only and self.cudagraph_manager is not None:
+            prefer_fastest(self.cudagraph_manager)
+        return num_bytes
 
     # -- a step --------------------------------------------------------------------------------------------
 

@@ -1,0 +1,105 @@
+"""Which captured CUDA graph a batch of decoding requests is padded to: the fastest one that holds it.
+
+vLLM pads a batch to the next captured size. A matrix product of some sizes takes longer than that of larger
+ones, by up to 40 % (`benchmarks/step_costs.py`), and with compacted requests, of which hundreds run, products
+are a third of a step. Padded rows hold no keys, so that a larger graph costs nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+
+import torch
+from vllm.logger import init_logger
+from vllm.v1.worker.gpu.cudagraph_utils import (
+    BatchExecutionDescriptor,
+    CUDAGraphMode,
+    ModelCudaGraphManager,
+)
+
+logger = init_logger(__name__)
+
+#: Batches up to here are padded as in stock vLLM, so that they get its very products, to the last bit.
+PADDED_AS_STOCK = 256
+#: A larger graph has to be faster by so much.
+GAIN = 0.01
+#: Each graph is timed so often, and its fastest run counts.
+REPLAYS = 4
+
+
+class FastestGraphManager(ModelCudaGraphManager):
+    """vLLM's graphs, some of them replaced by faster and larger ones when a batch asks for its graph."""
+
+    #: Graph that vLLM would choose -> graph that is taken.
+    instead: Mapping[BatchExecutionDescriptor, BatchExecutionDescriptor]
+
+    def dispatch(
+        self,
+        num_reqs: int,
+        num_tokens: int,
+        uniform_token_count: int | None,
+        num_active_loras: int,
+        max_query_len: int | None = None,
+        num_ubatches: int = 1,
+    ) -> BatchExecutionDescriptor:
+        chosen = super().dispatch(
+            num_reqs, num_tokens, uniform_token_count, num_active_loras, max_query_len, num_ubatches
+        )
+        return self.instead.get(chosen, chosen)
+
+
+def prefer_fastest(manager: ModelCudaGraphManager) -> None:
+    """Times the graphs of more than `PADDED_AS_STOCK` requests, and chooses by that from now on.
+
+    vLLM makes `manager` itself and has no hook on the choice, so that the instance is re-typed.
+    """
+    graphs = [graph for graph in manager.graphs if _is_plain_decode(graph)]
+    milliseconds = {graph.num_tokens: _milliseconds(manager, graph) for graph in graphs}
+    larger = fastest_sizes(milliseconds)
+    by_size = {graph.num_tokens: graph for graph in graphs}
+    manager.__class__ = FastestGraphManager
+    assert isinstance(manager, FastestGraphManager)
+    manager.instead = {by_size[size]: by_size[other] for size, other in larger.items() if size != other}
+    if manager.instead:
+        logger.info(
+            "More than %d decoding requests are padded to the fastest graph that holds them, one of %s",
+            PADDED_AS_STOCK,
+            ", ".join(f"{size} ({milliseconds[size]:.2f} ms)" for size in sorted(set(larger.values()))),
+        )
+
+
+def fastest_sizes(milliseconds: Mapping[int, float]) -> dict[int, int]:
+    """For each captured size, the one to take: at least as large, and the smallest of the fastest.
+
+    Args:
+        milliseconds: how long a graph of each size takes.
+    """
+    fastest: dict[int, int] = {}
+    best: int | None = None
+    for size in sorted(milliseconds, reverse=True):
+        if best is None or milliseconds[size] <= milliseconds[best] * (1 + GAIN):
+            best = size
+        fastest[size] = best
+    return fastest
+
+
+def _is_plain_decode(graph: BatchExecutionDescriptor) -> bool:
+    return (
+        graph.cg_mode == CUDAGraphMode.FULL
+        and graph.num_tokens > PADDED_AS_STOCK
+        and graph.uniform_token_count == 1
+        and graph.num_active_loras == 0
+        and graph.num_ubatches == 1
+    )
+
+
+def _milliseconds(manager: ModelCudaGraphManager, graph: BatchExecutionDescriptor) -> float:
+    """Replays a graph on what vLLM left in its buffers: requests that hold no pages."""
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        manager.run_fullgraph(graph)
+        mark.record()
+    torch.cuda.synchronize()
+    return min(begin.elapsed_time(end) for begin, end in pairwise(marks))
