@@ -199,8 +199,7 @@ class CompactingSchedulerMixin(_Scheduler):
         tracked = self._tracked.pop(request.request_id, None)
         budget = tracked.budget if tracked else None
         if tracked is not None and request.num_output_tokens:
-            early = request.status != RequestStatus.FINISHED_LENGTH_CAPPED
-            self._endings.ended(request.num_output_tokens, early=early)
+            self._endings.ended(request.num_output_tokens, early=self._ended_itself(request))
             self._steps_to_outlook = 0
         self._counters.ended(request.request_id, budget, result, request.num_tokens)
         self._manager.unbound(request.request_id)
@@ -209,6 +208,16 @@ class CompactingSchedulerMixin(_Scheduler):
         # Connectors are refused at start, so that nothing else answers in this field.
         _, ec_transfer_params = super()._free_request(request, delay_free_blocks)
         return {RESULT_KEY: result}, ec_transfer_params
+
+    def _ended_itself(self, request: Request) -> bool:
+        """Whether a request was done before its last allowed token, as others like it may be.
+
+        One whose client went away would have run on. Where the API server found a stop string, it asks for an
+        abort too.
+        """
+        if request.status == RequestStatus.FINISHED_ABORTED:
+            return request.request_id in self._with_stop_strings
+        return request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_REPETITION)
 
     def _result(self, request: Request) -> CompactionResult:
         tracked = self._tracked.get(request.request_id)

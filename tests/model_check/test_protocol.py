@@ -243,3 +243,23 @@ def test_a_wrong_setting_falls_back_to_the_default() -> None:
         scheduler.add_request(Request(request_id, [1, 2, 3], params, None))
     budgets = {request_id: tracked.budget.budget for request_id, tracked in scheduler._tracked.items()}
     assert budgets == {"bad": 40, "good": 20}
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_a_client_that_leaves_says_nothing_of_how_long_answers_are(leaves: bool) -> None:
+    """Proves that admission counts on answers to end early after stop tokens, and not after disconnects."""
+    arrivals = [
+        Arrival(
+            f"{index}",
+            prompt(20, index),
+            400,
+            {"rkv_budget": 64, "rkv_buffer": 16, "rkv_policy": "recency"},
+            stops_early=not leaves,
+            abort_after_tokens=12 if leaves else None,
+        )
+        for index in range(24)
+    ]
+    engine = Engine(Setup(num_pages=60), arrivals)
+    outcome = engine.run()
+    assert all(len(said) < 400 for said in outcome.tokens.values())
+    assert (engine.scheduler._endings.rate(running_tokens=0) == 0.0) is leaves
