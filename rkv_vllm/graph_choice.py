@@ -18,7 +18,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import (
     ModelCudaGraphManager,
 )
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # vLLM sets up its own loggers only
 
 #: Batches up to here are padded as in stock vLLM, so that they get its very products, to the last bit.
 PADDED_AS_STOCK = 256
