@@ -6,8 +6,8 @@ compaction, so that rows are lent then and taken back when the compaction ran.
 
 from __future__ import annotations
 
-#: Bound on the window's memory, 2 MiB a row for an 8B model. Of 1,024 running requests 64 hold one on average.
-#: A request that finds no row waits for one, some steps before its compaction.
+#: Bound on the window's memory, 2 MiB a row for an 8B model. Of 1,024 running requests 64 hold
+#: one on average. A request that finds no row waits for one, some steps before its compaction.
 MOST_ROWS = 128
 
 
