@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from rkv_vllm.bench.report import compare, show
-from rkv_vllm.bench.results import Measure, Results, read_results
+from rkv_vllm.bench.results import Measure, Results, read_results, together
 from rkv_vllm.bench.rows import Group, read_groups
 from rkv_vllm.explain import explain
 
@@ -125,13 +125,24 @@ def measure(
 
 
 def show_files(files: Sequence[Path], as_json: bool, plots: Path | None) -> None:
-    """Prints what files of results hold.
+    """Prints what files of results hold; those of the same engines and device are taken together.
 
     Raises: ValueError that names the file.
     """
     if plots is not None:
         _need_matplotlib()
-    present([(file.stem, read_results(file)) for file in files], as_json, plots)
+    parts: dict[tuple[str | float | None, ...], list[tuple[Path, Results]]] = {}
+    for file in files:
+        results = read_results(file)
+        parts.setdefault(results.engines, []).append((file, results))
+    joined = []
+    for part in parts.values():
+        title = "+".join(file.stem for file, _ in part)
+        try:
+            joined.append((title, together([results for _, results in part])))
+        except ValueError as error:
+            raise ValueError(f"{', '.join(str(file) for file, _ in part)}: {error}") from None
+    present(joined, as_json, plots)
 
 
 def present(results: Sequence[tuple[str, Results]], as_json: bool, plots: Path | None) -> None:

@@ -7,13 +7,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rkv_vllm.bench.report import Comparison, compare
+from rkv_vllm.bench.report import Comparison, Side, compare
 from rkv_vllm.bench.results import Results
-from rkv_vllm.bench.rows import Kind
+from rkv_vllm.bench.rows import Kind, Row
+from rkv_vllm.bench.window import Point
 
 COLOURS: dict[Kind, str] = {"stock": "#7a7a7a", "off": "#3b6fb6", "rkv": "#c8501e"}
 LABELS: dict[Kind, str] = {"stock": "stock vLLM", "off": "R-KV in place, switched off", "rkv": "R-KV"}
-MARKERS: dict[Kind, str] = {"stock": "o", "off": "s", "rkv": "^"}
+MARKERS = ("o", "^", "s", "D", "v")
 CLASS_COLOURS = (
     "#c8501e",
     "#3b6fb6",
@@ -23,6 +24,7 @@ CLASS_COLOURS = (
     "#7d5ba6",
     "#4aa3a2",
     "#a05050",
+    "#2b2b2b",
     "#cccccc",
 )
 
@@ -58,51 +60,61 @@ def _save(figure: Any, path: Path) -> Path:
 
 
 def _throughput(comparisons: Sequence[Comparison], folder: Path) -> Path | None:
-    """Tokens/s against running requests, a point a row and engine, with all windows' range."""
+    """Tokens/s against running requests, a point a row and engine, with all windows' range.
+
+    Rows that differ in how many requests run, and in nothing else, are joined by a line.
+    """
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6.4, 4.0))
-    for kind in LABELS:
-        found = [(each.sides[kind], each.row.name) for each in comparisons if kind in each.sides]
-        # Rows that are one load to stock share its figures, and one point.
-        points = {(side.running, side.tokens_per_second): (side, name) for side, name in reversed(found)}
-        sides = [points[place] for place in sorted(points)]
-        if not sides:
-            continue
-        speeds = [side.tokens_per_second for side, _ in sides]
-        low = [side.tokens_per_second - side.slowest for side, _ in sides]
-        high = [side.fastest - side.tokens_per_second for side, _ in sides]
+    lines: dict[tuple[Kind, str], dict[float, Side]] = {}
+    for each in comparisons:
+        if each.row.ages is None:
+            for kind, side in each.sides.items():
+                lines.setdefault((kind, _load_of(each.row, kind)), {})[side.running] = side
+    places = dict.fromkeys(LABELS, 0)
+    for kind, load in sorted(lines, key=lambda key: list(LABELS).index(key[0])):
+        sides = [side for _, side in sorted(lines[kind, load].items())]
         axes.errorbar(
-            [side.running for side, _ in sides],
-            speeds,
-            yerr=[low, high],
-            fmt=MARKERS[kind],
+            [side.running for side in sides],
+            [side.tokens_per_second for side in sides],
+            yerr=[
+                [side.tokens_per_second - side.slowest for side in sides],
+                [side.fastest - side.tokens_per_second for side in sides],
+            ],
+            fmt=f"-{MARKERS[places[kind] % len(MARKERS)]}",
             color=COLOURS[kind],
-            label=LABELS[kind],
+            label=f"{LABELS[kind]}: {load}",
             capsize=2,
         )
-        for side, name in sides:
-            axes.annotate(
-                name,
-                (side.running, side.tokens_per_second),
-                xytext=(4, 4),
-                textcoords="offset points",
-                fontsize=6,
-            )
-    if not axes.has_data():
+        places[kind] += 1
+    if not lines:
         plt.close(figure)
         return None
-    axes.set(xlabel="running requests", ylabel="output tokens/s", xscale="log", yscale="log")
-    axes.grid(True, which="both", alpha=0.25)
-    axes.legend()
+    axes.set(xlabel="running requests", ylabel="output tokens/s")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.grid(True, alpha=0.25)
+    axes.legend(fontsize=7)
     return _save(figure, folder / "throughput.svg")
 
 
+def _load_of(row: Row, kind: Kind) -> str:
+    """What a request is, to an engine of this kind."""
+    load = f"{row.output:,} tokens out"
+    budget = row.budget_for(kind)
+    return load if budget is None else f"{load}, budget {budget.budget:,} + {budget.buffer:,}"
+
+
 def _lengths(comparisons: Sequence[Comparison], folder: Path) -> Path | None:
-    """Time of a step against the length of its requests, of the rows whose requests are all about as old."""
+    """Time of a step against the length of its requests, of rows that differ in their requests' age alone."""
     import matplotlib.pyplot as plt
 
-    of_an_age = [each for each in comparisons if each.row.ages is not None]
+    alike: dict[Row, list[Comparison]] = {}
+    for each in comparisons:
+        if each.row.ages is not None:
+            alike.setdefault(each.row.model_copy(update={"name": "", "ages": None}), []).append(each)
+    of_an_age = max(alike.values(), key=len, default=[])
     if len(of_an_age) < 2:
         return None
     figure, axes = plt.subplots(figsize=(6.4, 4.0))
@@ -114,55 +126,62 @@ def _lengths(comparisons: Sequence[Comparison], folder: Path) -> Path | None:
         )
         if points:
             lengths, times = zip(*points, strict=True)
-            axes.plot(lengths, times, marker=MARKERS[kind], color=COLOURS[kind], label=LABELS[kind])
-    axes.set(xlabel="tokens of a request so far", ylabel="milliseconds a step", xscale="log")
+            axes.plot(lengths, times, marker=MARKERS[0], color=COLOURS[kind], label=LABELS[kind])
+    axes.set(xlabel="tokens of a request so far", ylabel="milliseconds a step")
+    axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
-    axes.grid(True, which="both", alpha=0.25)
+    axes.grid(True, alpha=0.25)
     axes.legend()
     return _save(figure, folder / "length.svg")
 
 
 def _pool(results: Results, title: str, folder: Path) -> Path | None:
-    """Pool use and running requests over time, a row of axes a load, of each kind's first life."""
+    """Pool use and running requests over time, a row of axes a load, of each kind's longest run of it."""
     import matplotlib.pyplot as plt
 
-    rows = results.group.rows
-    figure, axes = plt.subplots(len(rows), 2, figsize=(8.0, 2.0 * len(rows)), squeeze=False)
-    seen = set()
+    longest: dict[str, dict[Kind, list[Point]]] = {}
     for life in results.lives:
-        if life.kind in seen:
-            continue
-        seen.add(life.kind)
-        curves = {load.row: load.curve for load in life.loads}
-        for place, row in enumerate(rows):
-            points = curves.get(row.name, [])
+        for load in life.loads:
+            of_row = longest.setdefault(load.row, {})
+            of_row[life.kind] = max(of_row.get(life.kind, []), load.curve, key=_seconds)
+    rows = [row.name for row in results.group.rows if any(longest.get(row.name, {}).values())]
+    if not rows:
+        return None
+    figure, axes = plt.subplots(len(rows), 2, figsize=(8.0, 2.0 * len(rows)), squeeze=False)
+    for name, (pool, running) in zip(rows, axes, strict=True):
+        for kind, points in longest[name].items():
             seconds = [point.seconds for point in points]
-            axes[place, 0].plot(
-                seconds,
-                [100 * point.pool_use for point in points],
-                color=COLOURS[life.kind],
-                label=LABELS[life.kind],
-            )
-            axes[place, 1].plot(seconds, [point.running for point in points], color=COLOURS[life.kind])
-    for place, row in enumerate(rows):
-        axes[place, 0].set(ylabel="pool in use, %", title=row.name, ylim=(0, 105))
-        axes[place, 1].set(ylabel="running requests")
+            style = {"color": COLOURS[kind], "label": LABELS[kind]}
+            pool.plot(seconds, [100 * point.pool_use for point in points], **style)
+            running.plot(seconds, [point.running for point in points], **style)
+        pool.set(ylabel="pool in use, %", title=name, ylim=(0, 105))
+        running.set(ylabel="running requests")
+        running.set_ylim(bottom=0)
     for each in axes[-1]:
         each.set_xlabel("seconds since the load began")
-    axes[0, 0].legend(fontsize=7)
+    lines = {line.get_label(): line for pool in axes[:, 0] for line in pool.get_lines()}
     figure.tight_layout()
+    figure.legend(
+        handles=list(lines.values()), loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(lines)
+    )
     return _save(figure, folder / f"pool-{title}.svg")
+
+
+def _seconds(points: Sequence[Point]) -> float:
+    return points[-1].seconds if points else 0.0
 
 
 def _split(comparisons: Sequence[Comparison], folder: Path) -> Path | None:
     """Time of a step, split: by kernels where a profile was taken, else into compaction and all else."""
     import matplotlib.pyplot as plt
 
-    bars = [
-        (f"{each.row.name}\n{LABELS[kind]}", _parts(side))
-        for each in comparisons
-        for kind, side in each.sides.items()
-    ]
+    bars = []
+    drawn: list[Side] = []
+    for each in comparisons:
+        for kind, side in each.sides.items():
+            if side not in drawn:  # rows that are one load to stock share its bar
+                drawn.append(side)
+                bars.append((f"{each.row.name}\n{LABELS[kind]}", _parts(side)))
     if not bars:
         return None
     names = list(dict.fromkeys(name for _, parts in bars for name in parts))

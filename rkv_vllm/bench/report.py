@@ -81,16 +81,19 @@ def _compare(results: Results, row: Row, group: str) -> Comparison:
     failures = []
     for kind in dict.fromkeys(life.kind for life in results.lives if row.runs_on(life.kind)):
         names = {other.name for other in results.group.rows if row.is_like(other, kind)}
-        measured = []
+        measured, troubles = [], []
         for life in results.lives:
             if life.kind != kind:
                 continue
             loads = [load for load in life.loads if load.row in names]
-            failures += [f"{kind}: {load.failure}" for load in loads if load.failure]
-            if not loads:
-                failures.append(f"{kind}: {life.failure or 'not run'}")
+            troubles += [load.failure for load in loads if load.failure]
+            if life.failure and not loads:
+                troubles.append(life.failure)
             if life.facts is not None:
                 measured += [(life.facts, load) for load in loads if load.windows]
+        if not measured and not troubles:
+            troubles.append("not run")
+        failures += [f"{kind}: {trouble}" for trouble in troubles]
         if measured:
             sides[kind] = _side(results, row, kind, measured)
     return Comparison(
@@ -200,8 +203,12 @@ def show(results: Results, group: str, console: Console) -> None:
                 console.print(f"{comparison.row.name}, {side.kind}: {remark}", markup=False, highlight=False)
         for failure in comparison.failures:
             console.print(f"{comparison.row.name}: {failure}", style="red", markup=False, highlight=False)
+    profiled: list[KernelTime] = []
+    for comparison in comparisons:
         for side in comparison.sides.values():
-            if side.kernel_time is not None:
+            # Rows that are one load to stock share its profile.
+            if side.kernel_time is not None and side.kernel_time not in profiled:
+                profiled.append(side.kernel_time)
                 console.print(_kernel_table(comparison.row, side, side.kernel_time))
 
 

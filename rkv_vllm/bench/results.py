@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
@@ -104,8 +105,52 @@ class Results(BaseModel):
     measure: Measure
     lives: list[Life] = []
 
+    @property
+    def engines(self) -> tuple[str | float | None, ...]:
+        """What runs have in common whose figures may be compared."""
+        group = self.group
+        return (
+            group.model and Path(group.model).name,
+            group.memory_gib,
+            group.engine,
+            group.stock_engine,
+            group.rkv_engine,
+            self.device.name,
+        )
+
     def row(self, name: str) -> Row:
         return next(row for row in self.group.rows if row.name == name)
+
+
+def together(runs: Sequence[Results]) -> Results:
+    """Runs of the same engines as one: a long group may be measured in parts, or again.
+
+    Floors are of the highest ceilings that were measured; `measure` is that of the first run.
+
+    Raises: ValueError where the runs differ in engines or device, or mean different loads by one name.
+    """
+    first = runs[0]
+    if any(run.engines != first.engines for run in runs):
+        raise ValueError("differ in model, memory, options or device")
+    rows: dict[str, Row] = {}
+    for row in (row for run in runs for row in run.group.rows):
+        if rows.setdefault(row.name, row) != row:
+            raise ValueError(f"name different loads {row.name}")
+    ceilings = [run.device.ceilings for run in runs if run.device.ceilings is not None]
+    highest = None
+    if ceilings:
+        highest = Ceilings(
+            bytes_per_second=max(each.bytes_per_second for each in ceilings),
+            operations_per_second=max(each.operations_per_second for each in ceilings),
+        )
+    return first.model_copy(
+        update={
+            "command": "\n".join(run.command for run in runs),
+            "device": first.device.model_copy(update={"ceilings": highest}),
+            "group": first.group.model_copy(update={"rows": tuple(rows.values())}),
+            "lives": [life for run in runs for life in run.lives],
+        }
+    )
 
 
 def read_results(path: Path) -> Results:

@@ -27,7 +27,10 @@ def bench(
     only: Annotated[list[str] | None, typer.Option(help="Run these rows of the group alone.")] = None,
     models: Annotated[Path | None, typer.Option(help="Folder in which the group's model is.")] = None,
     report: Annotated[
-        list[Path] | None, typer.Option(help="Start nothing; show what such files of results hold.")
+        list[Path] | None,
+        typer.Option(
+            help="Start nothing; show what files of results hold, those of the same engines together."
+        ),
     ] = None,
     input: Annotated[int | None, _load("input", "tokens")] = None,
     output: Annotated[int | None, _load("output", "tokens")] = None,

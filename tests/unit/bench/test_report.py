@@ -12,7 +12,16 @@ from typer.testing import CliRunner
 from rkv_vllm.bench.floor import Ceilings
 from rkv_vllm.bench.kernel_time import kernel_time
 from rkv_vllm.bench.report import compare, remarks
-from rkv_vllm.bench.results import Device, EngineFacts, Life, LoadResult, Measure, Results, read_results
+from rkv_vllm.bench.results import (
+    Device,
+    EngineFacts,
+    Life,
+    LoadResult,
+    Measure,
+    Results,
+    read_results,
+    together,
+)
 from rkv_vllm.bench.rows import Entry, Group, Kind, Row
 from rkv_vllm.bench.window import Step, curve, summarise
 from rkv_vllm.cli import app
@@ -142,11 +151,12 @@ def test_floors_stand_beside_what_was_measured(results: Results) -> None:
 
 
 def test_what_failed_is_said_and_nothing_else_is_lost(results: Results) -> None:
-    """Proves that a row that failed, and a life that did, are named with their reasons."""
-    a, _, c = compare(results)
+    """Proves that a row that failed or was not run, and a life that failed, are named with their reasons."""
+    a, b, c = compare(results)
     died = "the engine's process ended with status 1: out of memory"
     assert a.failures == [f"rkv: {died}"]
-    assert c.failures == ["stock: not run", "rkv: not one request fits into the pool", f"rkv: {died}"]
+    assert b.failures == [f"rkv: {died}"]
+    assert c.failures == ["rkv: not one request fits into the pool", f"rkv: {died}"]
     assert set(c.sides) == {"stock"}
 
 
@@ -176,11 +186,62 @@ def test_the_command_shows_stored_results(results: Results, tmp_path: Path) -> N
     assert "llama: r1-distill-llama-8b, NVIDIA H200, 72 GiB in all" in shown.stdout
     assert "2.80" in shown.stdout and "reached" in shown.stdout and "missed" in shown.stdout
     assert "c: rkv: not one request fits into the pool" in shown.stdout
+    assert shown.stdout.count("flash") == 1  # of two rows that are one load to stock
     plots = {path.name: path.read_text() for path in (tmp_path / "plots").iterdir()}
     assert sorted(plots) == ["pool-llama.svg", "step.svg", "throughput.svg"]
     assert "output tokens/s" in plots["throughput.svg"] and "attention" in plots["step.svg"]
     as_json = CliRunner().invoke(app, ["bench", "--report", str(file), "--json"])
     assert [each["ratio"] for each in json.loads(as_json.stdout)] == [2.8, 1.2, None]
+
+
+def test_parts_of_a_run_are_taken_together(results: Results, tmp_path: Path) -> None:
+    """Proves that files of the same engines give one table, with medians over all; others stay apart."""
+    part = results.model_copy(
+        update={
+            "command": "rkv-vllm bench --only d",
+            "group": results.group.model_copy(
+                update={"rows": (results.group.rows[0], Row(name="d", input=128, output=64))}
+            ),
+            "device": results.device.model_copy(
+                update={"ceilings": Ceilings(bytes_per_second=4.4e12, operations_per_second=700e12)}
+            ),
+            "lives": [life("rkv", [load("a", "compacted", [900, 900, 900, 900], running=10)])],
+        }
+    )
+    both = together([results, part])
+    a, _, _, d = compare(both)
+    assert a.sides["rkv"].tokens_per_second == 900 and a.sides["rkv"].windows == 7
+    assert d.failures == ["stock: not run", f"rkv: {results.lives[3].failure}"]
+    assert both.command == "rkv-vllm bench\nrkv-vllm bench --only d"
+    assert both.device.ceilings == Ceilings(bytes_per_second=4.4e12, operations_per_second=790e12)
+
+    other = part.model_copy(update={"group": part.group.model_copy(update={"memory_gib": 24.0})})
+    files = []
+    for name, run in (("one", results), ("other", other), ("two", part)):
+        files.append(tmp_path / f"{name}.json")
+        files[-1].write_text(run.model_dump_json())
+    shown = CliRunner().invoke(app, ["bench", *(f"--report={file}" for file in files)])
+    assert shown.exit_code == 0, shown.output
+    assert shown.stdout.index("one+two: r1-distill-llama-8b, NVIDIA H200, 72 GiB") < shown.stdout.index(
+        "other: r1-distill-llama-8b, NVIDIA H200, 24 GiB"
+    )
+
+
+def test_parts_that_do_not_belong_together_are_refused(results: Results, tmp_path: Path) -> None:
+    """Proves that figures of other engines, or of other loads by the same name, are not mixed."""
+    other_memory = results.model_copy(update={"group": results.group.model_copy(update={"memory_gib": 24.0})})
+    with pytest.raises(ValueError, match="differ in model, memory, options or device"):
+        together([results, other_memory])
+    row = results.group.rows[0].model_copy(update={"budget": 300})
+    changed = results.model_copy(update={"group": results.group.model_copy(update={"rows": (row,)})})
+    files = [tmp_path / "one.json", tmp_path / "two.json"]
+    for file, run in zip(files, (results, changed), strict=True):
+        file.write_text(run.model_dump_json())
+    refused = CliRunner().invoke(
+        app, ["bench", *(f"--report={file}" for file in files)], env={"COLUMNS": "500"}
+    )
+    assert refused.exit_code == 2
+    assert "one.json" in refused.output and "two.json: name different loads a" in refused.output
 
 
 def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
