@@ -42,6 +42,10 @@ FEATURES: tuple[Feature, ...] = (
     _works("prefix caching", "shared and cached pages are never written; compaction copies out of them"),
     _works("chunked prefill", "prompts are compacted when decoding begins"),
     _works("async scheduling", "compactions follow from counts, not from sampled tokens"),
+    _works(
+        "CUDA graphs",
+        "graphs read lengths from fixed buffers; more than 256 decoding requests get the fastest that holds them",
+    ),
     _works("preemption", "a resumed request replays its compactions and gives the same output"),
     _works("admission", "a request waits until there is room for what those that run will grow to"),
     _works("logprobs, penalties, stop conditions, structured output", "all see logical lengths"),
