@@ -94,6 +94,8 @@ def check_identity(model: str) -> dict[str, Any]:
 def check_graphs(model: str) -> dict[str, Any]:
     """FULL graphs replay what the same kernels do without graphs, in batches of odd, padded sizes.
 
+    The largest is padded to whichever graph is fastest (`rkv_vllm/graph_choice.py`).
+
     Batch-invariant: otherwise vLLM lets FlashAttention choose other splits outside a graph than inside. In
     this process: otherwise how fast requests reach the engine decides which of them share their first steps,
     and a step with prompts takes other kernels than one without.
@@ -101,10 +103,10 @@ def check_graphs(model: str) -> dict[str, Any]:
     by_mode = {}
     with mock.patch.dict(os.environ, VLLM_BATCH_INVARIANT="1", VLLM_ENABLE_V1_MULTIPROCESSING="0"):
         for mode in ("FULL_AND_PIECEWISE", "NONE"):
-            llm = engine(model, compilation_config={"cudagraph_mode": mode})
+            llm = engine(model, max_num_seqs=512, compilation_config={"cudagraph_mode": mode})
             by_mode[mode] = [
                 tokens(llm.generate(prompts(size, seed=size), greedy(600, 256), use_tqdm=False))
-                for size in (1, 3, 13, 37)
+                for size in (1, 3, 13, 37, 401)
             ]
             del llm
     return {
