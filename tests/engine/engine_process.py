@@ -24,8 +24,9 @@ ABOVE_ANY_LENGTH = 4096
 class Settings:
     """Of an engine.
 
-    `rkv`: with R-KV's classes, or stock; `pages`: of the pool, the null page included; `beyond_pool`: budget
-    and buffer of a server that lets max_model_len exceed the pool.
+    `rkv`: with R-KV's classes, or stock; `pages`: of the pool, the null page included; `ranks`: workers that
+    share each layer (tensor parallelism); `beyond_pool`: budget and buffer of a server that lets
+    max_model_len exceed the pool.
     """
 
     rkv: bool = True
@@ -34,6 +35,7 @@ class Settings:
     order: str = "temporal"
     scheduler: str | None = None
     pages: int = 512
+    ranks: int = 1
     multiprocess: bool = False
     beyond_pool: tuple[int, int] | None = None
 
@@ -184,6 +186,7 @@ class _Host:
             num_gpu_blocks_override=settings.pages,
             kv_cache_memory_bytes=1 << 30,
             max_model_len=max_model_len,
+            tensor_parallel_size=settings.ranks,
             max_num_seqs=64,
             max_num_batched_tokens=512,
             enforce_eager=True,

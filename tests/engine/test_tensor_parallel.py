@@ -1,0 +1,39 @@
+"""Workers that share each layer, some of its heads each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import texts
+from engine_process import Ask, Engine, Settings
+
+#: SmolLM2 has three KV heads.
+RANKS = 3
+#: `random` draws for the heads that a worker has, and comes last.
+POLICIES = ("rkv", "snapkv", "keydiff", "recency", "random")
+
+
+def test_ranks_together_decode_as_one(
+    rkv: Engine, start_engine: Callable[[Settings], Engine], encode: Callable[[str], list[int]]
+) -> None:
+    """Tokens, compactions and pages are those of one worker, and the pool is whole.
+
+    Sums over ranks round differently, so that of two tokens with nearly the same score either may stay.
+    """
+    asks = [Ask(encode(texts.multiples(9)), 75, {"rkv_budget": 0})] + [
+        Ask(
+            encode(texts.multiples(n + 2)),
+            75,
+            {"rkv_budget": 48 + 8 * n, "rkv_buffer": 16, "rkv_policy": name},
+        )
+        for n, name in enumerate(POLICIES)
+    ]
+    in_ranks = start_engine(Settings(ranks=RANKS)).submit(asks)
+    expected = rkv.run(asks)
+    found = in_ranks.result()
+    assert [answer.result for answer in found.answers] == [answer.result for answer in expected.answers]
+    assert all(expected.compactions(index) >= 2 for index in range(1, len(asks)))
+    for answer, other in list(zip(found.answers, expected.answers, strict=True))[:-1]:
+        assert answer.tokens == other.tokens
+        assert answer.logprobs == pytest.approx(other.logprobs, abs=1e-2)
