@@ -1,7 +1,8 @@
-"""One engine from start to end, in a process of its own: `python -m rkv_vllm.bench.engine_life ORDER RESULT`.
+"""One engine from start to end, in a process of its own: `python -m rkv_vllm.bench.engine_life RESULT`.
 
-ORDER is a JSON file (`Order`). RESULT gets JSON lines as they come, so that what was measured is there should
-the engine or its process die: first the engine's facts, then a line a load. Progress goes to standard error.
+It imports all it needs, which takes a while, and waits for a line of JSON (`Order`) on standard input. RESULT
+gets JSON lines as they come, so that what was measured is there should the engine or its process die: first
+the engine's facts, then a line a load. Progress goes to standard error.
 """
 
 from __future__ import annotations
@@ -202,12 +203,15 @@ def _in_short(result: LoadResult) -> str:
 
 
 def main() -> None:
-    order = Order.model_validate_json(Path(sys.argv[1]).read_text())
+    line = sys.stdin.readline()
+    if not line:
+        return  # nobody is there any more
+    order = Order.model_validate_json(line)
 
     def say(text: str) -> None:
         print(f"[bench] {text}", file=sys.stderr, flush=True)
 
-    with Path(sys.argv[2]).open("w") as file:
+    with Path(sys.argv[1]).open("w") as file:
 
         def write(line: BaseModel) -> None:
             file.write(line.model_dump_json() + "\n")

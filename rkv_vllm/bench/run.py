@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Thread, Timer
@@ -63,26 +63,38 @@ def run_group(
         save: given the results so far, after each load.
     """
     deadline = None if time_limit is None else time.time() + time_limit
-    with log.open("wb") as output:
+    kinds = [kind for kind in group.lives if group.rows_for(kind)] * rounds
+    log.write_bytes(b"")
+    with tempfile.TemporaryDirectory(prefix="rkv-bench-") as name, ExitStack() as stack:
+        folder = Path(name)
+
+        def prepare(place: int) -> LifeProcess:
+            process = LifeProcess(_python("rkv_vllm.bench.engine_life"), folder / f"{place}.jsonl", log)
+            stack.callback(process.end)
+            return process
+
+        waiting = [prepare(0)]
         say("measuring the device")
         results = Results(
             command=command_line(),
             started=datetime.now(UTC).isoformat(timespec="seconds"),
             versions=versions(),
             platform=platform.platform(),
-            device=_device(output.fileno()),
+            device=_device(log),
             group=group,
             measure=measure,
         )
         if results.device.ceilings is None and (measure.profile_steps or group.memory_gib is not None):
             raise ValueError("--profile and memory_gib are for GPUs; for a CPU give --kv-cache-memory-bytes")
-        kinds = [kind for kind in group.lives if group.rows_for(kind)] * rounds
         for place, kind in enumerate(kinds):
             say(f"engine {place + 1} of {len(kinds)}: {kind}")
             life = Life(kind=kind, arguments=[*group.arguments(kind), *extra])
             results.lives.append(life)
             ends = None if deadline is None else _share(group, kinds[place:], time.time(), deadline)
-            _live(results, life, ends, log, say, save)
+            process = waiting.pop()
+            if place + 1 < len(kinds):  # it imports what it needs while this one starts its engine
+                waiting.append(prepare(place + 1))
+            _live(process, results, life, ends, folder / f"traces-{place}", say, save)
             save(results)
     return results
 
@@ -94,41 +106,35 @@ def _share(group: Group, kinds: Sequence[Kind], now: float, deadline: float) -> 
 
 
 def _live(
+    process: LifeProcess,
     results: Results,
     life: Life,
     deadline: float | None,
-    log: Path,
+    traces: Path,
     say: Say,
     save: Callable[[Results], None],
 ) -> None:
     """Runs a life and fills it in as its loads are measured."""
     group, measure = results.group, results.measure
-    with tempfile.TemporaryDirectory(prefix="rkv-bench-") as name:
-        folder = Path(name)
-        traces = folder / "traces"
-        traces.mkdir()
-        order = Order(
-            kind=life.kind,
-            arguments=life.arguments,
-            model=group.model,
-            memory_gib=group.memory_gib,
-            rows=group.rows_for(life.kind),
-            measure=measure,
-            deadline=deadline,
-            trace_folder=str(traces) if measure.profile_steps else None,
-        )
-        order_file, result_file = folder / "order.json", folder / "result.jsonl"
-        order_file.write_text(order.model_dump_json())
-        result_file.touch()
+    traces.mkdir()
+    order = Order(
+        kind=life.kind,
+        arguments=life.arguments,
+        model=group.model,
+        memory_gib=group.memory_gib,
+        rows=group.rows_for(life.kind),
+        measure=measure,
+        deadline=deadline,
+        trace_folder=str(traces) if measure.profile_steps else None,
+    )
 
-        def progress(text: str) -> None:
-            say(text)
-            _read(result_file, life)
-            save(results)
+    def progress(text: str) -> None:
+        say(text)
+        _read(process.results, life)
+        save(results)
 
-        command = [*_python("rkv_vllm.bench.engine_life"), str(order_file), str(result_file)]
-        life.failure = _watch(command, deadline, log, progress)
-        _read(result_file, life)
+    life.failure = process.run(order.model_dump_json(), deadline, progress)
+    _read(process.results, life)
     if life.failure:
         say(f"{life.kind}: {life.failure}")
 
@@ -141,60 +147,83 @@ def _read(file: Path, life: Life) -> None:
         life.loads = [LoadResult.model_validate_json(line) for line in lines[1:]]
 
 
-def _watch(command: list[str], deadline: float | None, log: Path, say: Say) -> str | None:
-    """Runs a process to its end. Returns what went wrong, if anything did."""
-    last: deque[str] = deque(maxlen=200)
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            command,
-            env={**os.environ, **ENVIRONMENT},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            start_new_session=True,  # so that all its processes can be stopped together
-        )
-        killer = _kill_at(process, deadline)
-        killer.start()
+class LifeProcess:
+    """A process that is to run one engine, and waits for its order."""
+
+    def __init__(self, command: Sequence[str], results: Path, log: Path) -> None:
+        """Starts it.
+
+        Args:
+            results: its last argument, the file that it writes to.
+            log: gets all that it prints.
+        """
+        self.results, self._log = results, log
+        results.touch()
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                [*command, str(results)],
+                env={**os.environ, **ENVIRONMENT},
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                start_new_session=True,  # so that all its processes can be stopped together
+            )
         # What it leaves behind would keep its output open.
-        Thread(target=_end_group, args=[process], daemon=True).start()
-        try:
-            assert process.stderr is not None
-            for line in process.stderr:
-                if line.startswith(PROGRESS):
-                    say(line.removeprefix(PROGRESS).rstrip())
-                last.append(line.rstrip())
-                output.write(line.encode())
-                output.flush()
-            code = process.wait()
-        finally:
-            killer.cancel()
-            _kill_group(process)
-    if code == 0:
-        return None
-    if deadline is not None and time.time() > deadline + GRACE_SECONDS - 1:
-        return "the time limit came first"
-    return f"the engine's process ended with status {code}: {_cause(list(last))}"
+        Thread(target=self._end_group, daemon=True).start()
 
+    def run(self, order: str, deadline: float | None, say: Say) -> str | None:
+        """Gives it its order and watches it to its end. Returns what went wrong, if anything did.
 
-def _kill_at(process: subprocess.Popen[str], deadline: float | None) -> Timer:
-    """Kills the process some time after its deadline, unless cancelled."""
-    seconds = threading.TIMEOUT_MAX if deadline is None else max(deadline + GRACE_SECONDS - time.time(), 0)
-    killer = Timer(seconds, _kill_group, [process])
-    killer.daemon = True
-    return killer
+        Args:
+            order: one line.
+            deadline: seconds since 1970, some time after which it is stopped.
+            say: told of progress.
+        """
+        assert self._process.stdin is not None and self._process.stderr is not None
+        last: deque[str] = deque(maxlen=200)
+        with self._log.open("ab") as output:
+            killer = self._kill_at(deadline)
+            killer.start()
+            try:
+                with suppress(BrokenPipeError):  # it has ended already, and says why
+                    self._process.stdin.write(order + "\n")
+                    self._process.stdin.close()
+                for line in self._process.stderr:
+                    if line.startswith(PROGRESS):
+                        say(line.removeprefix(PROGRESS).rstrip())
+                    last.append(line.rstrip())
+                    output.write(line.encode())
+                    output.flush()
+                code = self._process.wait()
+            finally:
+                killer.cancel()
+                self.end()
+        if code == 0:
+            return None
+        if deadline is not None and time.time() > deadline + GRACE_SECONDS - 1:
+            return "the time limit came first"
+        return f"the engine's process ended with status {code}: {_cause(list(last))}"
 
+    def end(self) -> None:
+        """Ends it and what it left behind: the engine core outlives it where it was killed."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
-def _end_group(process: subprocess.Popen[str]) -> None:
-    process.wait()
-    _kill_group(process)
+    def _kill_at(self, deadline: float | None) -> Timer:
+        """Kills the process some time after its deadline, unless cancelled."""
+        seconds = (
+            threading.TIMEOUT_MAX if deadline is None else max(deadline + GRACE_SECONDS - time.time(), 0)
+        )
+        killer = Timer(seconds, self.end)
+        killer.daemon = True
+        return killer
 
-
-def _kill_group(process: subprocess.Popen[str]) -> None:
-    """Ends what the process left behind: the engine core outlives it where it was killed."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    def _end_group(self) -> None:
+        self._process.wait()
+        self.end()
 
 
 def _cause(lines: list[str]) -> str:
@@ -205,16 +234,17 @@ def _cause(lines: list[str]) -> str:
     return found[-1][:500]
 
 
-def _device(log: int) -> Device:
+def _device(log: Path) -> Device:
     """The device and its ceilings, measured apart: no process that starts an engine may hold memory of it."""
-    done = subprocess.run(
-        _python("rkv_vllm.bench.ceilings"),
-        env={**os.environ, **ENVIRONMENT, "VLLM_LOGGING_LEVEL": "ERROR"},
-        stdout=subprocess.PIPE,
-        stderr=log,
-        text=True,
-        check=True,
-    )
+    with log.open("ab") as output:
+        done = subprocess.run(
+            _python("rkv_vllm.bench.ceilings"),
+            env={**os.environ, **ENVIRONMENT, "VLLM_LOGGING_LEVEL": "ERROR"},
+            stdout=subprocess.PIPE,
+            stderr=output,
+            text=True,
+            check=True,
+        )
     return Device.model_validate(json.loads(done.stdout.splitlines()[-1]))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,18 +14,42 @@ from rkv_vllm.bench.results import Life
 from rkv_vllm.bench.rows import Group, Row
 
 
-def python(code: str) -> list[str]:
-    return [sys.executable, "-c", code]
+def process(code: str, folder: Path) -> run.LifeProcess:
+    """A process that runs code in place of an engine's life."""
+    return run.LifeProcess([sys.executable, "-c", code], folder / "results", folder / "log")
+
+
+def watch(code: str, folder: Path, deadline: float | None = None) -> str | None:
+    return process(code, folder).run("{}", deadline, print)
 
 
 def test_progress_goes_on_and_everything_into_the_log(tmp_path: Path) -> None:
     """Proves that a good end is no problem, and that progress is told apart from all else."""
     said: list[str] = []
-    log = tmp_path / "log"
     code = "import sys; print('[bench] one', file=sys.stderr); print('noise', file=sys.stderr); print('out')"
-    assert run._watch(python(code), None, log, said.append) is None
+    assert process(code, tmp_path).run("{}", None, said.append) is None
     assert said == ["one"]
-    assert sorted(log.read_text().splitlines()) == ["[bench] one", "noise", "out"]
+    assert sorted((tmp_path / "log").read_text().splitlines()) == ["[bench] one", "noise", "out"]
+
+
+def test_a_process_waits_for_its_order(tmp_path: Path) -> None:
+    """Proves that a process may start long before its turn, and then gets one line and its file's name."""
+    waiting = process("import sys; open(sys.argv[1], 'w').write(sys.stdin.read())", tmp_path)
+    assert waiting.results.read_text() == ""
+    assert waiting.run('{"kind": "rkv"}', None, print) is None
+    assert waiting.results.read_text() == '{"kind": "rkv"}\n'
+
+
+def test_a_process_whose_turn_never_comes_ends(tmp_path: Path) -> None:
+    """Proves that one which still waits is stopped with its children, and that none runs without an order."""
+    waiting = process(code_with_child(tmp_path / "child", "input()"), tmp_path)
+    while not (tmp_path / "child").exists() or not (tmp_path / "child").read_text():
+        time.sleep(0.01)
+    waiting.end()
+    assert_gone(tmp_path / "child")
+    life = [sys.executable, "-m", "rkv_vllm.bench.engine_life", str(tmp_path / "lines")]
+    assert subprocess.run(life, stdin=subprocess.DEVNULL, check=True).returncode == 0
+    assert not (tmp_path / "lines").exists()
 
 
 def test_what_went_wrong_is_named(tmp_path: Path) -> None:
@@ -33,9 +58,9 @@ def test_what_went_wrong_is_named(tmp_path: Path) -> None:
 print("ValueError: no memory", file=sys.stderr)
 print("RuntimeError: Engine core initialization failed. See root cause above.", file=sys.stderr)
 sys.exit(3)"""
-    problem = run._watch(python(code), None, tmp_path / "log", print)
+    problem = watch(code, tmp_path)
     assert problem == "the engine's process ended with status 3: ValueError: no memory"
-    silent = run._watch(python("raise SystemExit(4)"), None, tmp_path / "log", print)
+    silent = watch("raise SystemExit(4)", tmp_path)
     assert silent == "the engine's process ended with status 4: it printed nothing"
 
 
@@ -62,7 +87,7 @@ def test_a_process_that_hangs_is_stopped_with_its_children(
     """Proves that some time after the deadline all of its processes are gone, and why."""
     monkeypatch.setattr(run, "GRACE_SECONDS", 0.5)
     code = code_with_child(tmp_path / "child", "time.sleep(600)")
-    problem = run._watch(python(code), time.time() + 1, tmp_path / "log", print)
+    problem = watch(code, tmp_path, time.time() + 1)
     assert problem == "the time limit came first"
     assert_gone(tmp_path / "child")
 
@@ -70,7 +95,7 @@ def test_a_process_that_hangs_is_stopped_with_its_children(
 def test_what_outlives_its_parent_is_stopped(tmp_path: Path) -> None:
     """Proves that a child which keeps the output open ends with its parent."""
     code = code_with_child(tmp_path / "child", "")
-    assert run._watch(python(code), None, tmp_path / "log", print) is None
+    assert watch(code, tmp_path) is None
     assert_gone(tmp_path / "child")
 
 
