@@ -44,7 +44,8 @@ FEATURES: tuple[Feature, ...] = (
     _works("async scheduling", "compactions follow from counts, not from sampled tokens"),
     _works(
         "CUDA graphs",
-        "lengths lie in buffers that graphs read; more than 256 decoding requests take the fastest graph",
+        "lengths lie in buffers that graphs read; "
+        "on one GPU, more than 256 decoding requests take the fastest graph",
     ),
     _works("preemption", "a resumed request replays its compactions and gives the same output"),
     _works("admission", "a request waits until there is room for what those that run will grow to"),
