@@ -12,11 +12,7 @@ from itertools import pairwise
 
 import torch
 from vllm.logger import init_logger
-from vllm.v1.worker.gpu.cudagraph_utils import (
-    BatchExecutionDescriptor,
-    CUDAGraphMode,
-    ModelCudaGraphManager,
-)
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, ModelCudaGraphManager
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM sets up its own loggers only
 
@@ -85,9 +81,9 @@ def fastest_sizes(milliseconds: Mapping[int, float]) -> dict[int, int]:
 
 
 def _is_plain_decode(graph: BatchExecutionDescriptor) -> bool:
+    """Of a graph that is replayed whole, as all of `manager.graphs` are."""
     return (
-        graph.cg_mode == CUDAGraphMode.FULL
-        and graph.num_tokens > PADDED_AS_STOCK
+        graph.num_tokens > PADDED_AS_STOCK
         and graph.uniform_token_count == 1
         and graph.num_active_loras == 0
         and graph.num_ubatches == 1

@@ -50,10 +50,11 @@ def decode(size: int, **changed: Any) -> BatchExecutionDescriptor:
 
 @pytest.fixture
 def manager(monkeypatch: pytest.MonkeyPatch) -> ModelCudaGraphManager:
-    """vLLM's manager with graphs of all sizes and a PIECEWISE one, their times made up."""
+    """vLLM's manager with graphs of all sizes and kinds, their times made up."""
     manager = object.__new__(ModelCudaGraphManager)
     piecewise = decode(512, cg_mode=CUDAGraphMode.PIECEWISE, num_reqs=None, uniform_token_count=None)
-    manager.graphs = dict.fromkeys([*map(decode, TIMES), decode(400, num_active_loras=1)])
+    others = [{"num_active_loras": 1}, {"uniform_token_count": None}, {"num_ubatches": 2}]
+    manager.graphs = dict.fromkeys([*map(decode, TIMES), *(decode(400, **other) for other in others)])
     manager._graphs_captured = True
     manager._lora_dispatch_map, manager._max_lora_case = {1: 1}, 1
     manager._candidates = {
@@ -70,7 +71,7 @@ def manager(monkeypatch: pytest.MonkeyPatch) -> ModelCudaGraphManager:
     }
 
     def milliseconds(of: ModelCudaGraphManager, graph: BatchExecutionDescriptor) -> float:
-        assert of is manager and graph.num_tokens > 256 and graph.num_active_loras == 0
+        assert of is manager and graph.num_tokens > 256 and graph == decode(graph.num_tokens)
         return TIMES[graph.num_tokens]
 
     monkeypatch.setattr(graph_choice, "_milliseconds", milliseconds)
