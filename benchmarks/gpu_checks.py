@@ -13,7 +13,6 @@ import asyncio
 import json
 import os
 import random
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from rkv_vllm import rkv_engine_args
 from rkv_vllm.evaluation.tasks.derivation import decode, make_derivation
 from rkv_vllm.evaluation.thinking import after_thinking
+from rkv_vllm.provenance import command_line
 
 NUM_PAGES_SMALL = 2400  # of 16 tokens: four full caches of the checks' requests, and 33 of budget 768
 
@@ -241,7 +241,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--checks", default=",".join(CHECKS))
     args = parser.parse_args()
-    results: dict[str, Any] = {"command": " ".join(sys.argv)}
+    results: dict[str, Any] = {"command": command_line("python", "benchmarks/gpu_checks.py")}
     for name in args.checks.split(","):
         started = time.monotonic()
         results[name] = CHECKS[name](args.model)

@@ -49,6 +49,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from rkv_vllm.block_manager import CompactingSpec
 from rkv_vllm.plan import plan_of
+from rkv_vllm.provenance import command_line
 from rkv_vllm.scheduler import CompactingAsyncScheduler, CompactingScheduler
 
 ENGINES = ("stock", "off", "on")
@@ -253,7 +254,8 @@ def main() -> None:
                 table.add_row(f"{num_requests:,}", name, *shown, f"{ratio:.3f}")
     Console().print(table)
     if arguments.json:
-        result = {"command": " ".join(sys.argv), "python": sys.version.split()[0], "rows": rows}
+        command = command_line("python", "benchmarks/scheduler_cpu.py")
+        result = {"command": command, "python": sys.version.split()[0], "rows": rows}
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

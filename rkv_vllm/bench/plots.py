@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rkv_vllm.bench.report import Comparison, Side, compare
+from rkv_vllm.bench.report import Comparison, Side, compare, each_side_once
 from rkv_vllm.bench.results import Results
 from rkv_vllm.bench.rows import Kind, Row
 from rkv_vllm.bench.window import Point
@@ -68,10 +68,9 @@ def _throughput(comparisons: Sequence[Comparison], folder: Path) -> Path | None:
 
     figure, axes = plt.subplots(figsize=(6.4, 4.0))
     lines: dict[tuple[Kind, str], dict[float, Side]] = {}
-    for each in comparisons:
-        if each.row.ages is None:
-            for kind, side in each.sides.items():
-                lines.setdefault((kind, _load_of(each.row, kind)), {})[side.running] = side
+    for row, side in each_side_once(comparisons):
+        if row.ages is None:
+            lines.setdefault((side.kind, _load_of(row, side.kind)), {})[side.running] = side
     places = dict.fromkeys(LABELS, 0)
     for kind, load in sorted(lines, key=lambda key: list(LABELS).index(key[0])):
         sides = [side for _, side in sorted(lines[kind, load].items())]
@@ -175,13 +174,7 @@ def _split(comparisons: Sequence[Comparison], folder: Path) -> Path | None:
     """Time of a step, split: by kernels where a profile was taken, else into compaction and all else."""
     import matplotlib.pyplot as plt
 
-    bars = []
-    drawn: list[Side] = []
-    for each in comparisons:
-        for kind, side in each.sides.items():
-            if side not in drawn:  # rows that are one load to stock share its bar
-                drawn.append(side)
-                bars.append((f"{each.row.name}\n{LABELS[kind]}", _parts(side)))
+    bars = [(f"{row.name}\n{LABELS[side.kind]}", _parts(side)) for row, side in each_side_once(comparisons)]
     if not bars:
         return None
     names = list(dict.fromkeys(name for _, parts in bars for name in parts))

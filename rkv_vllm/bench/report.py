@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import median
 
 from pydantic import BaseModel
@@ -74,6 +74,16 @@ class Comparison(BaseModel):
 def compare(results: Results, group: str = "") -> list[Comparison]:
     """One comparison a row, in the group's order. `group`: a title for its table."""
     return [_compare(results, row, group) for row in results.group.rows]
+
+
+def each_side_once(comparisons: Iterable[Comparison]) -> Iterator[tuple[Row, Side]]:
+    """Each side with its row; one that rows share, being one load to stock, with the first of them."""
+    seen: list[Side] = []
+    for comparison in comparisons:
+        for side in comparison.sides.values():
+            if side not in seen:
+                seen.append(side)
+                yield comparison.row, side
 
 
 def _compare(results: Results, row: Row, group: str) -> Comparison:
@@ -203,13 +213,9 @@ def show(results: Results, group: str, console: Console) -> None:
                 console.print(f"{comparison.row.name}, {side.kind}: {remark}", markup=False, highlight=False)
         for failure in comparison.failures:
             console.print(f"{comparison.row.name}: {failure}", style="red", markup=False, highlight=False)
-    profiled: list[KernelTime] = []
-    for comparison in comparisons:
-        for side in comparison.sides.values():
-            # Rows that are one load to stock share its profile.
-            if side.kernel_time is not None and side.kernel_time not in profiled:
-                profiled.append(side.kernel_time)
-                console.print(_kernel_table(comparison.row, side, side.kernel_time))
+    for row, side in each_side_once(comparisons):
+        if side.kernel_time is not None:
+            console.print(_kernel_table(row, side, side.kernel_time))
 
 
 def remarks(row: Row, side: Side) -> list[str]:

@@ -171,7 +171,7 @@ class LifeProcess:
                 start_new_session=True,  # so that all its processes can be stopped together
             )
         # What it leaves behind would keep its output open.
-        Thread(target=self._end_group, daemon=True).start()
+        Thread(target=self._clear_up, daemon=True).start()
 
     def run(self, order: str, deadline: float | None, say: Say) -> str | None:
         """Gives it its order and watches it to its end. Returns what went wrong, if anything did.
@@ -207,9 +207,9 @@ class LifeProcess:
         return f"the engine's process ended with status {code}: {_cause(list(last))}"
 
     def end(self) -> None:
-        """Ends it and what it left behind: the engine core outlives it where it was killed."""
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        """Ends it, if it runs still."""
+        if self._process.poll() is None:
+            self._kill_group()
         self._process.wait()
 
     def _kill_at(self, deadline: float | None) -> Timer:
@@ -221,9 +221,14 @@ class LifeProcess:
         killer.daemon = True
         return killer
 
-    def _end_group(self) -> None:
+    def _clear_up(self) -> None:
+        """Ends what it left behind, and no later: the engine core outlives it where it was killed."""
         self._process.wait()
-        self.end()
+        self._kill_group()
+
+    def _kill_group(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
 
 def _cause(lines: list[str]) -> str:

@@ -57,18 +57,11 @@ def manager(monkeypatch: pytest.MonkeyPatch) -> ModelCudaGraphManager:
     manager.graphs = dict.fromkeys([*map(decode, TIMES), *(decode(400, **other) for other in others)])
     manager._graphs_captured = True
     manager._lora_dispatch_map, manager._max_lora_case = {1: 1}, 1
-    manager._candidates = {
-        (tokens, loras): [
-            *(
-                [decode(min(s for s in TIMES if s >= tokens))]
-                if loras == 0
-                else [decode(400, num_active_loras=1)]
-            ),
-            piecewise,
-        ]
-        for tokens in range(1, 400)
-        for loras in (0, 1)
-    }
+    manager._candidates = {}
+    for tokens in range(1, 400):
+        next_size = min(size for size in TIMES if size >= tokens)
+        manager._candidates[tokens, 0] = [decode(next_size), piecewise]
+        manager._candidates[tokens, 1] = [decode(400, num_active_loras=1), piecewise]
 
     def milliseconds(of: ModelCudaGraphManager, graph: BatchExecutionDescriptor) -> float:
         assert of is manager and graph.num_tokens > 256 and graph == decode(graph.num_tokens)
