@@ -23,96 +23,60 @@ import pickle
 import random
 import statistics
 import sys
-import tempfile
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from modelless import VOCABULARY, ModellessEngine
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig
-from vllm.sampling_params import SamplingParams
-from vllm.utils.hashing import sha256
 from vllm.utils.math_utils import cdiv
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request
-from vllm.v1.structured_output import StructuredOutputManager
 
-from rkv_vllm.block_manager import CompactingSpec
 from rkv_vllm.plan import plan_of
 from rkv_vllm.provenance import command_line
-from rkv_vllm.scheduler import CompactingAsyncScheduler, CompactingScheduler
 
 ENGINES = ("stock", "off", "on")
 PHASES = ("schedule", "update", "make_stats", "pickle")
-VOCABULARY = 32_000
+#: Phase -> the scheduler's method.
+METHODS = {"schedule": "schedule", "update": "update_from_output", "make_stats": "make_stats"}
 
 
-def model_config(max_model_len: int) -> ModelConfig:
-    """Of a model that exists as a configuration file only."""
-    settings = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": max_model_len,
-        "torch_dtype": "float32",
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(settings))
-        return ModelConfig(
-            model=folder,
-            tokenizer=folder,
-            skip_tokenizer_init=True,
-            dtype="float32",
-            max_model_len=max_model_len,
-        )
-
-
-class Engine:
-    """vLLM's engine core in small, timed: a scheduler, one or two steps in flight, and a made-up model."""
+class TimedEngine:
+    """One whose scheduler's methods are timed."""
 
     def __init__(self, name: str, num_requests: int, seed: int, arguments: argparse.Namespace) -> None:
         self.microseconds: Counter[str] = Counter()
         self.compactions = 0
-        self._depth = 1 if arguments.sync else 2
-        self._in_flight: deque[SchedulerOutput] = deque()
+        page_size, budget, buffer = arguments.page_size, arguments.budget, arguments.buffer
         # The prompt, the warm-up and all turns, and some steps in flight.
-        length = arguments.budget + (arguments.repetitions + 3) * arguments.buffer
-        self.scheduler = _scheduler(name, num_requests, length, arguments)
-        self._timed_make_stats()
+        length = budget + (arguments.repetitions + 3) * buffer
+        rkv: dict[str, dict[str, Any] | None] = {
+            "stock": None,
+            "off": {},
+            "on": {"budget": budget, "buffer": buffer},
+        }
+        self._engine = ModellessEngine(
+            rkv[name],
+            pages=num_requests * (cdiv(length, page_size) + 1),
+            page_size=page_size,
+            max_num_seqs=num_requests,
+            max_num_batched_tokens=num_requests * length,  # all prompts in the first step
+            max_model_len=length,
+            asynchronous=not arguments.sync,
+        )
+        for phase, method in METHODS.items():
+            call = getattr(self._engine.scheduler, method)
+            setattr(self._engine.scheduler, method, partial(self._timed, phase, call))
         random_ = random.Random(seed)
-        hasher = get_request_block_hasher(arguments.page_size, sha256)
-        phases = [index * arguments.buffer // num_requests for index in range(num_requests)]
+        phases = [index * buffer // num_requests for index in range(num_requests)]
         random_.shuffle(phases)
         for index, phase in enumerate(phases):
-            request = Request(
-                request_id=f"cmpl-{random_.getrandbits(128):032x}-{index}",
-                prompt_token_ids=random_.choices(range(VOCABULARY), k=arguments.budget + phase),
-                sampling_params=SamplingParams(max_tokens=length, ignore_eos=True),
-                pooling_params=None,
-                block_hasher=hasher,
-            )
-            self.scheduler.add_request(request)
-
-    def _timed_make_stats(self) -> None:
-        make_stats = self.scheduler.make_stats
-        self.scheduler.make_stats = lambda *args, **kwargs: self._timed(  # type: ignore[method-assign]
-            "make_stats", make_stats, *args, **kwargs
-        )
+            request_id = f"cmpl-{random_.getrandbits(128):032x}-{index}"
+            self._engine.add(request_id, random_.choices(range(VOCABULARY), k=budget + phase), length)
 
     def _timed(self, phase: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         started = time.thread_time_ns()
@@ -125,61 +89,11 @@ class Engine:
         self.microseconds.clear()
         self.compactions = 0
         for _ in range(steps):
-            output = self._timed("schedule", self.scheduler.schedule)
+            output = self._engine.schedule()
             self._timed("pickle", pickle.dumps, output, pickle.HIGHEST_PROTOCOL)
             self.compactions += len(plan_of(output).compactions)
-            self._in_flight.append(output)
-            if len(self._in_flight) == self._depth:
-                oldest = self._in_flight.popleft()
-                self._timed("update", self.scheduler.update_from_output, oldest, _answer(oldest))
+            self._engine.update()
         return {phase: self.microseconds[phase] / steps for phase in PHASES}
-
-
-def _scheduler(name: str, num_requests: int, max_model_len: int, arguments: argparse.Namespace) -> Scheduler:
-    page_size, budget, buffer = arguments.page_size, arguments.budget, arguments.buffer
-    pages = 1 + num_requests * (cdiv(max_model_len, page_size) + 1)
-    cache_config = CacheConfig(block_size=page_size, enable_prefix_caching=True)
-    cache_config.num_gpu_blocks = pages
-    rkv = {"off": {}, "on": {"budget": budget, "buffer": buffer}}
-    vllm_config = VllmConfig(
-        model_config=model_config(max_model_len),
-        cache_config=cache_config,
-        scheduler_config=SchedulerConfig(
-            max_num_seqs=num_requests,
-            max_num_batched_tokens=num_requests * max_model_len,  # all prompts in the first step
-            max_model_len=max_model_len,
-            is_encoder_decoder=False,
-            enable_chunked_prefill=True,
-        ),
-        additional_config={} if name == "stock" else {"rkv": rkv[name]},
-    )
-    vllm_config.scheduler_config.async_scheduling = not arguments.sync  # the CPU platform turns it off
-    spec_class = FullAttentionSpec if name == "stock" else CompactingSpec
-    spec = spec_class(block_size=page_size, num_kv_heads=1, head_size=8, dtype=torch.float32)
-    if name == "stock":
-        scheduler_class: type[Scheduler] = Scheduler if arguments.sync else AsyncScheduler
-    else:
-        scheduler_class = CompactingScheduler if arguments.sync else CompactingAsyncScheduler
-    scheduler = scheduler_class(
-        vllm_config=vllm_config,
-        kv_cache_config=KVCacheConfig(
-            num_blocks=pages, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)]
-        ),
-        structured_output_manager=StructuredOutputManager(vllm_config),
-        block_size=page_size,
-        log_stats=True,
-    )
-    scheduler.use_v2_model_runner = True  # as on a GPU
-    return scheduler
-
-
-def _answer(output: SchedulerOutput) -> ModelRunnerOutput:
-    request_ids = list(output.num_scheduled_tokens)
-    return ModelRunnerOutput(
-        req_ids=request_ids,
-        req_id_to_index={request_id: index for index, request_id in enumerate(request_ids)},
-        sampled_token_ids=[[index % VOCABULARY] for index in range(len(request_ids))],
-    )
 
 
 def measure(num_requests: int, arguments: argparse.Namespace, progress: Progress) -> dict[str, Any]:
@@ -187,7 +101,7 @@ def measure(num_requests: int, arguments: argparse.Namespace, progress: Progress
     turns: dict[str, list[dict[str, float]]] = {name: [] for name in ENGINES}
     task = progress.add_task(f"{num_requests} requests", total=len(arguments.seeds) * arguments.repetitions)
     for seed in arguments.seeds:
-        engines = {name: Engine(name, num_requests, seed, arguments) for name in ENGINES}
+        engines = {name: TimedEngine(name, num_requests, seed, arguments) for name in ENGINES}
         for engine in engines.values():
             engine.run(arguments.buffer + 1)  # prompts, and each request's first compaction
         gc.collect()
@@ -239,7 +153,6 @@ def main() -> None:
     parser.add_argument("--sync", action="store_true", help="the schedulers without async scheduling")
     parser.add_argument("--json", type=Path, help="where to write the raw numbers")
     arguments = parser.parse_args()
-    init_none_hash(sha256)
     columns = ("schedule", "update", "make_stats", "pickle")
     table = Table("requests", "engine", *columns, "schedule + update", "ratio", title="microseconds a step")
     rows = []

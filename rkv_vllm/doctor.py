@@ -34,7 +34,12 @@ class Row(BaseModel):
 
 
 class Sizes(BaseModel):
-    """Sizes on one device. `pool_bytes` is None where the number of pages was given."""
+    """Sizes on one device.
+
+    Attributes:
+        pool_bytes: None where the number of pages was given.
+        largest_graph: tokens of the largest CUDA graph; None: there are none.
+    """
 
     dtype: str
     layers: int
@@ -44,6 +49,7 @@ class Sizes(BaseModel):
     page_size: int
     length: int
     max_num_seqs: int
+    largest_graph: int | None
     pool_bytes: int | None
     pool_source: str
     pool_is_estimate: bool
@@ -136,6 +142,7 @@ def _sizes(vllm_config: VllmConfig, config: RkvConfig, length: int | None) -> Si
     else:
         pool_bytes, source, estimate = _pool_bytes(vllm_config)
         pool = Pool.of_bytes(pool_bytes, cache.block_size, shape.bytes_per_token)
+    graphs = vllm_config.compilation_config.cudagraph_capture_sizes
     cached: list[RequestLengths | None] = [None]
     if (budget := config.resolve(BudgetRequest())) is not None:
         cached.append(lengths_by(config.granularity, 0, budget, pool.page_size))
@@ -148,6 +155,7 @@ def _sizes(vllm_config: VllmConfig, config: RkvConfig, length: int | None) -> Si
         page_size=pool.page_size,
         length=length,
         max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
+        largest_graph=max(graphs) if graphs else None,
         pool_bytes=pool_bytes,
         pool_source=source,
         pool_is_estimate=estimate,
@@ -233,5 +241,12 @@ def _show_sizes(sizes: Sizes, console: Console) -> None:
         console.print("See what a budget does with --kv-budget TOKENS.")
     else:
         console.print("A prompt longer than budget + buffer is held whole until decoding begins.")
-    if any(row.requests > sizes.max_num_seqs for row in sizes.rows):
+    fit = max(row.requests for row in sizes.rows)
+    if fit > sizes.max_num_seqs:
         console.print(f"max_num_seqs lets {sizes.max_num_seqs:,} run at the same time.")
+    run = min(fit, sizes.max_num_seqs)
+    if sizes.largest_graph is not None and run > sizes.largest_graph:
+        console.print(
+            f"More than {sizes.largest_graph:,} requests would run without a CUDA graph: "
+            f"--max-cudagraph-capture-size={run} captures larger ones."
+        )

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from rkv_vllm.cli import app
 from rkv_vllm.demo.model import prepare
+from rkv_vllm.doctor import Diagnosis, Sizes, show
 from rkv_vllm.host_contract import VLLM_VERSION
 
 #: SmolLM2-135M: 30 layers, 3 KV heads of 64, K and V.
@@ -73,6 +76,18 @@ def test_tables_say_the_same(model: Path) -> None:
     lines = [line.replace("\u2502", " ").split() for line in result.stdout.splitlines()]
     assert ["full", "1,000", "8", "12"] in lines
     assert ["budget", "100,", "buffer", "28", "128", "1", "100"] in lines
+
+
+@pytest.mark.parametrize(("largest_graph", "hint"), [(128, True), (599, True), (600, False), (None, False)])
+def test_graphs_smaller_than_what_runs(model: Path, largest_graph: int | None, hint: bool) -> None:
+    """Proves that graphs are called too small exactly where more requests fit and may run than they hold."""
+    found = Sizes.model_validate(
+        sizes(model, "--num-gpu-blocks-override=50000", "--kv-budget=100", "--kv-buffer=28")
+    )
+    found = found.model_copy(update={"largest_graph": largest_graph, "max_num_seqs": 600})
+    console = Console(width=300, record=True, file=StringIO())
+    show(Diagnosis(versions={}, platform="", model="m", problems=[], sizes=found), console)
+    assert ("--max-cudagraph-capture-size=600" in console.export_text()) == hint
 
 
 def test_tensor_parallel_ranks_share_the_heads(model: Path) -> None:
