@@ -87,13 +87,14 @@ def attention_seconds(shape: ModelShape, ceilings: Ceilings, slots: float) -> fl
 
 
 def compaction_seconds(shape: ModelShape, ceilings: Ceilings, budget: RequestBudget) -> float:
-    """One compaction of policy `rkv`: the similarity of every pair of keys once, the keys read for it and for
-    the window's attention twice, the survivors moved. Other policies do without the first."""
+    """One compaction of policy `rkv`: the similarity of every pair with a key that came since the one before,
+    the keys read for it and for the window's attention twice, the survivors moved. Other policies do without
+    the first."""
     heads, length = shape.layers * shape.kv_heads, budget.threshold
     key_bytes = heads * length * shape.head_size * shape.element_bytes
     moved = 4 * heads * budget.budget * shape.head_size * shape.element_bytes
-    pairs = heads * length**2 * shape.head_size if budget.policy == "rkv" else 0
-    return pairs / ceilings.operations_per_second + (2 * key_bytes + moved) / ceilings.bytes_per_second
+    new_pairs = heads * (length**2 - budget.budget**2) * shape.head_size if budget.policy == "rkv" else 0
+    return new_pairs / ceilings.operations_per_second + (2 * key_bytes + moved) / ceilings.bytes_per_second
 
 
 def step_floor(shape: ModelShape, ceilings: Ceilings, row: Row, kind: Kind, running: float) -> StepFloor:

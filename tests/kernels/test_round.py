@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -478,3 +480,86 @@ def test_wrong_calls_are_refused() -> None:
         rounds.select_and_move(torch.zeros(2, 1, 1, 10, device=DEVICE), cache.batch([20]))
     with pytest.raises(ValueError, match="threshold"):
         RkvRound(cache.kv, threshold=1.5)
+
+
+def _write(cache: Cache, request: int, slot: int, key: torch.Tensor) -> None:
+    """Gives a slot its key, the same in all layers and heads."""
+    place = cache.source[request][slot // cache.kv.page_size], slice(None), slot % cache.kv.page_size
+    for layer in cache.layers:
+        layer[place][..., : cache.kv.head_size] = key.to(layer)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.9, 3.0])
+def test_later_rounds_find_what_first_ones_find(shift: float) -> None:
+    """Proves that scores do not change by what a round remembers of the one before, over several rounds.
+
+    Keys have few matches, many, or none but matches; some survivors lose the only match they had.
+    """
+    lengths = [1152, 1100, 700] if GPU else [90, 75]
+    keep = 600 if GPU else 52
+    for dtype in DTYPES:
+        cache = Cache(lengths, layers=2, heads=2, dtype=dtype, shift=shift, seed=11, head_size=32)
+        generator = torch.Generator().manual_seed(15)
+        common = shift * torch.randn(32, generator=generator)
+        remembering = cache.round()
+        remembering._lone_bits.fill_(255)  # what a page's owner before left there
+        survivors = torch.zeros(len(lengths), dtype=torch.int32, device=DEVICE)
+        lam = torch.full((len(lengths),), 0.1, device=DEVICE)
+        for _ in range(3):
+            batch = cache.batch([keep] * len(lengths))
+            later = dataclasses.replace(batch, survivors_on_device=survivors)
+            scores, expected = (torch.zeros(2, len(lengths), 2, max(lengths), device=DEVICE) for _ in "ab")
+            remembering.score(cache.queries, later, lam, scores)
+            cache.round().score(cache.queries, batch, lam, expected)
+            assert torch.equal(scores, expected)
+            remembering.run(cache.queries, later, lam)
+            survivors = torch.full_like(survivors, keep)
+            for request, length in enumerate(lengths):
+                for slot in range(keep, length):  # what comes behind the survivors
+                    _write(cache, request, slot, common + torch.randn(32, generator=generator))
+
+
+@pytest.mark.parametrize("order", ["temporal", "score"])
+def test_remembered_are_the_keys_without_a_match(order: Order) -> None:
+    """Proves that the bits of the survivors' slots say whether each had a match, wherever the slots lie."""
+    lengths, keeps = ([1152, 300], [1000, 77]) if GPU else ([90, 40], [50, 21])
+    cache = Cache(lengths, layers=2, heads=2, shift=0.75, seed=12)
+    scores = cache.score([0.1, 0.1])
+    similar = [[naive.similarity(cache.keys(layer, r).double()) for r in (0, 1)] for layer in (0, 1)]
+    targets = [list(reversed(pages)) for pages in cache.source]
+    targets = [pages[: -(-keep // 16)] for pages, keep in zip(targets, keeps, strict=True)]
+    remembering = cache.round()
+    lam = torch.tensor([0.1, 0.1], device=DEVICE)
+    remembering.run(cache.queries, cache.batch(keeps, targets, order), lam)
+    for layer in (0, 1):
+        for request, (length, keep) in enumerate(zip(lengths, keeps, strict=True)):
+            own = scores[layer, request, :, : length - WINDOW]
+            chosen = naive.kept_indices(own, keep, length, order)
+            lone = ~(similar[layer][request] > THRESHOLD).any(dim=-1)  # [H, length]
+            assert 0 < lone.sum() < lone.numel()
+            bytes_ = remembering._lone_bits[torch.tensor(targets[request], device=DEVICE), layer]
+            bits = (bytes_.unsqueeze(-1) >> torch.arange(8, device=DEVICE)) & 1  # [pages, H, bytes, 8]
+            by_slot = bits.transpose(0, 1).flatten(1)[:, :keep].bool()
+            assert torch.equal(by_slot, lone.gather(1, chosen))
+
+
+def test_a_lone_key_is_not_compared_with_the_old_again() -> None:
+    """Proves that the search spares what it knows: where a bit is wrong, a match among the old is missed."""
+    length, keep = (640, 512) if GPU else (100, 64)
+    cache = Cache([length], shift=0.0, seed=13)
+    _write(cache, 0, 1, cache.keys(0, 0)[0, keep - 1])  # the only pair
+    remembering = cache.round()
+    batch = dataclasses.replace(
+        cache.batch([keep]), survivors_on_device=torch.tensor([keep], dtype=torch.int32, device=DEVICE)
+    )
+    lam = torch.tensor([0.0], device=DEVICE)
+
+    def score() -> torch.Tensor:
+        scores = torch.zeros(1, 1, 1, length, device=DEVICE)
+        remembering.score(cache.queries, batch, lam, scores)
+        return scores
+
+    right = score()
+    assert torch.equal(right, cache.score([0.0]).nan_to_num(0.0))
+    remembering._lone_bits.fill_(255)
+    assert not torch.allclose(score(), right)
