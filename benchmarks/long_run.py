@@ -69,7 +69,7 @@ class SimulatedStep:
     tokens: int
     running: int
     preemptions: int
-    recomputed_tokens: int
+    prompt_tokens: int
     slots: int
 
 
@@ -114,7 +114,7 @@ def simulate(row: Row, kind: Kind, step_time: StepTime, steps: int) -> list[Simu
                     tokens=sum(len(answer.new_token_ids) for answer in answers),
                     running=len(engine.scheduler.running),
                     preemptions=len(output.preempted_req_ids or ()),
-                    recomputed_tokens=prompt_tokens,
+                    prompt_tokens=prompt_tokens,
                     slots=slots,
                 )
             )
@@ -129,7 +129,7 @@ def summary(steps: list[SimulatedStep]) -> dict[str, float]:
         "running": round(fmean(step.running for step in steps), 1),
         "step_milliseconds": round(1000 * seconds / len(steps), 2),
         "preemptions": sum(step.preemptions for step in steps),
-        "prompt_tokens_per_step": round(fmean(step.recomputed_tokens for step in steps), 1),
+        "prompt_tokens_per_step": round(fmean(step.prompt_tokens for step in steps), 1),
         "slots": round(fmean(step.slots for step in steps)),
     }
 
