@@ -545,6 +545,25 @@ def test_remembered_are_the_keys_without_a_match(order: Order) -> None:
             assert torch.equal(by_slot, lone.gather(1, chosen))
 
 
+@pytest.mark.parametrize("old", [0, 31, 32, 51])
+@pytest.mark.parametrize("new", [52, 63, 64, 89])
+def test_a_lone_key_finds_what_came_since(old: int, new: int) -> None:
+    """Proves that no tile with a new key is spared: the only match of a lone key, at the edges of tiles."""
+    keep = 52
+    cache = Cache([90], shift=0.0, seed=16)
+    remembering, lam = cache.round(), torch.tensor([0.1], device=DEVICE)
+    remembering.run(cache.queries, cache.batch([keep]), lam)
+    generator = torch.Generator().manual_seed(17)
+    for slot in range(keep, 90):
+        _write(cache, 0, slot, torch.randn(64, generator=generator))
+    _write(cache, 0, new, cache.keys(0, 0)[0, old])
+    batch = cache.batch([keep])
+    survivors = torch.tensor([keep], dtype=torch.int32, device=DEVICE)
+    scores = torch.zeros(1, 1, 1, 90, device=DEVICE)
+    remembering.score(cache.queries, dataclasses.replace(batch, survivors_on_device=survivors), lam, scores)
+    assert torch.equal(scores, cache.score([0.1]).nan_to_num(0.0))
+
+
 def test_a_lone_key_is_not_compared_with_the_old_again() -> None:
     """Proves that the search spares what it knows: where a bit is wrong, a match among the old is missed."""
     length, keep = (640, 512) if GPU else (100, 64)
