@@ -65,7 +65,8 @@ class RkvRound:
             pool_kernel: odd and positive.
             scale: ``1 / sqrt(D)`` when None.
             scope: who shares one set of kept tokens.
-            scratch_bytes: device memory for everything that a round keeps for itself.
+            scratch_bytes: device memory for everything that a round keeps for itself. What the next round
+                knows of it comes besides: one bit for each slot, layer and KV head.
 
         Raises:
             ValueError: a setting is out of range, or the cache's dtype or head size is not supported.
