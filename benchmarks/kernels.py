@@ -10,13 +10,10 @@ early where it can:
   most pairs, from both of their keys: the worst case.
 * alike: mean similarity 0.8; nearly every pair is a match.
 
-Each is timed as a request's first round, and as a later one, which knows of its survivors which had a match.
-
 The floor of a stage is what it must compute over the rate of the tensor cores, or the bytes that it must
 read and write once over the bandwidth, both as a matrix product and a copy reach them on the same device; a
 round's floor is the sum of its stages' floors. For the matches it is half of all pairs, since the matrix is
-symmetric, or in a later round of those with a new key, and for whatever keys: where the search ends early it
-can take less.
+symmetric, and for whatever keys: where the search ends early it can take less.
 """
 
 from __future__ import annotations
@@ -38,14 +35,13 @@ from rkv_vllm.kernels import tiled
 from rkv_vllm.kernels.combine import combine
 from rkv_vllm.kernels.compact import compact
 from rkv_vllm.kernels.importance import survey
-from rkv_vllm.kernels.lone import remember
 from rkv_vllm.kernels.paged import CompactionBatch, PagedKV
 from rkv_vllm.kernels.pipeline import RkvRound
 from rkv_vllm.kernels.redundancy import newest_matches, sums
 from rkv_vllm.kernels.select import select
 from rkv_vllm.provenance import command_line
 
-STAGES = ("survey", "matches", "sums", "combine", "select", "remember", "move")
+STAGES = ("survey", "matches", "sums", "combine", "select", "move")
 SHIFTS = {"independent": 0.0, "some matches": 0.75, "alike": 2.0}
 WINDOW, THRESHOLD, POOL, LAM = 8, 0.5, 7, 0.1
 
@@ -60,53 +56,31 @@ class Setup:
         self, arguments: argparse.Namespace, ceilings: Ceilings, length: int, keep: int, shift: float
     ) -> None:
         self.arguments, self.ceilings, self.length, self.keep = arguments, ceilings, length, keep
-        self.survivors = 0
         layers, heads, size = arguments.layers, arguments.kv_heads, arguments.head_size
         page_size, requests = arguments.page_size, arguments.requests
         source, target = -(-length // page_size), -(-keep // page_size)
         pages = requests * (source + target)
-        self._generator = generator = torch.Generator(device="cuda").manual_seed(0)
-        self._common = shift * torch.randn((layers, 1, heads, 1, size), device="cuda", generator=generator)
-        buffer = torch.empty((layers, pages, heads, page_size, 2 * size), dtype=torch.bfloat16, device="cuda")
+        generator = torch.Generator(device="cuda").manual_seed(0)
+        shape = (layers, pages, heads, page_size, 2 * size)
+        buffer = torch.randn(shape, dtype=torch.bfloat16, device="cuda", generator=generator)
+        common = torch.randn((layers, 1, heads, 1, size), device="cuda", generator=generator)
+        for layer in range(layers):
+            buffer[layer, ..., :size] += (shift * common[layer]).bfloat16()
         self.kv = PagedKV(list(buffer.unbind()))
         order = torch.randperm(pages, generator=torch.Generator().manual_seed(0)).tolist()
-        self._fill(order)
-        self._source = [order[index * source : (index + 1) * source] for index in range(requests)]
-        self._target = [order[(index + 1) * -target :][:target] for index in range(requests)]
-        self.batch = self._batch(self._target)
+        self.batch = CompactionBatch.build(
+            lengths=[length] * requests,
+            keeps=[keep] * requests,
+            source_pages=[order[index * source : (index + 1) * source] for index in range(requests)],
+            target_pages=[order[(index + 1) * -target :][:target] for index in range(requests)],
+            query_rows=list(range(requests)),
+            page_size=page_size,
+            device="cuda",
+        )
         ring = (layers, requests, WINDOW, arguments.query_heads, size)
         self.queries = torch.randn(ring, dtype=torch.bfloat16, device="cuda", generator=generator)
         self.lam = torch.full((requests,), LAM, device="cuda")
         self.round = RkvRound(self.kv, window=WINDOW, threshold=THRESHOLD, pool_kernel=POOL)
-
-    def _fill(self, pages: list[int]) -> None:
-        """Gives pages new tokens."""
-        where = torch.tensor(pages, device="cuda")
-        for layer, common in zip(self.kv.layers, self._common, strict=True):
-            shape = (len(pages), *layer.shape[1:])
-            tokens = torch.randn(shape, dtype=torch.bfloat16, device="cuda", generator=self._generator)
-            tokens[..., : self.kv.head_size] += common.bfloat16()
-            layer[where] = tokens
-
-    def _batch(self, target: list[list[int]]) -> CompactionBatch:
-        requests = self.arguments.requests
-        return CompactionBatch.build(
-            lengths=[self.length] * requests,
-            keeps=[self.keep] * requests,
-            source_pages=self._source,
-            target_pages=target,
-            query_rows=list(range(requests)),
-            page_size=self.kv.page_size,
-            device="cuda",
-            survivors=[self.survivors] * requests,
-        )
-
-    def go_on(self) -> None:
-        """Compacts every request in its own pages, and puts new tokens behind its survivors."""
-        self.round.run(self.queries, self._batch(self._source), self.lam)
-        self.survivors = self.keep
-        self._fill([page for pages in self._source for page in pages[self.keep // self.kv.page_size :]])
-        self.batch = self._batch(self._target)
 
     def stages(self) -> dict[str, list[Callable[[], None]]]:
         """The round's stages, one call a part of the batch, in the order of ``RkvRound.run``."""
@@ -115,12 +89,10 @@ class Setup:
         for part in self.round._all_parts(self.batch):
             scores = self.round._own_scores(part)
             calls["survey"].append(partial(survey, part, self.queries, **walk))
-            bits = self.round._lone_bits
-            calls["matches"].append(partial(newest_matches, part, self.lam, bits, threshold=THRESHOLD))
+            calls["matches"].append(partial(newest_matches, part, self.lam, threshold=THRESHOLD))
             calls["sums"].append(partial(sums, part, self.queries, self.lam, **walk))
             calls["combine"].append(partial(combine, part, self.lam, scores, window=WINDOW, pool_kernel=POOL))
             calls["select"].append(partial(select, part, scores, window=WINDOW))
-            calls["remember"].append(partial(remember, part, bits, window=WINDOW))
             calls["move"].append(partial(compact, part, window=WINDOW))
         return calls
 
@@ -129,8 +101,7 @@ class Setup:
         arguments = self.arguments
         heads = arguments.layers * arguments.kv_heads
         key_bytes = heads * self.length * arguments.head_size * 2
-        # Symmetric: half of 2 N^2 D.
-        products = heads * (self.length**2 - self.survivors**2) * arguments.head_size
+        products = heads * self.length**2 * arguments.head_size  # symmetric: half of 2 N^2 D
         moved = 2 * heads * self.keep * 2 * arguments.head_size * 2
         bandwidth = self.ceilings.bytes_per_second / 1000  # a millisecond
         rate = self.ceilings.operations_per_second / 1000
@@ -140,7 +111,6 @@ class Setup:
             "sums": key_bytes / bandwidth,
             "combine": heads * self.length * 16 / bandwidth,
             "select": heads * self.length * 8 / bandwidth,
-            "remember": heads * self.keep * 5 / bandwidth,
             "move": moved / bandwidth,
         }
 
@@ -213,43 +183,40 @@ def time_call(call: Callable[[], None], repetitions: int) -> float:
 def measure(
     arguments: argparse.Namespace, ceilings: Ceilings, length: int, keep: int
 ) -> list[dict[str, object]]:
-    """Two rows a kind of keys for one length: a request's first round, and a later one."""
+    """One row a kind of keys for one length."""
     rows: list[dict[str, object]] = []
     for keys, shift in SHIFTS.items():
         setup = Setup(arguments, ceilings, length, keep, shift)
         setup.round.warm_up(setup.queries)
-        rows.append({"keys": keys, "round": "first", **measure_round(setup)})
-        setup.go_on()
-        rows.append({"keys": keys, "round": "later", **measure_round(setup)})
+        setup.round.run(setup.queries, setup.batch, setup.lam)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        setup.round.run(setup.queries, setup.batch, setup.lam)
+        torch.cuda.synchronize()
+        beyond_scratch = torch.cuda.max_memory_allocated() - before
+        whole = time_call(partial(setup.round.run, setup.queries, setup.batch, setup.lam), 5)
+        times, floors = time_stages(setup, arguments.repetitions), setup.floors()
+        plain = time_call(partial(setup.torch_round, 0), 2) if keys == "independent" else None
+        rows.append(
+            {
+                "length": length,
+                "keep": keep,
+                "keys": keys,
+                "milliseconds_per_request": times,
+                "call_milliseconds_per_request": whole / arguments.requests,
+                "floor_milliseconds_per_request": floors,
+                "floor_of_round": sum(floors.values()),
+                "ratio_to_floor": times["round"] / sum(floors.values()),
+                "parts": len(setup.stages()["survey"]),
+                "scratch_bytes": setup.round._scratch.numel(),
+                "bytes_beyond_scratch": beyond_scratch,
+                "torch_milliseconds_per_request": plain,
+            }
+        )
         del setup
         torch.cuda.empty_cache()
     return rows
-
-
-def measure_round(setup: Setup) -> dict[str, object]:
-    arguments = setup.arguments
-    setup.round.run(setup.queries, setup.batch, setup.lam)
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    setup.round.run(setup.queries, setup.batch, setup.lam)
-    torch.cuda.synchronize()
-    beyond_scratch = torch.cuda.max_memory_allocated() - before
-    whole = time_call(partial(setup.round.run, setup.queries, setup.batch, setup.lam), 5)
-    times, floors = time_stages(setup, arguments.repetitions), setup.floors()
-    return {
-        "length": setup.length,
-        "keep": setup.keep,
-        "milliseconds_per_request": times,
-        "call_milliseconds_per_request": whole / arguments.requests,
-        "floor_milliseconds_per_request": floors,
-        "floor_of_round": sum(floors.values()),
-        "ratio_to_floor": times["round"] / sum(floors.values()),
-        "parts": len(setup.stages()["survey"]),
-        "scratch_bytes": setup.round._scratch.numel(),
-        "bytes_beyond_scratch": beyond_scratch,
-        "torch_milliseconds_per_request": time_call(partial(setup.torch_round, 0), 2),
-    }
 
 
 def show(row: dict[str, object]) -> None:
@@ -257,7 +224,7 @@ def show(row: dict[str, object]) -> None:
     assert isinstance(times, dict) and isinstance(floors, dict)
     stages = "  ".join(f"{stage} {times[stage]:.3f} ({floors[stage]:.3f})" for stage in STAGES)
     print(
-        f"N {row['length']:>5} keep {row['keep']:>5} {row['keys']:<13} {row['round']} "
+        f"N {row['length']:>5} keep {row['keep']:>5} {row['keys']:<13} "
         f"round {times['round']:.3f} ms a request, floor {row['floor_of_round']:.3f}, "
         f"ratio {row['ratio_to_floor']:.2f}, call {row['call_milliseconds_per_request']:.3f}, "
         f"torch {row['torch_milliseconds_per_request']}\n    {stages}",

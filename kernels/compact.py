@@ -23,7 +23,7 @@ STAGED_COLUMNS = 16
 
 
 @triton.jit
-def source_slots(kept, tokens, keep, length, WINDOW: tl.constexpr):
+def _source_slots(kept, tokens, keep, length, WINDOW: tl.constexpr):
     """Where the tokens of the compacted request lie now: chosen candidates, then the window."""
     chosen = tl.load(kept + tokens, mask=tokens < keep - WINDOW, other=0)
     return tl.where(tokens < keep - WINDOW, chosen, length - keep + tokens)
@@ -74,7 +74,7 @@ def _move_kernel(
         tokens = start + tl.arange(0, TOKENS)
         inside = tokens < keep
         mask = inside[:, None] & (column < WIDTH)[None, :]
-        slots = source_slots(kept, tokens, keep, length, WINDOW)
+        slots = _source_slots(kept, tokens, keep, length, WINDOW)
         source = slot_offsets(source_pages, slots, inside, stride_page, stride_slot, PAGE_SIZE)
         target = slot_offsets(target_pages, tokens, inside, stride_page, stride_slot, PAGE_SIZE)
         data = tl.load(kv + source[:, None] + column[None, :], mask=mask)
@@ -144,7 +144,7 @@ def _stage_kernel(
         tl.store(kv + target[:, None] + column[None, :], data, mask=inside[:, None])
     else:
         pages = source_pages + request * stride_source
-        slots = source_slots(kept, tokens, keep, length, WINDOW)
+        slots = _source_slots(kept, tokens, keep, length, WINDOW)
         source = slot_offsets(pages, slots, inside, stride_page, stride_slot, PAGE_SIZE)
         data = tl.load(kv + source[:, None] + column[None, :], mask=inside[:, None])
         tl.store(copy, data, mask=inside[:, None])

@@ -115,7 +115,6 @@ class CompactionBatch:
             memory.
         highest_page: highest page id in use.
         lengths_on_device: int32 [R].
-        survivors_on_device: int32 [R], slots at the front that the request's round before filled.
         keeps_on_device: int32 [R].
         staged_on_device: int32 [R], 1 for a staged request.
         query_rows: int32 [R], row of the query ring that holds the request's window queries.
@@ -129,7 +128,6 @@ class CompactionBatch:
     staged: list[int]
     highest_page: int
     lengths_on_device: torch.Tensor
-    survivors_on_device: torch.Tensor
     keeps_on_device: torch.Tensor
     staged_on_device: torch.Tensor
     query_rows: torch.Tensor
@@ -148,7 +146,6 @@ class CompactionBatch:
         page_size: int,
         device: torch.device | str,
         order: Order = "temporal",
-        survivors: Sequence[int] | None = None,
     ) -> CompactionBatch:
         """Check the requests and send them to the device in one asynchronous copy.
 
@@ -163,8 +160,6 @@ class CompactionBatch:
             page_size: tokens a page.
             device: where the kernels run.
             order: in which the kept candidates are to lie.
-            survivors: slots at the front of each request that its round before filled, scored by this very
-                ``RkvRound``; None: no request had one.
 
         Raises:
             ValueError: no request, unequal list lengths, a count out of range, too few pages, a page or row
@@ -173,11 +168,8 @@ class CompactionBatch:
         count = len(lengths)
         if count == 0:
             raise ValueError("a compaction batch needs at least one request")
-        survived = [0] * count if survivors is None else list(survivors)
-        if any(len(each) != count for each in (keeps, source_pages, target_pages, query_rows, survived)):
+        if not count == len(keeps) == len(source_pages) == len(target_pages) == len(query_rows):
             raise ValueError("lengths, keeps, pages and query rows must name the same number of requests")
-        if any(not 0 <= some <= length for some, length in zip(survived, lengths, strict=True)):
-            raise ValueError(f"survivors {survived} must be 0 to the lengths {list(lengths)}")
         sources: list[list[int]] = []
         targets: list[list[int]] = []
         for index, (length, keep) in enumerate(zip(lengths, keeps, strict=True)):
@@ -196,7 +188,7 @@ class CompactionBatch:
             int(_overwrites(source, target, order)) for source, target in zip(sources, targets, strict=True)
         ]
         source_width, target_width = max(map(len, sources)), max(map(len, targets))
-        columns = [list(lengths), list(keeps), staged, list(query_rows), survived]
+        columns = [list(lengths), list(keeps), staged, list(query_rows)]
         columns.append([page for row in sources for page in row + [0] * (source_width - len(row))])
         columns.append([page for row in targets for page in row + [0] * (target_width - len(row))])
         views = _send(columns, torch.device(device))
@@ -210,9 +202,8 @@ class CompactionBatch:
             keeps_on_device=views[1],
             staged_on_device=views[2],
             query_rows=views[3],
-            survivors_on_device=views[4],
-            source_pages=views[5].view(count, source_width),
-            target_pages=views[6].view(count, target_width),
+            source_pages=views[4].view(count, source_width),
+            target_pages=views[5].view(count, target_width),
         )
 
     @classmethod
@@ -233,7 +224,7 @@ class CompactionBatch:
         if not lengths:
             raise ValueError("a compaction batch needs at least one request")
         columns = [list(lengths), [0] * len(lengths), list(query_rows)]
-        on_device, zeros, rows = _send(columns, source_pages.device)
+        on_device, unstaged, rows = _send(columns, source_pages.device)
         return cls(
             lengths=list(lengths),
             keeps=list(lengths),
@@ -242,8 +233,7 @@ class CompactionBatch:
             highest_page=0,
             lengths_on_device=on_device,
             keeps_on_device=on_device,
-            survivors_on_device=zeros,
-            staged_on_device=zeros,
+            staged_on_device=unstaged,
             query_rows=rows,
             source_pages=source_pages,
             target_pages=source_pages,

@@ -35,7 +35,6 @@ class Part:
         capacity: entries a (layer, request, head) in the per-token tables; a multiple of 128.
         slots: int32 table: each key's newest match (-1: none), then its window attention (float32), then the
             kept slots.
-        lone: int8 table: whether a key has no match; of requests with a ``lam`` below 1.
         weights: float32 table: inverse norm of each key.
         links: int64 table: sum of a key's similarities in units of 1 / LINK_SCALE.
         scores: float32 table: joint scores.
@@ -45,8 +44,8 @@ class Part:
             request; empty where none are.
         directions: int64 [layers * requests * H * D]: sum of the normalised keys in units of 1 / LINK_SCALE.
         blocks: most blocks into which a kernel may split a request's tokens.
-        staging: flat, in the cache's dtype: all of the scratch memory but ``shared``, ``slots`` and ``lone``,
-            free once slots are selected.
+        staging: flat, in the cache's dtype: all of the scratch memory but ``shared`` and ``slots``, free once
+            slots are selected.
     """
 
     kv: PagedKV
@@ -58,7 +57,6 @@ class Part:
     longest: int
     capacity: int
     slots: torch.Tensor
-    lone: torch.Tensor
     weights: torch.Tensor
     links: torch.Tensor
     scores: torch.Tensor

@@ -13,7 +13,6 @@ import torch
 from .combine import MASS_SCALE, combine
 from .compact import STAGED_COLUMNS, compact
 from .importance import survey
-from .lone import no_lone_keys, remember
 from .paged import CompactionBatch, Order, PagedKV
 from .part import Part
 from .redundancy import newest_matches, sums
@@ -25,8 +24,7 @@ Scope = Literal["head", "layer", "global"]
 
 _ROUNDING = 128  # per-token tables hold a multiple of this many tokens
 _BLOCK = 32  # fewest tokens of which a kernel keeps a record
-_LASTING_BYTES = 4 + 1  # of a token in the tables that outlast the selection: slots, lone
-_TOKEN_BYTES = _LASTING_BYTES + 4 + 8 + 4  # weights, links, scores
+_TOKEN_BYTES = 4 + 4 + 8 + 4  # weights, slots, links, scores
 
 
 class RkvRound:
@@ -65,8 +63,7 @@ class RkvRound:
             pool_kernel: odd and positive.
             scale: ``1 / sqrt(D)`` when None.
             scope: who shares one set of kept tokens.
-            scratch_bytes: device memory for everything that a round keeps for itself. What the next round
-                knows of it comes besides: one bit for each slot, layer and KV head.
+            scratch_bytes: device memory for everything that a round keeps for itself.
 
         Raises:
             ValueError: a setting is out of range, or the cache's dtype or head size is not supported.
@@ -88,7 +85,6 @@ class RkvRound:
         self.scale = 1.0 / math.sqrt(kv.head_size) if scale is None else scale
         self.scope = scope
         self._scratch = torch.empty(scratch_bytes // 64 * 64, dtype=torch.uint8, device=kv.device)
-        self._lone_bits = no_lone_keys(kv)
 
     def run(self, queries: torch.Tensor, batch: CompactionBatch, lam: torch.Tensor) -> None:
         """Score every token of the batch, select the survivors, and move them into the target pages.
@@ -105,9 +101,7 @@ class RkvRound:
                 Nothing has been moved then.
         """
         self._check(batch, queries, lam)
-        # Layers that share scores are all scored before any selects: by then their tables are written over.
-        remembers = self.scope != "global"
-        self._run(batch, partial(self._score_in_scratch, queries, lam), remembers=remembers)
+        self._run(batch, partial(self._score_in_scratch, queries, lam))
 
     def select_and_move(self, scores: torch.Tensor, batch: CompactionBatch) -> None:
         """Select by given scores and move the survivors, for policies that score elsewhere.
@@ -122,7 +116,7 @@ class RkvRound:
         """
         self._check(batch)
         self._check_scores(scores, batch)
-        self._run(batch, partial(self._of_part, scores), remembers=False)
+        self._run(batch, partial(self._of_part, scores))
 
     def score(
         self, queries: torch.Tensor, batch: CompactionBatch, lam: torch.Tensor, scores: torch.Tensor
@@ -195,14 +189,8 @@ class RkvRound:
         for longest in SELECT_LENGTHS:
             select(dataclasses.replace(part, longest=longest), self._own_scores(part), window=self.window)
 
-    def _run(
-        self, batch: CompactionBatch, scores_of: Callable[[Part], torch.Tensor], *, remembers: bool
-    ) -> None:
-        """Score, select and move, part by part; what all layers share needs the scores of all parts first.
-
-        Args:
-            remembers: whether the next rounds may know which survivors are lone.
-        """
+    def _run(self, batch: CompactionBatch, scores_of: Callable[[Part], torch.Tensor]) -> None:
+        """Score, select and move, part by part; what all layers share needs the scores of all parts first."""
         for parts in self._parts(batch):
             if self.scope == "global":
                 for part in parts:
@@ -216,8 +204,6 @@ class RkvRound:
                     if self.scope == "layer":
                         scores = share_in_layer(part, scores, window=self.window)
                 select(part, scores, window=self.window)
-                if remembers:
-                    remember(part, self._lone_bits, window=self.window)
                 compact(part, window=self.window)
 
     def _score_in_scratch(self, queries: torch.Tensor, lam: torch.Tensor, part: Part) -> torch.Tensor:
@@ -234,7 +220,7 @@ class RkvRound:
         masses: torch.Tensor | None = None,
     ) -> None:
         survey(part, queries, window=self.window, scale=self.scale)
-        newest_matches(part, lam, self._lone_bits, threshold=self.threshold)
+        newest_matches(part, lam, threshold=self.threshold)
         sums(part, queries, lam, window=self.window, scale=self.scale)
         combine(part, lam, scores, window=self.window, pool_kernel=self.pool_kernel, masses=masses)
 
@@ -303,7 +289,6 @@ class RkvRound:
         # First, and so at the same place in all parts of a request.
         shared = take(self._shared_bytes(longest, requests) // 4, torch.float32)
         slots = take(owners * capacity, torch.int32)
-        lone = take(owners * capacity, torch.int8)
         staging = self._scratch[position:].view(self.kv.dtype)
         return Part(
             kv=self.kv,
@@ -315,7 +300,6 @@ class RkvRound:
             longest=longest,
             capacity=capacity,
             slots=slots,
-            lone=lone,
             weights=take(owners * capacity, torch.float32),
             links=take(owners * capacity, torch.int64),
             scores=take(owners * capacity, torch.float32),
@@ -338,9 +322,9 @@ class RkvRound:
         if batch.highest_page >= kv.num_pages:
             raise ValueError(f"page {batch.highest_page} does not exist: the cache has {kv.num_pages}")
         longest = max(batch.lengths)
-        # Of each token's bytes in the tables, the lasting ones are not free for staging.
+        # Of each token's bytes in the tables, the four of its slot are not free for staging.
         free = self._scratch.numel() - self._shared_bytes(longest, 1)
-        staging = free // _TOKEN_BYTES * (_TOKEN_BYTES - _LASTING_BYTES)
+        staging = free // _TOKEN_BYTES * (_TOKEN_BYTES - 4)
         if self._layers_that_fit(longest, 1) < 1 or staging < longest * STAGED_COLUMNS * kv.dtype.itemsize:
             raise ValueError(f"the scratch memory does not hold one layer of {longest} tokens")
         if queries is not None:

@@ -8,8 +8,7 @@ that memory stays O(N).
 The matrix is symmetric, which spares most of its older half. A first launch visits the columns from a block's
 own first key on, and notes the newest match of the whole block. A second one completes blocks with rows that
 have none: it visits the columns of an older block only where that block noted a match as new as this one, for
-otherwise no pair between the two can exceed the threshold. A key that had no match in the round before is
-compared with what came since alone (``lone.py``).
+otherwise no pair between the two can exceed the threshold.
 
 Formulas: rkv_spec 1.4 and 4.4 B and C; reference: ``naive.redundancy``.
 """
@@ -26,14 +25,12 @@ import triton
 import triton.language as tl
 
 from .importance import load_queries, window_logits
-from .lone import is_lone
 from .part import LINK_SCALE, Part, load_rows, offsets_in_pages, slot_offsets
 
 _SUMS_BLOCK = 32  # tokens a program of the second walk
 _SUMS_WARPS = 2
 _SUMS_STEP = 64  # columns of a key that the second walk takes at a time
 _MATCH = tl.constexpr(0x80000000)  # the bit that marks a match
-_LONE = tl.constexpr(0xFFFFFFFF)  # in the place of a match: there is none, and none is sought any more
 _REACHES = tl.constexpr(32)  # blocks whose newest matches are read at a time
 
 
@@ -68,7 +65,7 @@ def match_tiles(head_size: int, dtype: torch.dtype) -> MatchTiles:
     return MatchTiles(rows=64, columns=64, span=4, warps=4, stages=2)
 
 
-@triton.jit(do_not_specialize=["stride_pages", "stride_bits", "first_layer", "first_request", "requests"])
+@triton.jit(do_not_specialize=["stride_pages", "first_layer", "first_request", "requests"])
 def _matches_kernel(
     kv,
     layer_offsets,
@@ -82,9 +79,6 @@ def _matches_kernel(
     inverse_norms,
     newest,
     reaches,
-    survivors,
-    bits,
-    stride_bits,
     threshold,
     first_layer,
     first_request,
@@ -112,14 +106,10 @@ def _matches_kernel(
     newest += owner * capacity
     rows = block * ROWS + tl.arange(0, ROWS)
     inside = rows < length
-    pages = source_pages + request * stride_pages
-    bits += (layer * HEADS + head) * (PAGE_SIZE // 8)
-    survived = tl.load(survivors + request)
     # The newest column visited, with the top bit if it is a match.
     if OLDER:
         found = tl.load(newest + rows, mask=inside, other=0)
-        waits = (found < 0) & (is_lone(bits, stride_bits, pages, rows, survived, PAGE_SIZE) == 0)
-        if tl.max(waits.to(tl.int32), axis=0) == 0:
+        if tl.min(found, axis=0) >= 0:
             return
         farthest = tl.full((_REACHES,), -1, tl.int32)
         for first in range(0, block, _REACHES):
@@ -128,10 +118,11 @@ def _matches_kernel(
             farthest = tl.maximum(farthest, reach)
         if tl.max(farthest, axis=0) < block * ROWS:
             return
-        best = tl.where(waits, 0, found.to(tl.uint32, bitcast=True) | _MATCH)  # -1 of a lone key is _LONE
+        best = tl.where(found < 0, 0, found.to(tl.uint32) | _MATCH)
     else:
         best = tl.where(inside, 0, -1).to(tl.uint32, bitcast=True)
 
+    pages = source_pages + request * stride_pages
     kv += tl.multiple_of(tl.load(layer_offsets + layer), 16) + head.to(tl.int64) * stride_kv_head
     own_offsets = slot_offsets(pages, rows, inside, stride_page, stride_slot, PAGE_SIZE)
     own = load_rows(kv, own_offsets, HEAD_SIZE, BLOCK_D)  # what lies behind the length is never stored
@@ -142,16 +133,14 @@ def _matches_kernel(
     if OLDER:
         tiles = own_tile  # those still to visit end here
         oldest = 0
-        known = 0
         span = SPAN
     else:
         tiles = tl.cdiv(length, COLUMNS)
         oldest = own_tile
-        known = tl.maximum(survived // COLUMNS, oldest)  # lone keys need none of the tiles before this one
         span = 1  # the newest tile alone serves most rows, where keys are alike
     column = tl.arange(0, COLUMNS)
     while (tiles > oldest) & (tl.min(best, axis=0) < _MATCH):
-        count = tl.minimum(span, tiles - tl.where(tiles > known, known, oldest))
+        count = tl.minimum(span, tiles - oldest)
         span = SPAN
         if OLDER:
             older = (tiles - count) * COLUMNS // ROWS + tl.arange(0, SPAN)  # the blocks of this span
@@ -180,11 +169,7 @@ def _matches_kernel(
             sign = missing.to(tl.uint32, bitcast=True) & 0x80000000
             best = tl.maximum(best, tl.max(sign | columns[None, :].to(tl.uint32), axis=1))
         tiles -= count
-        if tiles <= known:
-            lone = is_lone(bits, stride_bits, pages, rows, survived, PAGE_SIZE)
-            best = tl.where(lone & (best < _MATCH), tl.full((), _LONE, tl.uint32), best)
-    no_match = (best < _MATCH) | (best == _LONE)
-    matched = tl.where(no_match, -1, (best & 0x7FFFFFFF).to(tl.int32))
+    matched = tl.where(best < _MATCH, -1, (best & 0x7FFFFFFF).to(tl.int32))
     tl.store(newest + rows, matched, mask=inside)
     if not OLDER:
         tl.store(reaches + owner * capacity + block, tl.max(tl.where(inside, matched, -1), axis=0))
@@ -210,7 +195,6 @@ def _sums_kernel(
     inverse_norms,
     newest,
     attention,
-    lone,
     links,
     peaks,
     totals,
@@ -245,9 +229,7 @@ def _sums_kernel(
     pages = source_pages + request * stride_pages
     kv += tl.multiple_of(tl.load(layer_offsets + layer), 16) + head.to(tl.int64) * stride_kv_head
     inside = slots < length
-    found = tl.load(newest + table + slots, mask=inside, other=0)
-    tl.store(lone + table + slots, (found < 0).to(tl.int8), mask=inside)
-    match = tl.maximum(found, 0)  # slot 0 stands for none
+    match = tl.maximum(tl.load(newest + table + slots, mask=inside, other=0), 0)  # slot 0 stands for none
     tl.debug_barrier()  # attention goes where the matches were
     own = slot_offsets(pages, slots, inside, stride_page, stride_slot, PAGE_SIZE)
     keys = load_rows(kv, own, HEAD_SIZE, BLOCK_D)  # what lies behind the length goes nowhere
@@ -289,19 +271,13 @@ def _sums_kernel(
 
 
 def newest_matches(
-    part: Part,
-    lam: torch.Tensor,
-    lone_bits: torch.Tensor,
-    *,
-    threshold: float,
-    tiles: MatchTiles | None = None,
+    part: Part, lam: torch.Tensor, *, threshold: float, tiles: MatchTiles | None = None
 ) -> None:
     """Write each key's newest match, or -1, to ``part.slots``, given the inverse norms in ``part.weights``.
 
     Args:
         part: requests and layers, after ``survey``.
         lam: float32 [R], weight of importance of each request of the batch; at 1 a request is left out.
-        lone_bits: which survivors of the round before had no match in it, as ``lone.remember`` writes it.
         threshold: cosine similarity above which two keys count as duplicates.
         tiles: launch shape; ``match_tiles`` when None.
     """
@@ -319,9 +295,6 @@ def newest_matches(
             part.weights,
             part.slots,
             part.scores.view(torch.int32),  # scores come later
-            batch.survivors_on_device,
-            lone_bits,
-            lone_bits.stride(0),
             threshold,
             part.first_layer,
             part.first_request,
@@ -368,7 +341,6 @@ def sums(part: Part, queries: torch.Tensor, lam: torch.Tensor, *, window: int, s
         part.weights,
         part.slots,
         part.slots.view(torch.float32),
-        part.lone,
         part.links,
         part.peaks,
         part.totals,

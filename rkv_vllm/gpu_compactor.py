@@ -143,7 +143,6 @@ class GpuCompactor:
             page_size=self._kv.page_size,
             device=self._kv.device,
             order=self._order,
-            survivors=[c.survivors for c in compactions],
         )
 
     def _scores(self, round_: Round, source_pages: torch.Tensor) -> torch.Tensor:

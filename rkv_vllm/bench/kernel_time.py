@@ -16,10 +16,7 @@ from pydantic import BaseModel
 CLASSES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (name, re.compile(pattern, re.IGNORECASE))
     for name, pattern in (
-        (
-            "compaction",
-            r"^_(survey|merge|matches|sums|combine|select|rank|layer|global|remember|move|stage)_kernel",
-        ),
+        ("compaction", r"^_(survey|merge|matches|sums|combine|select|rank|layer|global|move|stage)_kernel"),
         ("extension per step", r"^_(physical|record)_kernel"),
         ("attention", r"flash|fmha|attention|attn|unified"),
         ("products", r"gemm|gemv|nvjet|cutlass|cublas|xmma|splitk|matmul"),

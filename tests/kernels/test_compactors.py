@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,21 +138,3 @@ def test_the_gpu_keeps_what_the_reference_keeps(
     compactor.run(chosen)  # random draws otherwise on a GPU than the CPU's reference
     setup.compactions = chosen
     setup.check(torch.stack(layers).cpu())
-
-
-@pytest.mark.parametrize(("evicted", "spared"), [(LENGTH - KEEP, False), (LOGICAL - KEEP, True)])
-def test_what_survived_is_not_searched_again(
-    evicted: int, spared: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Proves that a first round believes nothing that lies in its pages, and that a later one does."""
-    setup = Setup("head", "temporal")
-    [compaction] = [dataclasses.replace(c, evicted=evicted) for c in setup.compactions if c.policy == "rkv"]
-    setup.layers[:, compaction.source_pages[1]] = setup.layers[:, compaction.source_pages[0]]  # matches
-    layers = [layer.to(DEVICE) for layer in setup.layers.clone()]
-    compactor = GpuCompactor(layers, setup.queries.to(DEVICE), SCALE, setup.config, setup.policies)
-    if DEVICE.type == "cpu":
-        monkeypatch.setattr(compactor, "stopwatch", CpuStopwatch())
-    compactor._round._lone_bits.fill_(255)  # as if no key had had a match
-    compactor.run([compaction])
-    found = setup.tokens(torch.stack(layers).cpu(), compaction, KEEP)
-    assert torch.equal(found, setup.expected(compaction)) != spared

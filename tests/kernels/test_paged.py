@@ -68,9 +68,6 @@ def test_in_the_order_of_scores_every_own_page_is_dangerous(target: list[int], s
     [
         ({"lengths": [], "keeps": [], "source_pages": [], "target_pages": [], "query_rows": []}, "at least"),
         ({"query_rows": [1]}, "same number"),
-        ({"survivors": [1]}, "same number"),
-        ({"survivors": [0, 99]}, "survivors"),
-        ({"survivors": [-1, 0]}, "survivors"),
         ({"keeps": [41, 16]}, "cannot keep 41 of 40"),
         ({"keeps": [0, 16]}, "cannot keep 0"),
         ({"source_pages": [[5, 6], [1, 2]]}, "3 source"),
