@@ -16,8 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import time
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -46,11 +46,18 @@ class StepTime:
     above_floor: float = 1.0
 
     def __call__(self, requests: float, slots: float, prompt_tokens: float) -> float:
+        return self.above_floor * self.decode(requests, slots) + self.prompts(prompt_tokens)
+
+    def decode(self, requests: float, slots: float) -> float:
+        """The floor of a token for each request."""
         shape = self.facts.shape
-        decode = products_seconds(shape, self.ceilings, requests)
-        decode += attention_seconds(shape, self.ceilings, slots)
-        prompts = 2 * shape.multiplied_parameters * prompt_tokens / self.ceilings.operations_per_second
-        return 1000 * (self.above_floor * decode + prompts)
+        products = products_seconds(shape, self.ceilings, requests)
+        return 1000 * (products + attention_seconds(shape, self.ceilings, slots))
+
+    def prompts(self, tokens: float) -> float:
+        """Their products, at the rate of a large one."""
+        operations = 2 * self.facts.shape.multiplied_parameters * tokens
+        return 1000 * operations / self.ceilings.operations_per_second
 
     def fitted(self, windows: list[Window]) -> StepTime:
         """With the median over windows of measured over calculated time, prompts aside."""
@@ -58,8 +65,8 @@ class StepTime:
         for window in windows:
             slots = window.pages_per_request * self.facts.page_size * window.running
             prompt_tokens = (window.prompt_tokens + window.recomputed_tokens) / window.steps
-            prompts = self(0, 0, prompt_tokens) - self(0, 0, 0)
-            ratios.append((window.step_milliseconds - prompts) / self(window.running, slots, 0))
+            decode = window.step_milliseconds - self.prompts(prompt_tokens)
+            ratios.append(decode / self.decode(window.running, slots))
         return StepTime(self.facts, self.ceilings, median(ratios))
 
 
@@ -136,11 +143,8 @@ def summary(steps: list[SimulatedStep]) -> dict[str, float]:
 
 def stretches(steps: list[SimulatedStep]) -> dict[str, dict[str, float]]:
     """Of `EARLY`, as far as the steps go, and of all."""
-    found, seconds = {}, 0.0
-    at = []
-    for step in steps:
-        seconds += step.milliseconds / 1000
-        at.append(seconds)
+    found = {}
+    at = list(accumulate(step.milliseconds / 1000 for step in steps))
     for begin, end in EARLY:
         if part := [step for step, when in zip(steps, at, strict=True) if begin <= when < end]:
             found[f"{begin} to {end} s"] = summary(part)
@@ -149,11 +153,8 @@ def stretches(steps: list[SimulatedStep]) -> dict[str, dict[str, float]]:
 
 def measured_windows(results: Results, row: Row, kind: Kind) -> tuple[EngineFacts, list[Window]]:
     """Raises: ValueError where the row was not measured."""
-    names = {other.name for other in results.group.rows if row.is_like(other, kind)}
     lives = [life for life in results.lives if life.kind == kind and life.facts is not None]
-    windows = [
-        window for life in lives for load in life.loads if load.row in names for window in load.windows
-    ]
+    windows = [window for life in lives for load in results.loads_of(life, row) for window in load.windows]
     if not windows:
         raise ValueError(f"row {row.name} was not measured on {kind}")
     facts = lives[0].facts
@@ -165,7 +166,6 @@ def long_run(results: Results, row: Row, kind: Kind, outputs: float) -> dict[str
     assert results.device.ceilings is not None, "results of a GPU"
     facts, windows = measured_windows(results, row, kind)
     step_time = StepTime(facts, results.device.ceilings).fitted(windows)
-    begun = time.perf_counter()
     steps = simulate(row, kind, step_time, round(outputs * row.output))
     return {
         "row": row.name,
@@ -178,7 +178,6 @@ def long_run(results: Results, row: Row, kind: Kind, outputs: float) -> dict[str
             "running": round(median(window.running for window in windows), 1),
         },
         "calculated": stretches(steps),
-        "cpu_seconds": round(time.perf_counter() - begun),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import tempfile
 from collections import deque
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.config.scheduler import SchedulerPolicy
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -26,6 +28,9 @@ from rkv_vllm.block_manager import CompactingSpec
 from rkv_vllm.scheduler import CompactingAsyncScheduler, CompactingScheduler
 
 VOCABULARY = 32_000
+
+# Once: hashes of running requests build on it.
+init_none_hash(sha256)
 
 
 class ModellessEngine:
@@ -45,43 +50,18 @@ class ModellessEngine:
         asynchronous: bool = True,
     ) -> None:
         """`rkv`: fields of `RkvConfig`; None: stock vLLM. `pages`: that requests can hold."""
-        init_none_hash(sha256)
-        self._page_size = page_size
+        self.scheduler = make_scheduler(
+            rkv,
+            num_blocks=pages + 1,  # one of which vLLM keeps for itself
+            page_size=page_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            asynchronous=asynchronous,
+        )
+        self._block_hasher = get_request_block_hasher(page_size, sha256)
         self._in_flight: deque[tuple[SchedulerOutput, set[str]]] = deque()
         self._depth = 2 if asynchronous else 1
-        num_blocks = pages + 1  # one of which vLLM keeps for itself
-        cache_config = CacheConfig(block_size=page_size, enable_prefix_caching=True)
-        cache_config.num_gpu_blocks = num_blocks
-        vllm_config = VllmConfig(
-            model_config=_model_config(max_model_len),
-            cache_config=cache_config,
-            scheduler_config=SchedulerConfig(
-                max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=max_num_batched_tokens,
-                max_model_len=max_model_len,
-                is_encoder_decoder=False,
-                enable_chunked_prefill=True,
-            ),
-            additional_config={} if rkv is None else {"rkv": rkv},
-        )
-        vllm_config.scheduler_config.async_scheduling = asynchronous  # the CPU platform turns it off
-        spec_class = FullAttentionSpec if rkv is None else CompactingSpec
-        spec = spec_class(block_size=page_size, num_kv_heads=1, head_size=8, dtype=torch.float32)
-        classes: tuple[type[Scheduler], type[Scheduler]] = (
-            (Scheduler, AsyncScheduler) if rkv is None else (CompactingScheduler, CompactingAsyncScheduler)
-        )
-        self.scheduler = classes[asynchronous](
-            vllm_config=vllm_config,
-            kv_cache_config=KVCacheConfig(
-                num_blocks=num_blocks,
-                kv_cache_tensors=[],
-                kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
-            ),
-            structured_output_manager=StructuredOutputManager(vllm_config),
-            block_size=page_size,
-            log_stats=True,
-        )
-        self.scheduler.use_v2_model_runner = True  # as on a GPU
 
     def add(self, request_id: str, prompt_token_ids: list[int], max_tokens: int) -> None:
         self.scheduler.add_request(
@@ -90,7 +70,7 @@ class ModellessEngine:
                 prompt_token_ids=prompt_token_ids,
                 sampling_params=SamplingParams(max_tokens=max_tokens, ignore_eos=True),
                 pooling_params=None,
-                block_hasher=get_request_block_hasher(self._page_size, sha256),
+                block_hasher=self._block_hasher,
             )
         )
 
@@ -123,7 +103,65 @@ class ModellessEngine:
         return [each for outputs in of_clients for each in outputs.outputs]
 
 
-def _model_config(max_model_len: int) -> ModelConfig:
+def make_scheduler(
+    rkv: dict[str, Any] | None,
+    *,
+    num_blocks: int,
+    page_size: int,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    max_model_len: int,
+    asynchronous: bool,
+    vocabulary: int = VOCABULARY,
+    prefix_caching: bool = True,
+    policy: SchedulerPolicy = "fcfs",
+    v2_runner: bool = True,
+) -> Scheduler:
+    """vLLM's own scheduler, or ours, for a model that exists as a configuration only.
+
+    Args:
+        rkv: fields of `RkvConfig`; None: stock vLLM.
+        num_blocks: of the pool, vLLM's null block included.
+        v2_runner: whether it is told, as on a GPU, that Model Runner V2 runs its steps.
+    """
+    cache_config = CacheConfig(block_size=page_size, enable_prefix_caching=prefix_caching)
+    cache_config.num_gpu_blocks = num_blocks
+    vllm_config = VllmConfig(
+        model_config=_model_config(max_model_len, vocabulary),
+        cache_config=cache_config,
+        scheduler_config=SchedulerConfig(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            is_encoder_decoder=False,
+            enable_chunked_prefill=True,
+            policy=policy,
+        ),
+        additional_config={} if rkv is None else {"rkv": rkv},
+    )
+    vllm_config.scheduler_config.async_scheduling = asynchronous  # the CPU platform turns it off
+    spec_class = FullAttentionSpec if rkv is None else CompactingSpec
+    spec = spec_class(block_size=page_size, num_kv_heads=1, head_size=8, dtype=torch.float32)
+    classes: tuple[type[Scheduler], type[Scheduler]] = (
+        (Scheduler, AsyncScheduler) if rkv is None else (CompactingScheduler, CompactingAsyncScheduler)
+    )
+    scheduler = classes[asynchronous](
+        vllm_config=vllm_config,
+        kv_cache_config=KVCacheConfig(
+            num_blocks=num_blocks,
+            kv_cache_tensors=[],
+            kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
+        ),
+        structured_output_manager=StructuredOutputManager(vllm_config),
+        block_size=page_size,
+        log_stats=True,
+    )
+    scheduler.use_v2_model_runner = v2_runner
+    return scheduler
+
+
+@functools.cache
+def _model_config(max_model_len: int, vocabulary: int) -> ModelConfig:
     """Of a model that exists as a configuration file only."""
     settings = {
         "architectures": ["LlamaForCausalLM"],
@@ -133,7 +171,7 @@ def _model_config(max_model_len: int) -> ModelConfig:
         "num_hidden_layers": 1,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "vocab_size": VOCABULARY,
+        "vocab_size": vocabulary,
         "max_position_embeddings": max_model_len,
         "torch_dtype": "float32",
     }

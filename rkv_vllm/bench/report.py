@@ -90,12 +90,11 @@ def _compare(results: Results, row: Row, group: str) -> Comparison:
     sides: dict[Kind, Side] = {}
     failures = []
     for kind in dict.fromkeys(life.kind for life in results.lives if row.runs_on(life.kind)):
-        names = {other.name for other in results.group.rows if row.is_like(other, kind)}
         measured, troubles = [], []
         for life in results.lives:
             if life.kind != kind:
                 continue
-            loads = [load for load in life.loads if load.row in names]
+            loads = results.loads_of(life, row)
             troubles += [load.failure for load in loads if load.failure]
             if life.failure and not loads:
                 troubles.append(life.failure)

@@ -121,6 +121,11 @@ class Results(BaseModel):
     def row(self, name: str) -> Row:
         return next(row for row in self.group.rows if row.name == name)
 
+    def loads_of(self, life: Life, row: Row) -> list[LoadResult]:
+        """What a life measured of a row, or of one that is the same load to its kind of engine."""
+        names = {other.name for other in self.group.rows if row.is_like(other, life.kind)}
+        return [load for load in life.loads if load.row in names]
+
 
 def together(runs: Sequence[Results]) -> Results:
     """Runs of the same engines as one: a long group may be measured in parts, or again.

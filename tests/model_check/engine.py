@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import functools
-import json
 import pickle
 import random
-import tempfile
 from collections import Counter, deque
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
+import modelless
 from request_model import STOP_TOKEN, VOCABULARY, RequestModel, unshortened
 from symbolic_worker import Memory, SymbolicRunner
-from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.utils.math_utils import cdiv
-from vllm.v1.core.kv_cache_utils import get_block_hash, get_request_block_hasher, init_none_hash
+from vllm.v1.core.kv_cache_utils import get_block_hash, get_request_block_hasher
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
-from vllm.v1.structured_output import StructuredOutputManager
 
-from rkv_vllm.block_manager import CompactingSpec
 from rkv_vllm.config import BudgetRequest, RequestBudget, RkvConfig
 from rkv_vllm.counters import read
 from rkv_vllm.metrics import take_tally
@@ -103,66 +95,20 @@ class Outcome:
     counts: Counter[str]
 
 
-@functools.cache
-def model_config() -> ModelConfig:
-    """Of a model that exists as a configuration file only."""
-    with tempfile.TemporaryDirectory() as folder:
-        settings = {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "vocab_size": VOCABULARY,
-            "max_position_embeddings": MAX_MODEL_LEN,
-            "torch_dtype": "float32",
-        }
-        Path(folder, "config.json").write_text(json.dumps(settings))
-        init_none_hash(sha256)
-        return ModelConfig(
-            model=folder,
-            tokenizer=folder,
-            skip_tokenizer_init=True,
-            dtype="float32",
-            max_model_len=MAX_MODEL_LEN,
-        )
-
-
 def make_scheduler(setup: Setup) -> CompactingScheduler | CompactingAsyncScheduler:
-    is_async = setup.depth > 1
-    cache_config = CacheConfig(block_size=setup.page_size, enable_prefix_caching=setup.prefix_caching)
-    vllm_config = VllmConfig(
-        model_config=model_config(),
-        cache_config=cache_config,
-        scheduler_config=SchedulerConfig(
-            max_num_seqs=setup.max_num_seqs,
-            max_num_batched_tokens=setup.max_num_batched_tokens,
-            max_model_len=MAX_MODEL_LEN,
-            is_encoder_decoder=False,
-            enable_chunked_prefill=True,
-            policy="priority" if setup.priorities else "fcfs",
-        ),
-        additional_config={"rkv": setup.config.model_dump(exclude_unset=True)},
+    scheduler = modelless.make_scheduler(
+        setup.config.model_dump(exclude_unset=True),
+        num_blocks=setup.num_pages,
+        page_size=setup.page_size,
+        max_num_seqs=setup.max_num_seqs,
+        max_num_batched_tokens=setup.max_num_batched_tokens,
+        max_model_len=MAX_MODEL_LEN,
+        asynchronous=setup.depth > 1,
+        vocabulary=VOCABULARY,
+        prefix_caching=setup.prefix_caching,
+        policy="priority" if setup.priorities else "fcfs",
+        v2_runner=setup.v2_runner,
     )
-    # The CPU platform turns this off; the protocol is the same for all.
-    vllm_config.scheduler_config.async_scheduling = is_async
-    cache_config.num_gpu_blocks = setup.num_pages
-    spec = CompactingSpec(block_size=setup.page_size, num_kv_heads=1, head_size=8, dtype=torch.float32)
-    scheduler_class = CompactingAsyncScheduler if is_async else CompactingScheduler
-    scheduler = scheduler_class(
-        vllm_config=vllm_config,
-        kv_cache_config=KVCacheConfig(
-            num_blocks=setup.num_pages,
-            kv_cache_tensors=[],
-            kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
-        ),
-        structured_output_manager=StructuredOutputManager(vllm_config),
-        block_size=setup.page_size,
-        log_stats=True,
-    )
-    scheduler.use_v2_model_runner = setup.v2_runner
     if not setup.keeps_room:
         scheduler._keep_room = lambda request, tracked: None  # type: ignore[method-assign]
     return scheduler

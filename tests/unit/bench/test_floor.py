@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from llama_8b import SHAPE as LLAMA_8B
 
 from rkv_vllm.bench.floor import (
     Ceilings,
-    ModelShape,
     attention_seconds,
     compaction_seconds,
     products_seconds,
@@ -16,17 +16,6 @@ from rkv_vllm.bench.floor import (
 from rkv_vllm.bench.rows import Row
 from rkv_vllm.config import RequestBudget
 
-LLAMA_8B = ModelShape(
-    layers=32,
-    hidden=4096,
-    heads=32,
-    kv_heads=8,
-    head_size=128,
-    intermediate=14336,
-    vocabulary=128256,
-    tied_embedding=False,
-    element_bytes=2,
-)
 H200 = Ceilings(bytes_per_second=4.3e12, operations_per_second=790e12)
 ROW = Row(name="row", input=128, output=16384, budget=1024)
 

@@ -2,46 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from statistics import fmean
 
+import llama_8b
 import pytest
+from long_run import SimulatedStep, StepTime, simulate, stretches
 
-from rkv_vllm.bench.floor import Ceilings, ModelShape
+from rkv_vllm.bench.floor import Ceilings
 from rkv_vllm.bench.load import requests_that_run, slots_on_average
-from rkv_vllm.bench.results import EngineFacts
 from rkv_vllm.bench.rows import Kind, Row
 from rkv_vllm.bench.window import Window
 
-sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
-from long_run import SimulatedStep, StepTime, simulate, stretches
-
-SHAPE = ModelShape(
-    layers=2,
-    hidden=256,
-    heads=4,
-    kv_heads=2,
-    head_size=64,
-    intermediate=512,
-    vocabulary=1000,
-    tied_embedding=False,
-    element_bytes=2,
-)
-FACTS = EngineFacts(
-    shape=SHAPE,
-    model="",
-    pool_pages=200,
-    page_size=16,
-    max_num_seqs=256,
-    max_num_batched_tokens=1024,
-    max_model_len=1024,
-    prefix_caching=True,
-    async_scheduling=True,
-    cudagraph_mode="",
-    largest_graph=None,
-    start_seconds=0.0,
-)
+FACTS = llama_8b.FACTS.model_copy(update={"pool_pages": 200})
 STEP_TIME = StepTime(FACTS, Ceilings(bytes_per_second=1e12, operations_per_second=1e14))
 ROW = Row(name="", input=16, output=480, budget=64, buffer=16, rkv_entry="compacted")
 
@@ -66,7 +38,7 @@ def test_no_more_run_in_the_long_run_than_the_pool_holds(kind: Kind) -> None:
 def test_a_step_takes_as_much_longer_as_the_windows_did() -> None:
     """Proves that what was measured over its floor, prompts aside, scales what is calculated."""
     slots, prompt_tokens = 20 * 8 * 16, 100
-    measured = 1.5 * STEP_TIME(20, slots, 0) + STEP_TIME(0, 0, prompt_tokens) - STEP_TIME(0, 0, 0)
+    measured = 1.5 * STEP_TIME.decode(20, slots) + STEP_TIME.prompts(prompt_tokens)
     numbers = dict.fromkeys(Window.model_fields, 0)
     window = Window.model_validate(
         numbers

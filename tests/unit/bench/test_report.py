@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from llama_8b import FACTS
 from typer.testing import CliRunner
 
 from rkv_vllm.bench.floor import Ceilings
@@ -14,7 +15,6 @@ from rkv_vllm.bench.kernel_time import kernel_time
 from rkv_vllm.bench.report import compare, remarks
 from rkv_vllm.bench.results import (
     Device,
-    EngineFacts,
     Life,
     LoadResult,
     Measure,
@@ -26,35 +26,7 @@ from rkv_vllm.bench.rows import Entry, Group, Kind, Row
 from rkv_vllm.bench.window import Step, curve, summarise
 from rkv_vllm.cli import app
 
-SHAPE = {
-    "layers": 32,
-    "hidden": 4096,
-    "heads": 32,
-    "kv_heads": 8,
-    "head_size": 128,
-    "intermediate": 14336,
-    "vocabulary": 128256,
-    "tied_embedding": False,
-    "element_bytes": 2,
-}
-PAGES, PAGE_SIZE = 1000, 16
-
-
-def facts() -> EngineFacts:
-    return EngineFacts(
-        shape=SHAPE,
-        model="shapes/r1-distill-llama-8b",
-        pool_pages=PAGES,
-        page_size=PAGE_SIZE,
-        max_num_seqs=1024,
-        max_num_batched_tokens=8192,
-        max_model_len=4096,
-        prefix_caching=True,
-        async_scheduling=True,
-        cudagraph_mode="FULL_AND_PIECEWISE",
-        largest_graph=512,
-        start_seconds=60.0,
-    )
+PAGES, PAGE_SIZE = FACTS.pool_pages, FACTS.page_size
 
 
 def load(name: str, entry: Entry | None, speeds: list[float], *, running: int, **more: Any) -> LoadResult:
@@ -77,7 +49,7 @@ def load(name: str, entry: Entry | None, speeds: list[float], *, running: int, *
 
 
 def life(kind: Kind, loads: list[LoadResult]) -> Life:
-    return Life(kind=kind, arguments=["--load-format", "dummy"], facts=facts(), loads=loads)
+    return Life(kind=kind, arguments=["--load-format", "dummy"], facts=FACTS, loads=loads)
 
 
 @pytest.fixture
