@@ -74,6 +74,20 @@ def agreement(left: list[list[int]], right: list[list[int]]) -> dict[str, int]:
     }
 
 
+def percent_right(llm: LLM) -> float:
+    """Of 96 derivations at budget 768, beside four full caches that grow."""
+    rng = random.Random(3)
+    problems = [make_derivation(rng, 24, 6) for _ in range(96)]
+    asked = [{"prompt_token_ids": problem.prompt_ids} for problem in problems]
+    params = SamplingParams(temperature=0, max_tokens=2048, extra_args={"rkv_budget": 768})
+    growing = prompts(4, seed=4)
+    both = [greedy(2048, 0)] * len(growing) + [params] * len(asked)
+    outputs = llm.generate(growing + asked, both, use_tqdm=False)[len(growing) :]
+    answers = [after_thinking(decode(output.outputs[0].token_ids), opened=True) for output in outputs]
+    right = [p.is_right(answer or "") for p, answer in zip(problems, answers, strict=True)]
+    return round(100 * sum(right) / len(right), 1)
+
+
 def check_identity(model: str) -> dict[str, Any]:
     """Budget above the length: the same tokens as stock vLLM, 32 requests of 1,000 tokens."""
     asked = prompts(32, seed=1)
@@ -120,19 +134,6 @@ def check_preemption(model: str) -> dict[str, Any]:
 
     Requests with full caches run beside them, whose growth nobody keeps room for.
     """
-    rng = random.Random(3)
-    problems = [make_derivation(rng, 24, 6) for _ in range(96)]
-    asked = [{"prompt_token_ids": problem.prompt_ids} for problem in problems]
-    params = SamplingParams(temperature=0, max_tokens=2048, extra_args={"rkv_budget": 768})
-    growing = prompts(4, seed=4)
-
-    def percent_right(llm: LLM) -> float:
-        both = [greedy(2048, 0)] * len(growing) + [params] * len(asked)
-        outputs = llm.generate(growing + asked, both, use_tqdm=False)[len(growing) :]
-        answers = [after_thinking(decode(output.outputs[0].token_ids), opened=True) for output in outputs]
-        right = [p.is_right(answer or "") for p, answer in zip(problems, answers, strict=True)]
-        return round(100 * sum(right) / len(right), 1)
-
     large = engine(model)
     in_large_pool = percent_right(large)
     del large
@@ -197,9 +198,40 @@ def check_pages(model: str) -> dict[str, Any]:
     }
 
 
+def check_tensor_parallel(model: str) -> dict[str, Any]:
+    """Two GPUs, each with half of every layer's KV heads."""
+    return _on_ranks(engine(model, tensor_parallel_size=2))
+
+
+def check_pipeline_parallel(model: str) -> dict[str, Any]:
+    """Two GPUs, each with half of the layers."""
+    return _on_ranks(engine(model, pipeline_parallel_size=2))
+
+
+def _on_ranks(llm: LLM) -> dict[str, Any]:
+    """Full caches where nothing leaves, answers from compacted ones, and a pool that is whole at the end."""
+    asked = prompts(32, seed=1)
+    off = tokens(llm.generate(asked, greedy(1000, 0), use_tqdm=False))
+    above = tokens(llm.generate(asked, greedy(1000, 4096), use_tqdm=False))
+    return {
+        "budget_above_length": agreement(off, above),
+        "percent_right": percent_right(llm),
+        "mixed_load": mixed_load(llm, 400),
+    }
+
+
 def check_metrics(model: str) -> dict[str, Any]:
     """What a server shows on /metrics of 64 requests at budget 256: counts, and GPU time by events."""
-    arguments = AsyncEngineArgs(model=model, **ENGINE_ARGS, **rkv_engine_args(budget=256))
+    return _served(model)
+
+
+def check_data_parallel(model: str) -> dict[str, Any]:
+    """The same from two engines, one a GPU, behind one front end."""
+    return _served(model, data_parallel_size=2)
+
+
+def _served(model: str, **overrides: Any) -> dict[str, Any]:
+    arguments = AsyncEngineArgs(model=model, **ENGINE_ARGS, **rkv_engine_args(budget=256), **overrides)
 
     async def serve() -> None:
         llm = AsyncLLM.from_engine_args(arguments)
@@ -213,7 +245,8 @@ def check_metrics(model: str) -> dict[str, Any]:
 
     asyncio.run(serve())
     return {
-        sample.name + (f"{{le={sample.labels['le']}}}" if "le" in sample.labels else ""): sample.value
+        f"{sample.name} engine {sample.labels['engine']}"
+        + (f" le {sample.labels['le']}" if "le" in sample.labels else ""): sample.value
         for family in prometheus_client.REGISTRY.collect()
         for sample in family.samples
         if sample.name.startswith("rkv_")
@@ -231,6 +264,11 @@ CHECKS = {
     "pages": check_pages,
     "metrics": check_metrics,
 }
+CHECKS_OF_TWO_GPUS = {
+    "tensor_parallel": check_tensor_parallel,
+    "pipeline_parallel": check_pipeline_parallel,
+    "data_parallel": check_data_parallel,
+}
 
 
 def main() -> None:
@@ -239,12 +277,13 @@ def main() -> None:
     )
     parser.add_argument("--model", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--checks", default=",".join(CHECKS))
+    checks = CHECKS | CHECKS_OF_TWO_GPUS
+    parser.add_argument("--checks", default=",".join(CHECKS), help=f"some of {', '.join(checks)}")
     args = parser.parse_args()
     results: dict[str, Any] = {"command": command_line("python", "benchmarks/gpu_checks.py")}
     for name in args.checks.split(","):
         started = time.monotonic()
-        results[name] = CHECKS[name](args.model)
+        results[name] = checks[name](args.model)
         results[name]["check_seconds"] = round(time.monotonic() - started, 1)
         print(name, json.dumps(results[name]), flush=True)
         args.out.write_text(json.dumps(results, indent=1))
