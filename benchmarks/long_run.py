@@ -156,14 +156,16 @@ def measured_windows(results: Results, row: Row, kind: Kind) -> tuple[EngineFact
     lives = [life for life in results.lives if life.kind == kind and life.facts is not None]
     windows = [window for life in lives for load in results.loads_of(life, row) for window in load.windows]
     if not windows:
-        raise ValueError(f"row {row.name} was not measured on {kind}")
+        raise ValueError(f"row: {row.name} was not measured on {kind}")
     facts = lives[0].facts
     assert facts is not None
     return facts, windows
 
 
 def long_run(results: Results, row: Row, kind: Kind, outputs: float) -> dict[str, Any]:
-    assert results.device.ceilings is not None, "results of a GPU"
+    """Raises: ValueError where the results hold no measurement to go on from."""
+    if results.device.ceilings is None:
+        raise ValueError("device: only a GPU's floors are known, and these results are of a CPU")
     facts, windows = measured_windows(results, row, kind)
     step_time = StepTime(facts, results.device.ceilings).fitted(windows)
     steps = simulate(row, kind, step_time, round(outputs * row.output))
@@ -191,6 +193,17 @@ def main() -> None:
     parser.add_argument("--rkv-outputs", type=float, default=1, help="likewise; takes longer (%(default)s)")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     arguments = parser.parse_args()
+    try:
+        found = go_on(arguments)
+    except ValueError as error:
+        parser.error(str(error))
+    if arguments.json:
+        command = command_line("python", "benchmarks/long_run.py")
+        arguments.json.write_text(json.dumps({"command": command, "loads": found}, indent=1) + "\n")
+
+
+def go_on(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Prints each load's figures, and returns them."""
     results = together([read_results(path) for path in arguments.results])
     found = []
     table = Table("row", "engine", "measured", "running", "stretch", "calculated", "running", "preempted")
@@ -213,9 +226,7 @@ def main() -> None:
                     f"{figures['preemptions']:,}",
                 )
     Console(width=120).print(table)
-    if arguments.json:
-        command = command_line("python", "benchmarks/long_run.py")
-        arguments.json.write_text(json.dumps({"command": command, "loads": found}, indent=1) + "\n")
+    return found
 
 
 if __name__ == "__main__":

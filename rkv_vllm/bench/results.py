@@ -119,7 +119,11 @@ class Results(BaseModel):
         )
 
     def row(self, name: str) -> Row:
-        return next(row for row in self.group.rows if row.name == name)
+        """Raises: ValueError where there is none of that name."""
+        rows = {row.name: row for row in self.group.rows}
+        if name not in rows:
+            raise ValueError(f"row: none is called {name}, but {', '.join(rows)}")
+        return rows[name]
 
     def loads_of(self, life: Life, row: Row) -> list[LoadResult]:
         """What a life measured of a row, or of one that is the same load to its kind of engine."""

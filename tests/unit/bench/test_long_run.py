@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import llama_8b
 import pytest
-from long_run import SimulatedStep, StepTime, simulate, stretches
+from long_run import SimulatedStep, StepTime, main, simulate, stretches
 
 from rkv_vllm.bench.floor import Ceilings
 from rkv_vllm.bench.load import requests_that_run, slots_on_average
@@ -15,6 +19,7 @@ from rkv_vllm.bench.window import Window
 
 FACTS = llama_8b.FACTS.model_copy(update={"pool_pages": 200})
 STEP_TIME = StepTime(FACTS, Ceilings(bytes_per_second=1e12, operations_per_second=1e14))
+STOCK_ALONE = Path(__file__).parents[3] / "benchmarks/results/throughput-h100/5-stock-life.json"
 ROW = Row(name="", input=16, output=480, budget=64, buffer=16, rkv_entry="compacted")
 
 
@@ -64,3 +69,31 @@ def test_stretches_are_of_calculated_seconds() -> None:
     assert found["0 to 15 s"]["preemptions"] + found["15 to 30 s"]["preemptions"] == 200
     assert found["all"]["seconds"] == pytest.approx(20)
     assert "30 to 60 s" not in found
+
+
+@pytest.mark.parametrize(
+    ("device", "row", "said"),
+    [
+        ({}, "16K", "row: none is called 16K, but 16K budget 1024"),
+        ({}, "16K budget 1024", "row: 16K budget 1024 was not measured on rkv"),
+        ({"ceilings": None}, "16K budget 1024", "device: only a GPU's floors are known"),
+    ],
+)
+def test_results_that_do_not_serve_are_refused(
+    device: dict[str, Any],
+    row: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Proves that the command says what is wrong with a row or a file, and ends with status 2."""
+    results = json.loads(STOCK_ALONE.read_text())
+    results["device"] |= device
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(results))
+    monkeypatch.setattr(sys, "argv", ["long_run.py", str(path), "--row", row, "--stock-outputs", "0"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
