@@ -1,6 +1,8 @@
 """What must hold in a real engine on a GPU: measured by one command, one JSON object a check.
 
     python benchmarks/gpu_checks.py --model PATH --out checks.json
+    python benchmarks/gpu_checks.py --model PATH --out checks.json \
+        --checks tensor_parallel,pipeline_parallel,data_parallel    # on two GPUs
 
 PATH is the checkpoint of the derivation reasoner. Each engine runs in vLLM's
 production configuration: Model Runner V2, async scheduling, FULL and PIECEWISE CUDA graphs, prefix caching.
@@ -72,6 +74,13 @@ def agreement(left: list[list[int]], right: list[list[int]]) -> dict[str, int]:
         "tokens": sum(map(len, left)),
         "tokens_before_difference": prefix,
     }
+
+
+def full_caches_kept(llm: LLM, asked: list[dict[str, Any]]) -> dict[str, int]:
+    """A budget above the length against the full cache, in one engine."""
+    off = tokens(llm.generate(asked, greedy(1000, 0), use_tqdm=False))
+    above = tokens(llm.generate(asked, greedy(1000, 4096), use_tqdm=False))
+    return agreement(off, above)
 
 
 def percent_right(llm: LLM) -> float:
@@ -188,11 +197,10 @@ def check_pages(model: str) -> dict[str, Any]:
     """Page granularity: full cache where nothing leaves, and a pool that is whole after a mixed load."""
     pool = {"num_gpu_blocks_override": 4 * NUM_PAGES_SMALL}
     llm, asked = engine(model, **pool, **rkv_engine_args(granularity="page")), prompts(32, seed=1)
-    off = tokens(llm.generate(asked, greedy(1000, 0), use_tqdm=False))
-    above = tokens(llm.generate(asked, greedy(1000, 4096), use_tqdm=False))
+    kept = full_caches_kept(llm, asked)
     results = [output.kv_transfer_params for output in llm.generate(asked, greedy(1000, 256), use_tqdm=False)]
     return {
-        "budget_above_length": agreement(off, above),
+        "budget_above_length": kept,
         "at_budget_256": [results[0], results[-1]],
         "mixed_load": mixed_load(llm, 400),
     }
@@ -210,11 +218,8 @@ def check_pipeline_parallel(model: str) -> dict[str, Any]:
 
 def _on_ranks(llm: LLM) -> dict[str, Any]:
     """Full caches where nothing leaves, answers from compacted ones, and a pool that is whole at the end."""
-    asked = prompts(32, seed=1)
-    off = tokens(llm.generate(asked, greedy(1000, 0), use_tqdm=False))
-    above = tokens(llm.generate(asked, greedy(1000, 4096), use_tqdm=False))
     return {
-        "budget_above_length": agreement(off, above),
+        "budget_above_length": full_caches_kept(llm, prompts(32, seed=1)),
         "percent_right": percent_right(llm),
         "mixed_load": mixed_load(llm, 400),
     }

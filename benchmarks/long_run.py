@@ -153,12 +153,11 @@ def stretches(steps: list[SimulatedStep]) -> dict[str, dict[str, float]]:
 
 def measured_windows(results: Results, row: Row, kind: Kind) -> tuple[EngineFacts, list[Window]]:
     """Raises: ValueError where the row was not measured."""
-    lives = [life for life in results.lives if life.kind == kind and life.facts is not None]
+    lives = [life for life in results.lives if life.kind == kind]
+    facts = next((life.facts for life in lives if life.facts is not None), None)
     windows = [window for life in lives for load in results.loads_of(life, row) for window in load.windows]
-    if not windows:
+    if facts is None or not windows:
         raise ValueError(f"row: {row.name} was not measured on {kind}")
-    facts = lives[0].facts
-    assert facts is not None
     return facts, windows
 
 
@@ -213,8 +212,8 @@ def go_on(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 continue
             one = long_run(results, results.row(name), kind, outputs)
             found.append(one)
+            measured = one["measured"]
             for stretch, figures in one["calculated"].items():
-                measured = one["measured"]
                 table.add_row(
                     name,
                     kind,

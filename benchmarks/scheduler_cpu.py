@@ -40,9 +40,10 @@ from rkv_vllm.plan import plan_of
 from rkv_vllm.provenance import command_line
 
 ENGINES = ("stock", "off", "on")
-PHASES = ("schedule", "update", "make_stats", "pickle")
 #: Phase -> the scheduler's method.
 METHODS = {"schedule": "schedule", "update": "update_from_output", "make_stats": "make_stats"}
+PHASES = (*METHODS, "pickle")
+COLUMNS = (*PHASES, "schedule + update")
 
 
 class TimedEngine:
@@ -116,16 +117,15 @@ def measure(num_requests: int, arguments: argparse.Namespace, progress: Progress
     for of_engine in turns.values():
         for turn in of_engine:
             turn["schedule + update"] = turn["schedule"] + turn["update"]
-    columns = (*PHASES, "schedule + update")
     return {
         "requests": num_requests,
         "compactions_a_step": num_requests / arguments.buffer,
         "microseconds": {
-            name: {column: round(statistics.median(t[column] for t in of_engine), 1) for column in columns}
+            name: {column: round(statistics.median(t[column] for t in of_engine), 1) for column in COLUMNS}
             for name, of_engine in turns.items()
         },
         "ratio_to_stock": {
-            name: {column: round(_ratio(turns[name], turns["stock"], column), 4) for column in columns}
+            name: {column: round(_ratio(turns[name], turns["stock"], column), 4) for column in COLUMNS}
             for name in ENGINES[1:]
         },
         "turns": {
@@ -153,8 +153,7 @@ def main() -> None:
     parser.add_argument("--sync", action="store_true", help="the schedulers without async scheduling")
     parser.add_argument("--json", type=Path, help="where to write the raw numbers")
     arguments = parser.parse_args()
-    columns = ("schedule", "update", "make_stats", "pickle")
-    table = Table("requests", "engine", *columns, "schedule + update", "ratio", title="microseconds a step")
+    table = Table("requests", "engine", *COLUMNS, "ratio", title="microseconds a step")
     rows = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         for num_requests in arguments.requests:
@@ -163,7 +162,7 @@ def main() -> None:
             for name in ENGINES:
                 times = row["microseconds"][name]
                 ratio = row["ratio_to_stock"].get(name, {"schedule + update": 1})["schedule + update"]
-                shown = [f"{times[column]:,.0f}" for column in (*columns, "schedule + update")]
+                shown = [f"{times[column]:,.0f}" for column in COLUMNS]
                 table.add_row(f"{num_requests:,}", name, *shown, f"{ratio:.3f}")
     Console().print(table)
     if arguments.json:

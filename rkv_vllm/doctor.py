@@ -142,7 +142,6 @@ def _sizes(vllm_config: VllmConfig, config: RkvConfig, length: int | None) -> Si
     else:
         pool_bytes, source, estimate = _pool_bytes(vllm_config)
         pool = Pool.of_bytes(pool_bytes, cache.block_size, shape.bytes_per_token)
-    graphs = vllm_config.compilation_config.cudagraph_capture_sizes
     cached: list[RequestLengths | None] = [None]
     if (budget := config.resolve(BudgetRequest())) is not None:
         cached.append(lengths_by(config.granularity, 0, budget, pool.page_size))
@@ -155,7 +154,7 @@ def _sizes(vllm_config: VllmConfig, config: RkvConfig, length: int | None) -> Si
         page_size=pool.page_size,
         length=length,
         max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
-        largest_graph=max(graphs) if graphs else None,
+        largest_graph=vllm_config.compilation_config.max_cudagraph_capture_size or None,
         pool_bytes=pool_bytes,
         pool_source=source,
         pool_is_estimate=estimate,

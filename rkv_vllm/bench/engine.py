@@ -208,7 +208,6 @@ def _facts(config: Any, start_seconds: float) -> EngineFacts:
         config.compilation_config,
         config.parallel_config,
     )
-    sizes = compilation.cudagraph_capture_sizes
     return EngineFacts(
         shape=ModelShape(
             layers=model.get_num_layers(parallel),
@@ -230,6 +229,6 @@ def _facts(config: Any, start_seconds: float) -> EngineFacts:
         prefix_caching=bool(cache.enable_prefix_caching),
         async_scheduling=bool(scheduler.async_scheduling),
         cudagraph_mode=str(compilation.cudagraph_mode),
-        largest_graph=max(sizes) if sizes else None,
+        largest_graph=compilation.max_cudagraph_capture_size or None,
         start_seconds=start_seconds,
     )
