@@ -20,12 +20,12 @@ from rich.console import Console
 from rich.table import Table
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from rkv_vllm.compactor import CpuCompactor
-from rkv_vllm.config import POLICY_NAMES, WINDOW, PolicyName, RkvConfig
-from rkv_vllm.cpu_cache import CpuLayerCache
-from rkv_vllm.plan import Compaction
+from rkv_vllm.decisions.messages import Compaction
+from rkv_vllm.execution.cpu.compactor import CpuCompactor
+from rkv_vllm.execution.cpu.layer_cache import CpuLayerCache
+from rkv_vllm.execution.query_window import CpuQueryWindow
 from rkv_vllm.policies import make_policies
-from rkv_vllm.query_window import CpuQueryWindow
+from rkv_vllm.settings.config import POLICY_NAMES, WINDOW, PolicyName, RkvConfig
 
 LENGTHS = ((640, 512), (1152, 1024), (2176, 2048))  # before and after: buffer 128
 

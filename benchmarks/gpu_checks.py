@@ -117,7 +117,7 @@ def check_identity(model: str) -> dict[str, Any]:
 def check_graphs(model: str) -> dict[str, Any]:
     """FULL graphs replay what the same kernels do without graphs, in batches of odd, padded sizes.
 
-    The largest is padded to whichever graph is fastest (`rkv_vllm/graph_choice.py`).
+    The largest is padded to whichever graph is fastest (`rkv_vllm/execution/gpu/graph_choice.py`).
 
     Batch-invariant: otherwise vLLM lets FlashAttention choose other splits outside a graph than inside. In
     this process: otherwise how fast requests reach the engine decides which of them share their first steps,

@@ -29,15 +29,15 @@ from pathlib import Path
 import torch
 import triton
 
-from rkv_vllm.bench.ceilings import measure_device
-from rkv_vllm.bench.floor import Ceilings
+from rkv_vllm.bench.hardware_limits import measure_device
+from rkv_vllm.bench.roofline import Ceilings
 from rkv_vllm.kernels import tiled
-from rkv_vllm.kernels.combine import combine
-from rkv_vllm.kernels.compact import compact
+from rkv_vllm.kernels.cache_layout import CompactionBatch, PagedKV
+from rkv_vllm.kernels.compaction_round import RkvRound
 from rkv_vllm.kernels.importance import survey
-from rkv_vllm.kernels.paged import CompactionBatch, PagedKV
-from rkv_vllm.kernels.pipeline import RkvRound
-from rkv_vllm.kernels.redundancy import newest_matches, sums
+from rkv_vllm.kernels.joint_scores import combine
+from rkv_vllm.kernels.matches import newest_matches, sums
+from rkv_vllm.kernels.move import compact
 from rkv_vllm.kernels.select import select
 from rkv_vllm.provenance import command_line
 

@@ -2,7 +2,7 @@
 
     python benchmarks/key_matches.py --model .cache/models/SmolLM2-135M-Instruct --text docs/serving.md
 
-The search (`kernels/redundancy.py`) visits a block of rows tile by tile, newest keys first, until each row
+The search (`kernels/matches.py`) visits a block of rows tile by tile, newest keys first, until each row
 has a key that is similar to it. What it visits at most is counted here, on the CPU, from the keys that
 transformers' own forward pass leaves in its cache: older tiles that it need not visit, since their keys found
 nothing in newer ones, are counted too.
@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rkv_vllm.config import SIMILARITY_THRESHOLD
-from rkv_vllm.kernels.redundancy import match_tiles
+from rkv_vllm.kernels.matches import match_tiles
 from rkv_vllm.provenance import command_line
+from rkv_vllm.settings.config import SIMILARITY_THRESHOLD
 
 
 def visited(keys: torch.Tensor, rows: int, columns: int) -> tuple[float, float]:

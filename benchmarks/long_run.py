@@ -22,13 +22,13 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from modelless import VOCABULARY, ModellessEngine
 from rich.console import Console
 from rich.table import Table
 
-from rkv_vllm.bench.floor import Ceilings, attention_seconds, products_seconds
 from rkv_vllm.bench.load import Ask, Load, requests_that_run
+from rkv_vllm.bench.modelless import VOCABULARY, ModellessEngine
 from rkv_vllm.bench.results import EngineFacts, Results, read_results, together
+from rkv_vllm.bench.roofline import Ceilings, attention_seconds, products_seconds
 from rkv_vllm.bench.rows import Kind, Row
 from rkv_vllm.bench.window import Window
 from rkv_vllm.provenance import command_line

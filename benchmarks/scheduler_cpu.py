@@ -30,13 +30,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from modelless import VOCABULARY, ModellessEngine
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from vllm.utils.math_utils import cdiv
 
-from rkv_vllm.plan import plan_of
+from rkv_vllm.bench.modelless import VOCABULARY, ModellessEngine
+from rkv_vllm.decisions.messages import plan_of
 from rkv_vllm.provenance import command_line
 
 ENGINES = ("stock", "off", "on")

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .part import LINK_SCALE, Part, inverse_norm, slot_offsets
+from .work_slice import LINK_SCALE, Part, inverse_norm, slot_offsets
 
 NO_LOGIT = tl.constexpr(-3.0e38)
 """Logit of what is no candidate: finite, so that a block without candidates needs no special case."""

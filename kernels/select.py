@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .part import Part
+from .work_slice import Part
 
 _BLOCKS = (2048, 4096, 8192)  # tokens that a program keeps in registers
 SELECT_LENGTHS = (2048, 4096, 8192, 8193)

@@ -5,6 +5,6 @@ from __future__ import annotations
 
 def register() -> None:
     """Makes the KV cache spec known wherever vLLM holds specs, before anything unpickles or groups one."""
-    from rkv_vllm.block_manager import register_compacting_spec
+    from rkv_vllm.scheduling.block_manager import register_compacting_spec
 
     register_compacting_spec()

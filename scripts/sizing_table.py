@@ -9,10 +9,10 @@ import argparse
 import sys
 from dataclasses import dataclass
 
-from rkv_vllm.config import BudgetRequest, RkvConfig
-from rkv_vllm.doctor import GIB
-from rkv_vllm.lengths import lengths_by
-from rkv_vllm.sizing import KvShape, Pool, most_slots
+from rkv_vllm.cli.diagnosis import GIB
+from rkv_vllm.decisions.lengths import lengths_by
+from rkv_vllm.decisions.sizing import KvShape, Pool, most_slots
+from rkv_vllm.settings.config import BudgetRequest, RkvConfig
 
 LENGTH = 16_384
 PAGE_SIZE = 16

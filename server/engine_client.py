@@ -15,11 +15,11 @@ from weakref import WeakKeyDictionary
 
 from vllm.exceptions import VLLMValidationError
 
-from rkv_vllm.config import XARGS_PREFIX, BudgetRequest
-from rkv_vllm.result import REFUSAL_KEY, RESULT_KEY
-from rkv_vllm.server.policy import KvPolicy
+from rkv_vllm.decisions.result import REFUSAL_KEY, RESULT_KEY
+from rkv_vllm.server.caller_rules import KvPolicy
 from rkv_vllm.server.protocol import KvCacheReport, combined
 from rkv_vllm.server.request import KvCacheError, read_xargs
+from rkv_vllm.settings.config import XARGS_PREFIX, BudgetRequest
 
 
 class Call:

@@ -8,17 +8,17 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from rkv_vllm.config import XARGS_PREFIX, BudgetRequest
 from rkv_vllm.server import engine_client
+from rkv_vllm.server.answer_report import ReportingSend
 from rkv_vllm.server.auth import presented_key
 from rkv_vllm.server.body import ClientGone, read_body, replay
+from rkv_vllm.server.caller_rules import KvPolicies, KvPolicy, KvSettings
 from rkv_vllm.server.engine_client import Call
 from rkv_vllm.server.errors import error_response
 from rkv_vllm.server.openapi import with_kv_cache
-from rkv_vllm.server.policy import KvPolicies, KvPolicy, KvSettings
 from rkv_vllm.server.protocol import FIELD
-from rkv_vllm.server.report import ReportingSend
 from rkv_vllm.server.request import XARGS, KvCacheError, parse_body, read_kv_cache, read_xargs
+from rkv_vllm.settings.config import XARGS_PREFIX, BudgetRequest
 
 #: Routes whose bodies take a `kv_cache` object, and whose answers have one.
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")

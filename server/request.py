@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rkv_vllm.config import OFF, POLICY_NAMES, WINDOW, XARGS_PREFIX, BudgetRequest, PolicyName
 from rkv_vllm.server.protocol import FIELD
+from rkv_vllm.settings.config import OFF, POLICY_NAMES, WINDOW, XARGS_PREFIX, BudgetRequest, PolicyName
 
 #: Budget of a request that keeps its full cache.
 FULL: Literal["full"] = "full"

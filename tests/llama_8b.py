@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from rkv_vllm.bench.floor import ModelShape
 from rkv_vllm.bench.results import EngineFacts
+from rkv_vllm.bench.roofline import ModelShape
 
 SHAPE = ModelShape(
     layers=32,

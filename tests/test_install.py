@@ -88,7 +88,8 @@ def test_torch_falls_back_to_pytorchs_cpu_index(
 
 def test_importing_the_package_is_cheap() -> None:
     """vLLM loads the plugin in each of its processes: that imports neither vLLM nor torch by itself."""
-    program = "import sys, rkv_vllm, rkv_vllm.config; print({'vllm', 'torch', 'fastapi'} & set(sys.modules))"
+    imports = "import sys, rkv_vllm, rkv_vllm.settings.config"
+    program = f"{imports}; print({{'vllm', 'torch', 'fastapi'}} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
 
@@ -98,4 +99,4 @@ def test_the_plugin_is_registered() -> None:
     [plugin] = [point for point in entry_points(group="vllm.general_plugins") if point.name == "rkv"]
     assert plugin.value == "rkv_vllm.plugin:register"
     [logger] = [point for point in entry_points(group="vllm.stat_logger_plugins") if point.name == "rkv"]
-    assert logger.value == "rkv_vllm.metrics:RkvStatLogger"
+    assert logger.value == "rkv_vllm.observability.prometheus:RkvStatLogger"

@@ -17,7 +17,7 @@ from rich.console import Console
 from rkv_vllm.bench.report import compare, show
 from rkv_vllm.bench.results import Measure, Results, read_results, together
 from rkv_vllm.bench.rows import Group, read_groups
-from rkv_vllm.explain import explain
+from rkv_vllm.settings.error_text import explain
 
 #: Wide enough for the table where the output is no terminal.
 FILE_WIDTH = 180

@@ -20,15 +20,15 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, FinishReason
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from rkv_vllm.bench.floor import ModelShape
 from rkv_vllm.bench.load import Ask, prompt_ids
 from rkv_vllm.bench.results import EngineFacts
+from rkv_vllm.bench.roofline import ModelShape
 from rkv_vllm.bench.rows import Kind, Row
 from rkv_vllm.bench.window import Step
-from rkv_vllm.config import extra_args
-from rkv_vllm.counters import COMPACTION_DURATION, COMPACTIONS, EVICTED_TOKENS, read
-from rkv_vllm.engine_args import rkv_engine_args
-from rkv_vllm.metrics import take_tally
+from rkv_vllm.observability.prometheus import take_tally
+from rkv_vllm.observability.tally import COMPACTION_DURATION, COMPACTIONS, EVICTED_TOKENS, read
+from rkv_vllm.settings.config import extra_args
+from rkv_vllm.settings.engine_args import rkv_engine_args
 
 EMPTY_POOL_SECONDS = 15.0
 

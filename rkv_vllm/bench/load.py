@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rkv_vllm.bench.rows import Entry, Kind, Row
-from rkv_vllm.config import RequestBudget
+from rkv_vllm.settings.config import RequestBudget
 
 #: Fractional parts of its multiples fill (0, 1) evenly, however many of them are taken (Weyl's sequence).
 GOLDEN = (5**0.5 - 1) / 2

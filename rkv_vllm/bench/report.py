@@ -9,9 +9,9 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
-from rkv_vllm.bench.floor import StepFloor, row_floor
 from rkv_vllm.bench.kernel_time import KernelTime
 from rkv_vllm.bench.results import EngineFacts, LoadResult, Results
+from rkv_vllm.bench.roofline import StepFloor, row_floor
 from rkv_vllm.bench.rows import Entry, Kind, Row
 from rkv_vllm.bench.window import Window
 

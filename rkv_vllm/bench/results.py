@@ -7,11 +7,11 @@ from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
-from rkv_vllm.bench.floor import Ceilings, ModelShape
 from rkv_vllm.bench.kernel_time import KernelTime
+from rkv_vllm.bench.roofline import Ceilings, ModelShape
 from rkv_vllm.bench.rows import Entry, Group, Kind, Row
 from rkv_vllm.bench.window import Point, Window
-from rkv_vllm.explain import explain
+from rkv_vllm.settings.error_text import explain
 
 
 class Measure(BaseModel):

@@ -9,8 +9,8 @@ from typing import Annotated, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from rkv_vllm.config import BudgetTokens, BufferTokens, PolicyName, RequestBudget
-from rkv_vllm.explain import explain
+from rkv_vllm.settings.config import BudgetTokens, BufferTokens, PolicyName, RequestBudget
+from rkv_vllm.settings.error_text import explain
 
 #: An engine without R-KV, one whose requests have the row's budget, and one whose requests switch R-KV off.
 Kind = Literal["stock", "rkv", "off"]

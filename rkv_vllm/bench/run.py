@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from threading import Thread, Timer
 
-from rkv_vllm.bench.engine_life import Order
+from rkv_vllm.bench.engine_run import Order
 from rkv_vllm.bench.results import Device, EngineFacts, Life, LoadResult, Measure, Results
 from rkv_vllm.bench.rows import Group, Kind
 from rkv_vllm.provenance import command_line, versions
@@ -69,7 +69,7 @@ def run_group(
         folder = Path(name)
 
         def prepare(place: int) -> LifeProcess:
-            process = LifeProcess(_python("rkv_vllm.bench.engine_life"), folder / f"{place}.jsonl", log)
+            process = LifeProcess(_python("rkv_vllm.bench.engine_run"), folder / f"{place}.jsonl", log)
             stack.callback(process.end)
             return process
 
@@ -243,7 +243,7 @@ def _device(log: Path) -> Device:
     """The device and its ceilings, measured apart: no process that starts an engine may hold memory of it."""
     with log.open("ab") as output:
         done = subprocess.run(
-            _python("rkv_vllm.bench.ceilings"),
+            _python("rkv_vllm.bench.hardware_limits"),
             env={**os.environ, **ENVIRONMENT, "VLLM_LOGGING_LEVEL": "ERROR"},
             stdout=subprocess.PIPE,
             stderr=output,

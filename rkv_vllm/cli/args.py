@@ -31,7 +31,7 @@ def args(
         order=order,
     )
     with options.vllm_on_stderr():  # what is printed here goes onto a command line
-        from rkv_vllm.engine_args import rkv_serve_flags
+        from rkv_vllm.settings.engine_args import rkv_serve_flags
 
         flags = rkv_serve_flags(config)
     typer.echo(" ".join(flags))

@@ -9,7 +9,7 @@ import typer
 
 from rkv_vllm.bench.rows import Row
 from rkv_vllm.cli.options import given
-from rkv_vllm.config import PolicyName
+from rkv_vllm.settings.config import PolicyName
 
 
 def _load(name: str, metavar: str | None = None) -> Any:

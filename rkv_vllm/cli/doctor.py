@@ -39,7 +39,7 @@ def doctor(
         scope=kv_scope,
         order=kv_order,
     )
-    from rkv_vllm.doctor import diagnose, show
+    from rkv_vllm.cli.diagnosis import diagnose, show
 
     try:
         with options.vllm_on_stderr(level="ERROR"):

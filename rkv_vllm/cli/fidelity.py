@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from rkv_vllm.cli import options
-from rkv_vllm.config import POLICY_NAMES
 from rkv_vllm.provenance import command_line
+from rkv_vllm.settings.config import POLICY_NAMES
 
 
 def fidelity(

@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from rkv_vllm import config
-from rkv_vllm.explain import explain
+from rkv_vllm.settings import config
+from rkv_vllm.settings.error_text import explain
 
 
 def _field(name: str) -> str:

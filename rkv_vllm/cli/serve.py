@@ -11,10 +11,10 @@ import typer
 from pydantic import ValidationError
 
 from rkv_vllm.cli.options import given
-from rkv_vllm.config import Granularity, Order, PolicyName, Scope
-from rkv_vllm.explain import explain
+from rkv_vllm.server.caller_rules import ENVIRONMENT_PREFIX, KvPolicies, KvSettings
 from rkv_vllm.server.operations import PREFIX, OperationSettings
-from rkv_vllm.server.policy import ENVIRONMENT_PREFIX, KvPolicies, KvSettings
+from rkv_vllm.settings.config import Granularity, Order, PolicyName, Scope
+from rkv_vllm.settings.error_text import explain
 
 
 def _setting(name: str) -> Any:
@@ -82,8 +82,8 @@ def serve(
         limit_concurrent_per_key=limit_concurrent_per_key,
         access_log=access_log,
     )
-    from rkv_vllm.engine_args import rkv_serve_flags
-    from rkv_vllm.server.arguments import serve_arguments
+    from rkv_vllm.settings.engine_args import rkv_serve_flags
+    from rkv_vllm.settings.serve_arguments import serve_arguments
 
     try:
         arguments = serve_arguments(context.args, rkv_serve_flags(settings.engine))

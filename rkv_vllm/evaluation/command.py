@@ -21,7 +21,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from rkv_vllm.config import RkvConfig
 from rkv_vllm.evaluation import report
 from rkv_vllm.evaluation.answers import AnswerLog
 from rkv_vllm.evaluation.engines import Engine, Sampling, in_process, on_server
@@ -31,6 +30,7 @@ from rkv_vllm.evaluation.runner import Plan, run
 from rkv_vllm.evaluation.settings import Setting
 from rkv_vllm.evaluation.summary import Summary, rows_of
 from rkv_vllm.evaluation.tasks import Task
+from rkv_vllm.settings.config import RkvConfig
 
 
 @dataclass(frozen=True)

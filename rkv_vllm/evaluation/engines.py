@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any, Protocol
 
-from rkv_vllm.config import RkvConfig
 from rkv_vllm.evaluation.settings import FULL_CACHE, Setting
 from rkv_vllm.evaluation.tasks import Decode
 from rkv_vllm.evaluation.thinking import START
 from rkv_vllm.provenance import device, versions
 from rkv_vllm.server.protocol import FIELD, KvCacheReport
 from rkv_vllm.server.request import FULL, XARGS
+from rkv_vllm.settings.config import RkvConfig
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -87,7 +87,7 @@ async def in_process(
     """
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from rkv_vllm.vllm_arguments import engine_arguments
+    from rkv_vllm.settings.command_line import engine_arguments
 
     engine_args = engine_arguments("eval", [model, *arguments], config)
     engine_args.disable_log_stats = True  # nobody reads them here, and they cost time in every step

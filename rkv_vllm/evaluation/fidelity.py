@@ -17,8 +17,8 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
-from rkv_vllm.config import BudgetRequest, Granularity, PolicyName, RequestBudget, RkvConfig
-from rkv_vllm.lengths import PageLengths, lengths_by
+from rkv_vllm.decisions.lengths import PageLengths, lengths_by
+from rkv_vllm.settings.config import BudgetRequest, Granularity, PolicyName, RequestBudget, RkvConfig
 
 #: What is measured of each token, in this order.
 MEASURES = ("kl", "top1", "full_logprob", "logprob")

@@ -11,10 +11,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from rkv_vllm.config import RkvConfig
 from rkv_vllm.evaluation.fidelity import Report, Setting, Window, cut, row_of
-from rkv_vllm.evaluation.teacher import Teacher
+from rkv_vllm.evaluation.forced_decoder import Teacher
 from rkv_vllm.provenance import device, versions
+from rkv_vllm.settings.config import RkvConfig
 
 
 @dataclass(frozen=True)

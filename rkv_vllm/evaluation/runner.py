@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rkv_vllm.config import PolicyName
 from rkv_vllm.evaluation.answers import Answer, AnswerLog
 from rkv_vllm.evaluation.engines import Engine, Generation, check_in_force
 from rkv_vllm.evaluation.settings import FULL_CACHE, Budget, Setting, grid
 from rkv_vllm.evaluation.summary import full_length
 from rkv_vllm.evaluation.tasks import Problem, Task
 from rkv_vllm.evaluation.thinking import after_thinking
+from rkv_vllm.settings.config import PolicyName
 
 #: Called with the number of answers asked for in all, and with how many of them are there.
 OnProgress = Callable[[int, int], None]

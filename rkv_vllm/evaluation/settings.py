@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from rkv_vllm.config import OFF, WINDOW, PolicyName, RequestBudget, extra_args
+from rkv_vllm.settings.config import OFF, WINDOW, PolicyName, RequestBudget, extra_args
 
 
 @dataclass(frozen=True, slots=True)

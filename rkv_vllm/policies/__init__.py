@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from rkv_vllm.config import PolicyName, RkvConfig
 from rkv_vllm.policies.base import Policy, ScoreInputs
 from rkv_vllm.policies.keydiff import KeyDiff
 from rkv_vllm.policies.random import Random
 from rkv_vllm.policies.recency import Recency
 from rkv_vllm.policies.rkv import Rkv
+from rkv_vllm.settings.config import PolicyName, RkvConfig
 
 __all__ = ["Policy", "ScoreInputs", "make_policies"]
 

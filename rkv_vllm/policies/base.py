@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from rkv_vllm.config import WINDOW
+from rkv_vllm.settings.config import WINDOW
 
 
 @dataclass(frozen=True, slots=True)

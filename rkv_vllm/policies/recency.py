@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from rkv_vllm.config import WINDOW, Order
 from rkv_vllm.policies.base import ScoreInputs
+from rkv_vllm.settings.config import WINDOW, Order
 
 #: First tokens, which take the attention that has nowhere to go.
 SINKS = 4

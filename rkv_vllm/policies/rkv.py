@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from rkv_vllm.config import POOL_KERNEL, SIMILARITY_THRESHOLD, WINDOW
 from rkv_vllm.kernels import tiled
 from rkv_vllm.policies.base import ScoreInputs
+from rkv_vllm.settings.config import POOL_KERNEL, SIMILARITY_THRESHOLD, WINDOW
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 
 from rkv_vllm import __version__
 from rkv_vllm.cli import app
-from rkv_vllm.config import PolicyName
+from rkv_vllm.server.caller_rules import KvPolicies, KvSettings
 from rkv_vllm.server.operations import OperationSettings
-from rkv_vllm.server.policy import KvPolicies, KvSettings
+from rkv_vllm.settings.config import PolicyName
 
 SCHEMA = json.loads((CHART / "values.schema.json").read_text())
 VALUES = yaml.safe_load((CHART / "values.yaml").read_text())

@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from rkv_vllm import __version__
+from rkv_vllm.server.caller_rules import KvSettings
 from rkv_vllm.server.operations import OperationSettings
-from rkv_vllm.server.policy import KvSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE = ROOT / "deploy" / "compose"

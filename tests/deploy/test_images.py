@@ -14,7 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from rkv_vllm.host_contract import VLLM_VERSION
+from rkv_vllm.host.contract import VLLM_VERSION
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = [ROOT / "docker" / "Dockerfile", ROOT / "docker" / "Dockerfile.cpu"]

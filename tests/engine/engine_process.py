@@ -262,7 +262,7 @@ class _Host:
         self._scheduler.schedule = watched
 
     def _step(self, output: Any) -> Step:
-        from rkv_vllm.plan import plan_of
+        from rkv_vllm.decisions.messages import plan_of
 
         held = self._manager.req_to_blocks
         running = {self._names[request.request_id]: request for request in self._scheduler.running}

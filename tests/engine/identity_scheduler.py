@@ -6,8 +6,8 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-from rkv_vllm.plan import Compaction, CompactionPlan, attach_plan, plan_of
-from rkv_vllm.scheduler import CompactingSchedulerMixin
+from rkv_vllm.decisions.messages import Compaction, CompactionPlan, attach_plan, plan_of
+from rkv_vllm.scheduling.scheduler import CompactingSchedulerMixin
 
 #: Decoded tokens between two moves of a request.
 EVERY = 16

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from rkv_vllm.compactor import CpuCompactor
-from rkv_vllm.config import POLICY_NAMES, WINDOW, Order, PolicyName, RkvConfig, Scope
-from rkv_vllm.gpu_compactor import GpuCompactor
+from rkv_vllm.decisions.messages import Compaction
+from rkv_vllm.execution.cpu.compactor import CpuCompactor
+from rkv_vllm.execution.gpu.compactor import GpuCompactor
+from rkv_vllm.execution.stopwatch import CpuStopwatch
 from rkv_vllm.kernels import naive
-from rkv_vllm.plan import Compaction
 from rkv_vllm.policies import ScoreInputs, make_policies
-from rkv_vllm.stopwatch import CpuStopwatch
+from rkv_vllm.settings.config import POLICY_NAMES, WINDOW, Order, PolicyName, RkvConfig, Scope
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PAGE, LAYERS, HEADS, GROUP, SIZE = 16, 3, 2, 2, 32

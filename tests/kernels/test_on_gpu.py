@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rkv_vllm.kernels.paged import CompactionBatch, Order, PagedKV
-from rkv_vllm.kernels.pipeline import RkvRound, Scope
+from rkv_vllm.kernels.cache_layout import CompactionBatch, Order, PagedKV
+from rkv_vllm.kernels.compaction_round import RkvRound, Scope
 
 
 @pytest.mark.parametrize("order", ["temporal", "score"])

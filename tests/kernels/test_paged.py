@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from rkv_vllm.kernels.paged import CompactionBatch, PagedKV
+from rkv_vllm.kernels.cache_layout import CompactionBatch, PagedKV
 
 
 def build(**changes: object) -> CompactionBatch:
@@ -118,6 +118,6 @@ def test_reference_needs_neither_triton_nor_vllm() -> None:
     """Proves that the CPU paths import where Triton and vLLM are absent."""
     code = (
         "import sys; sys.modules['triton'] = sys.modules['vllm'] = None\n"
-        "import rkv_vllm.kernels.naive, rkv_vllm.kernels.tiled, rkv_vllm.kernels.paged"
+        "import rkv_vllm.kernels.naive, rkv_vllm.kernels.tiled, rkv_vllm.kernels.cache_layout"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 
-from rkv_vllm.config import WINDOW, PolicyName, RkvConfig
-from rkv_vllm.gpu_compactor import GpuCompactor
+from rkv_vllm.decisions.messages import PageEviction
+from rkv_vllm.execution.gpu.compactor import GpuCompactor
 from rkv_vllm.kernels import naive
-from rkv_vllm.kernels.pages import choose_pages, drop_pages
-from rkv_vllm.plan import PageEviction
+from rkv_vllm.kernels.page_eviction import choose_pages, drop_pages
 from rkv_vllm.policies import ScoreInputs, make_policies
+from rkv_vllm.settings.config import WINDOW, PolicyName, RkvConfig
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PAGE = 16

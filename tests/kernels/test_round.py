@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from rkv_vllm.kernels import naive
-from rkv_vllm.kernels.paged import CompactionBatch, Order, PagedKV
-from rkv_vllm.kernels.pipeline import RkvRound, Scope
-from rkv_vllm.kernels.share import add_layers, share_in_layer
+from rkv_vllm.kernels.cache_layout import CompactionBatch, Order, PagedKV
+from rkv_vllm.kernels.compaction_round import RkvRound, Scope
+from rkv_vllm.kernels.shared_scores import add_layers, share_in_layer
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rkv_vllm.kernels.physical import prepare_physical
-from rkv_vllm.kernels.record import record
+from rkv_vllm.kernels.query_capture import record
+from rkv_vllm.kernels.step_inputs import prepare_physical
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WINDOW = 8

@@ -12,7 +12,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from rkv_vllm.config import WINDOW, RequestBudget
+from rkv_vllm.settings.config import WINDOW, RequestBudget
 
 VOCABULARY = 97
 #: Sampled like any other token, and ends a request that does not ignore it.

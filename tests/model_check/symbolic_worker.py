@@ -16,10 +16,10 @@ from request_model import RequestModel, leaving_pages, sampled_token, survivors
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
-from rkv_vllm.config import WINDOW
-from rkv_vllm.plan import Compaction, PageEviction, Round
-from rkv_vllm.runner_v1 import CompactingCpuRunner
-from rkv_vllm.stopwatch import CpuStopwatch
+from rkv_vllm.decisions.messages import Compaction, PageEviction, Round
+from rkv_vllm.execution.cpu.runner import CompactingCpuRunner
+from rkv_vllm.execution.stopwatch import CpuStopwatch
+from rkv_vllm.settings.config import WINDOW
 
 #: In a slot or query place that nobody wrote.
 UNWRITTEN = -1

@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 import symbolic_worker
-from engine import Engine
+from model_check_engine import Engine
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from workload import by_page, random_arrivals, random_setup
 
-from rkv_vllm.block_manager import CompactingManager
-from rkv_vllm.config import WINDOW
-from rkv_vllm.lengths import PageLengths, RequestLengths
-from rkv_vllm.query_rows import QueryRows
-from rkv_vllm.scheduler import CompactingSchedulerMixin, TrackedRequest
+from rkv_vllm.decisions.lengths import PageLengths, RequestLengths
+from rkv_vllm.decisions.query_rows import QueryRows
+from rkv_vllm.scheduling.block_manager import CompactingManager
+from rkv_vllm.scheduling.scheduler import CompactingSchedulerMixin, TrackedRequest
+from rkv_vllm.settings.config import WINDOW
 
 Break = Callable[[pytest.MonkeyPatch], None]
 MOST_RUNS = 30

@@ -7,16 +7,16 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from engine import Arrival, Engine, Outcome, Setup, make_scheduler
+from model_check_engine import Arrival, Engine, Outcome, Setup, make_scheduler
 from request_model import VOCABULARY
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 from workload import by_page, random_arrivals, random_setup, smallest_pool
 
-from rkv_vllm import scheduler as scheduler_module
-from rkv_vllm.config import Granularity, RkvConfig
-from rkv_vllm.page_report import PageReport
-from rkv_vllm.plan import plan_of
+from rkv_vllm.decisions.messages import plan_of
+from rkv_vllm.decisions.page_report import PageReport
+from rkv_vllm.scheduling import scheduler as scheduler_module
+from rkv_vllm.settings.config import Granularity, RkvConfig
 
 RUNS_PER_TEST = 8
 

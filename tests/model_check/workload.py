@@ -6,11 +6,11 @@ import random
 from dataclasses import replace
 from typing import Any
 
-from engine import Arrival, Setup
+from model_check_engine import Arrival, Setup
 from request_model import VOCABULARY
 from vllm.utils.math_utils import cdiv
 
-from rkv_vllm.config import RkvConfig
+from rkv_vllm.settings.config import RkvConfig
 
 POLICIES = ("rkv", "snapkv", "keydiff", "recency", "random")
 

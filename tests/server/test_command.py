@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from rkv_vllm.cli import app
 from rkv_vllm.server import launch
-from rkv_vllm.server.policy import KvPolicies, KvSettings
+from rkv_vllm.server.caller_rules import KvPolicies, KvSettings
 
 
 @pytest.fixture(autouse=True)

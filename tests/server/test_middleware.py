@@ -15,10 +15,10 @@ from pydantic import BaseModel
 from starlette.testclient import TestClient
 from vllm.exceptions import VLLMValidationError
 
-from rkv_vllm.config import POLICY_NAMES
+from rkv_vllm.server.caller_rules import KvPolicies, KvPolicy
 from rkv_vllm.server.middleware import KvCacheMiddleware, Refused, settings_of
-from rkv_vllm.server.policy import KvPolicies, KvPolicy
 from rkv_vllm.server.request import KvCacheRequest
+from rkv_vllm.settings.config import POLICY_NAMES
 
 POLICY = KvPolicy(budget=512, budget_min=256, budget_max=1024)
 DEFAULT = {"rkv_budget": 512, "rkv_buffer": 128, "rkv_policy": "rkv"}

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rkv_vllm.config import (
+from rkv_vllm.kernels import naive, tiled
+from rkv_vllm.policies import ScoreInputs, make_policies
+from rkv_vllm.policies.recency import SINKS, Recency
+from rkv_vllm.settings.config import (
     POLICY_NAMES,
     POOL_KERNEL,
     QUERY_POLICIES,
@@ -15,9 +18,6 @@ from rkv_vllm.config import (
     PolicyName,
     RkvConfig,
 )
-from rkv_vllm.kernels import naive, tiled
-from rkv_vllm.policies import ScoreInputs, make_policies
-from rkv_vllm.policies.recency import SINKS, Recency
 
 POLICIES = make_policies(RkvConfig(mix_lambda=0.3))
 HEADS, GROUP, SIZE = 2, 3, 16

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rkv_vllm.compatibility import markdown_table
+from rkv_vllm.host.compatibility import markdown_table
 
 README = Path(__file__).parents[2] / "README.md"
 

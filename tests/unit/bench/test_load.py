@@ -14,8 +14,8 @@ from rkv_vllm.bench.load import (
     slots_held,
 )
 from rkv_vllm.bench.rows import Row
-from rkv_vllm.config import RequestBudget
-from rkv_vllm.lengths import RequestLengths
+from rkv_vllm.decisions.lengths import RequestLengths
+from rkv_vllm.settings.config import RequestBudget
 
 ROW = Row(name="row", input=128, output=1000, budget=256, buffer=64)
 BUDGET = RequestBudget(256, 64, "rkv")

@@ -10,7 +10,6 @@ import pytest
 from llama_8b import FACTS
 from typer.testing import CliRunner
 
-from rkv_vllm.bench.floor import Ceilings
 from rkv_vllm.bench.kernel_time import kernel_time
 from rkv_vllm.bench.report import compare, remarks
 from rkv_vllm.bench.results import (
@@ -22,6 +21,7 @@ from rkv_vllm.bench.results import (
     read_results,
     together,
 )
+from rkv_vllm.bench.roofline import Ceilings
 from rkv_vllm.bench.rows import Entry, Group, Kind, Row
 from rkv_vllm.bench.window import Step, curve, summarise
 from rkv_vllm.cli import app

@@ -10,8 +10,8 @@ from pydantic import ValidationError
 
 from rkv_vllm.bench.command import choose
 from rkv_vllm.bench.rows import Group, Row, read_groups
-from rkv_vllm.config import RequestBudget
-from rkv_vllm.explain import explain
+from rkv_vllm.settings.config import RequestBudget
+from rkv_vllm.settings.error_text import explain
 
 PUBLISHED = Path(__file__).parents[3] / "benchmarks" / "throughput.yaml"
 NOTHING: dict[str, Any] = {"memory_gib": None, "lives": None, "stock_engine": [], "rkv_engine": []}

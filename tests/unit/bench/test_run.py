@@ -47,7 +47,7 @@ def test_a_process_whose_turn_never_comes_ends(tmp_path: Path) -> None:
         time.sleep(0.01)
     waiting.end()
     assert_gone(tmp_path / "child")
-    life = [sys.executable, "-m", "rkv_vllm.bench.engine_life", str(tmp_path / "lines")]
+    life = [sys.executable, "-m", "rkv_vllm.bench.engine_run", str(tmp_path / "lines")]
     assert subprocess.run(life, stdin=subprocess.DEVNULL, check=True).returncode == 0
     assert not (tmp_path / "lines").exists()
 

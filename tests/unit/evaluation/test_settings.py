@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from rkv_vllm.config import BudgetRequest
 from rkv_vllm.evaluation.settings import (
     FULL_CACHE,
     Budget,
@@ -14,6 +13,7 @@ from rkv_vllm.evaluation.settings import (
     parse_buffers,
     parse_policies,
 )
+from rkv_vllm.settings.config import BudgetRequest
 
 
 def test_the_grid_has_the_full_cache_first_and_each_setting_once() -> None:

@@ -1,0 +1,146 @@
+"""Joint scores from window attention and sums of similarities; the mass of each page on request.
+
+Formulas: rkv_spec 1.3 step 6, 1.4 steps 5 and 6, and 1.5; references: ``naive.rkv_scores``,
+``naive.page_scores``.
+"""
+
+# Triton reads its kernels' arguments without types.
+# mypy: allow-untyped-defs, allow-untyped-calls
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .work_slice import LINK_SCALE, Part
+
+MASS_SCALE = 1 << 40
+"""Page masses are summed as 64-bit integers in units of 2^-40, so that their order does not matter."""
+
+_BLOCK = 1024  # tokens a step
+_MASS_SCALE = tl.constexpr(MASS_SCALE)
+
+
+@triton.jit
+def _mass(masses, values, slots, candidates, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Add per-token values to their pages' masses, 16 tokens (a divisor of every page size) at a time."""
+    values = tl.where(slots < candidates, values, 0.0)
+    grouped = tl.sum(tl.reshape((values * _MASS_SCALE).to(tl.int64), (BLOCK // 16, 16)), axis=1)
+    first = tl.min(slots, axis=0) + 16 * tl.arange(0, BLOCK // 16)
+    tl.atomic_add(masses + 2 * (first // PAGE_SIZE), grouped, mask=first < candidates, sem="relaxed")
+
+
+@triton.jit(
+    do_not_specialize=[
+        "first_request",
+        "requests",
+        "stride_score_layer",
+        "stride_score_request",
+        "stride_score_head",
+        "stride_masses",
+    ],
+    do_not_specialize_on_alignment=["scores"],
+)
+def _combine_kernel(
+    lengths,
+    lam,
+    attention,
+    links,
+    scores,
+    stride_score_layer,
+    stride_score_request,
+    stride_score_head,
+    masses,
+    stride_masses,
+    first_request,
+    requests,
+    capacity,
+    WINDOW: tl.constexpr,
+    POOL: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    MASSES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    head = tl.program_id(0)
+    request = first_request + tl.program_id(1)
+    owner = (tl.program_id(2) * requests + tl.program_id(1)) * tl.num_programs(0) + head
+    attention += owner.to(tl.int64) * capacity
+    links += owner.to(tl.int64) * capacity
+    scores += tl.program_id(2).to(tl.int64) * stride_score_layer
+    scores += tl.program_id(1).to(tl.int64) * stride_score_request + head.to(tl.int64) * stride_score_head
+    masses += request * stride_masses
+    length = tl.load(lengths + request)
+    candidates = length - WINDOW
+    important = tl.load(lam + request)
+    similar = important < 1.0
+    to_mean = 1.0 / (length.to(tl.float32) * LINK_SCALE)
+
+    total = 1.0
+    if similar:
+        exponentials = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, length, BLOCK):
+            slots = start + tl.arange(0, BLOCK)
+            mean = tl.load(links + slots, mask=slots < length, other=0).to(tl.float32) * to_mean
+            # Means of cosines lie within -1 and 1, so that the softmax needs no shift.
+            exponentials += tl.where(slots < length, tl.exp(mean), 0.0)
+        total = tl.sum(exponentials, axis=0)
+    for start in range(0, candidates, BLOCK):
+        slots = start + tl.arange(0, BLOCK)
+        pooled = tl.zeros((BLOCK,), tl.float32)  # attention is never negative
+        for shift in tl.static_range(POOL):
+            near = slots + (shift - POOL // 2)
+            value = tl.load(attention + near, mask=(near >= 0) & (near < candidates), other=0.0)
+            pooled = tl.maximum(pooled, value)
+        redundant = tl.zeros((BLOCK,), tl.float32)
+        if similar:
+            mean = tl.load(links + slots, mask=slots < candidates, other=0).to(tl.float32) * to_mean
+            redundant = tl.exp(mean) / total
+        joint = important * pooled - (1.0 - important) * redundant
+        tl.store(scores + slots, joint, mask=slots < candidates)
+        if MASSES:
+            _mass(masses, pooled, slots, candidates, PAGE_SIZE, BLOCK)
+            _mass(masses + 1, redundant, slots, candidates, PAGE_SIZE, BLOCK)
+
+
+def combine(
+    part: Part,
+    lam: torch.Tensor,
+    scores: torch.Tensor,
+    *,
+    window: int,
+    pool_kernel: int,
+    masses: torch.Tensor | None = None,
+) -> None:
+    """Joint score of each candidate, given ``part.slots`` (window attention) and ``part.links``.
+
+    Args:
+        part: requests and layers, after ``sums``.
+        lam: float32 [R], weight of importance of each request of the batch.
+        scores: float32 [layers, requests, H, >= longest] of the part, written up to each request's
+            candidates.
+        window: number of newest keys that are no candidates.
+        pool_kernel: odd width, in tokens, of the max-pooling of importance.
+        masses: int64 [R, pages, 2], to which importance and redundancy (0 at a ``lam`` of 1) of every
+            candidate are added, in units of 1 / MASS_SCALE.
+    """
+    kv, batch = part.kv, part.batch
+    _combine_kernel[(kv.num_heads, part.requests, part.layers)](
+        batch.lengths_on_device,
+        lam,
+        part.slots.view(torch.float32),
+        part.links,
+        scores,
+        *scores.stride()[:3],
+        part.links if masses is None else masses,
+        0 if masses is None else masses.stride(0),
+        part.first_request,
+        part.requests,
+        part.capacity,
+        WINDOW=window,
+        POOL=pool_kernel,
+        PAGE_SIZE=kv.page_size,
+        MASSES=masses is not None,
+        BLOCK=_BLOCK,
+        num_warps=4,
+    )

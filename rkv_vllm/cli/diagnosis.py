@@ -1,0 +1,251 @@
+"""What `rkv-vllm doctor` finds out: versions, what would be refused, and how many requests fit."""
+
+from __future__ import annotations
+
+import platform
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from rkv_vllm.decisions.lengths import RequestLengths, lengths_by
+from rkv_vllm.decisions.sizing import KvShape, Pool, most_slots
+from rkv_vllm.host.contract import CONTRACT, CONTRACT_V1_RUNNER, CONTRACT_V2_RUNNER, contract_problems
+from rkv_vllm.provenance import versions
+from rkv_vllm.settings.config import BudgetRequest, RkvConfig
+from rkv_vllm.settings.error_text import explain
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+GIB = 1 << 30
+
+
+class Row(BaseModel):
+    """Requests of one kind in the pool. `budget` None: full cache."""
+
+    budget: int | None
+    buffer: int | None
+    tokens_held: int
+    pages_per_request: int
+    requests: int
+
+
+class Sizes(BaseModel):
+    """Sizes on one device.
+
+    Attributes:
+        pool_bytes: None where the number of pages was given.
+        largest_graph: tokens of the largest CUDA graph; None: there are none.
+    """
+
+    dtype: str
+    layers: int
+    kv_heads: int
+    head_size: int
+    kv_bytes_per_token: int
+    page_size: int
+    length: int
+    max_num_seqs: int
+    largest_graph: int | None
+    pool_bytes: int | None
+    pool_source: str
+    pool_is_estimate: bool
+    pool_pages: int
+    rows: list[Row]
+
+
+class Diagnosis(BaseModel):
+    """`problems` keep vLLM from starting with R-KV; `sizes` is there for a model that can be served."""
+
+    versions: dict[str, str]
+    platform: str
+    model: str | None
+    problems: list[str]
+    sizes: Sizes | None
+
+    @property
+    def refused(self) -> bool:
+        return bool(self.problems)
+
+
+def diagnose(arguments: list[str], config: RkvConfig, length: int | None = None) -> Diagnosis:
+    """Looks at this installation and, where there are arguments, at what they would start.
+
+    No weights are loaded and no engine is started.
+
+    Args:
+        arguments: options of `vllm serve`, the model among them; none: the installation alone.
+        config: the server's R-KV settings.
+        length: tokens of a request, prompt and answer; default: max_model_len.
+
+    Raises: ValueError, one message that names the option, where vLLM cannot make a configuration of them.
+    """
+    if find_spec("vllm") is None:
+        problem = "vLLM is not installed: pip install 'rkv-vllm[gpu]', or `make venv` for its CPU build"
+        return Diagnosis(
+            versions=versions(), platform=platform.platform(), model=None, problems=[problem], sizes=None
+        )
+    from vllm.platforms import current_platform
+
+    on_cpu = current_platform.is_cpu()
+    device = "CPU" if on_cpu else current_platform.get_device_name()
+    found = Diagnosis(
+        versions=versions(), platform=f"{platform.platform()}, {device}", model=None, problems=[], sizes=None
+    )
+    runner_contract = CONTRACT_V1_RUNNER if on_cpu else CONTRACT_V2_RUNNER
+    found.problems = contract_problems(CONTRACT, runner_contract)
+    if not arguments:
+        return found
+    from rkv_vllm.host.compatibility import unsupported_features, wrong_runner
+
+    vllm_config = _vllm_config(arguments, config)
+    found.model = vllm_config.model_config.model
+    found.problems = unsupported_features(vllm_config) + wrong_runner(vllm_config, on_cpu) + found.problems
+    if not found.refused:
+        found.sizes = _sizes(vllm_config, config, length)
+    return found
+
+
+def _vllm_config(arguments: list[str], config: RkvConfig) -> VllmConfig:
+    """The engine's configuration as `rkv-vllm serve` would make it."""
+    from rkv_vllm.settings.command_line import engine_arguments
+
+    try:
+        return engine_arguments("doctor", arguments, config).create_engine_config()
+    except ValidationError as error:
+        raise ValueError(explain(error)) from None
+    except OSError as error:  # no such model
+        raise ValueError(f"model: {error}") from None
+
+
+def _sizes(vllm_config: VllmConfig, config: RkvConfig, length: int | None) -> Sizes:
+    from vllm.utils.torch_utils import get_dtype_size, kv_cache_dtype_str_to_dtype
+
+    model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
+    if length is None:
+        length = model.max_model_len
+    elif not 0 < length <= model.max_model_len:
+        raise ValueError(f"--length: must be from 1 to max_model_len ({model.max_model_len}), not {length}")
+    dtype = kv_cache_dtype_str_to_dtype(cache.cache_dtype, model)
+    shape = KvShape(
+        layers=model.get_num_layers(parallel),
+        kv_heads=model.get_num_kv_heads(parallel),
+        head_size=model.get_head_size(),
+        element_bytes=get_dtype_size(dtype),
+    )
+    if cache.num_gpu_blocks_override is not None:
+        pool_bytes, source, estimate = None, "--num-gpu-blocks-override", False
+        pool = Pool(cache.num_gpu_blocks_override, cache.block_size)
+    else:
+        pool_bytes, source, estimate = _pool_bytes(vllm_config)
+        pool = Pool.of_bytes(pool_bytes, cache.block_size, shape.bytes_per_token)
+    cached: list[RequestLengths | None] = [None]
+    if (budget := config.resolve(BudgetRequest())) is not None:
+        cached.append(lengths_by(config.granularity, 0, budget, pool.page_size))
+    return Sizes(
+        dtype=str(dtype).removeprefix("torch."),
+        layers=shape.layers,
+        kv_heads=shape.kv_heads,
+        head_size=shape.head_size,
+        kv_bytes_per_token=shape.bytes_per_token,
+        page_size=pool.page_size,
+        length=length,
+        max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
+        largest_graph=vllm_config.compilation_config.max_cudagraph_capture_size or None,
+        pool_bytes=pool_bytes,
+        pool_source=source,
+        pool_is_estimate=estimate,
+        pool_pages=pool.pages,
+        rows=[_row(pool, length, each) for each in cached],
+    )
+
+
+def _row(pool: Pool, length: int, lengths: RequestLengths | None) -> Row:
+    slots = most_slots(length, lengths)
+    return Row(
+        budget=lengths.budget.budget if lengths else None,
+        buffer=lengths.budget.buffer if lengths else None,
+        tokens_held=slots,
+        pages_per_request=pool.pages_for(slots),
+        requests=pool.requests_that_fit(slots),
+    )
+
+
+def _pool_bytes(vllm_config: VllmConfig) -> tuple[int, str, bool]:
+    """Returns: bytes of the pool on one device, where the number is from, and whether it is an estimate."""
+    from vllm.platforms import current_platform
+    from vllm.transformers_utils.config import get_safetensors_params_metadata
+
+    cache, model, parallel = vllm_config.cache_config, vllm_config.model_config, vllm_config.parallel_config
+    if cache.kv_cache_memory_bytes is not None:  # VLLM_CPU_KVCACHE_SPACE comes out here too
+        return cache.kv_cache_memory_bytes, "as given", False
+    memory = current_platform.get_device_total_memory()
+    tensors = get_safetensors_params_metadata(model.model, revision=model.revision)
+    tensors.pop("__metadata__", None)  # of the file, not a tensor
+    stored = sum(end - start for start, end in (tensor["data_offsets"] for tensor in tensors.values()))
+    if not stored:
+        raise ValueError(
+            "--kv-cache-memory-bytes: give it, as no safetensors file says how large the weights of "
+            f"{model.model} are"
+        )
+    weights = stored // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
+    source = (
+        f"{memory / GIB:.1f} GiB of memory x {cache.gpu_memory_utilization:g} - {weights / GIB:.1f} GiB of "
+        "weights; activations and CUDA graphs take more"
+    )
+    return int(memory * cache.gpu_memory_utilization) - weights, source, True
+
+
+def show(found: Diagnosis, console: Console) -> None:
+    """Prints what was found as tables."""
+    versions = Table(title="Installation", title_justify="left", show_header=False)
+    for name, number in found.versions.items():
+        versions.add_row(name, number)
+    versions.add_row("platform", found.platform)
+    console.print(versions)
+    subject = "this configuration" if found.model else "this installation"
+    if found.refused:
+        console.print(f"R-KV refuses {subject}:", style="red")
+        for problem in found.problems:
+            console.print(f"  - {problem}", markup=False, highlight=False)
+    else:
+        console.print(f"R-KV works with {subject}.", style="green")
+    if found.sizes is not None:
+        _show_sizes(found.sizes, console)
+
+
+def _show_sizes(sizes: Sizes, console: Console) -> None:
+    console.print("Layers are checked when the model is loaded (sliding window, ALiBi, shared caches).")
+    facts = Table(title="KV cache of one device", title_justify="left", show_header=False)
+    facts.add_row(
+        "KV bytes a token",
+        f"{sizes.kv_bytes_per_token:,} (K and V, {sizes.layers} layers, {sizes.kv_heads} KV heads of "
+        f"{sizes.head_size}, {sizes.dtype})",
+    )
+    facts.add_row("page", f"{sizes.page_size} tokens, {sizes.kv_bytes_per_token * sizes.page_size:,} bytes")
+    size = "" if sizes.pool_bytes is None else f"{sizes.pool_bytes / GIB:.2f} GiB, "
+    guess = "estimate: " if sizes.pool_is_estimate else ""
+    facts.add_row("pool", f"{size}{sizes.pool_pages:,} pages ({guess}{sizes.pool_source})")
+    console.print(facts)
+    title = f"Requests of {sizes.length:,} tokens that fit"
+    table = Table("cache", "tokens held", "pages", "requests", title=title, title_justify="left")
+    for row in sizes.rows:
+        kind = "full" if row.budget is None else f"budget {row.budget}, buffer {row.buffer}"
+        table.add_row(kind, f"{row.tokens_held:,}", f"{row.pages_per_request:,}", f"{row.requests:,}")
+    console.print(table)
+    if len(sizes.rows) == 1:
+        console.print("See what a budget does with --kv-budget TOKENS.")
+    else:
+        console.print("A prompt longer than budget + buffer is held whole until decoding begins.")
+    fit = max(row.requests for row in sizes.rows)
+    if fit > sizes.max_num_seqs:
+        console.print(f"max_num_seqs lets {sizes.max_num_seqs:,} run at the same time.")
+    run = min(fit, sizes.max_num_seqs)
+    if sizes.largest_graph is not None and run > sizes.largest_graph:
+        console.print(
+            f"More than {sizes.largest_graph:,} requests would run without a CUDA graph: "
+            f"--max-cudagraph-capture-size={run} captures larger ones."
+        )

@@ -1,0 +1,1 @@
+"""For vLLM's CPU build and its V1 model runner."""

@@ -1,0 +1,177 @@
+"""Adapter for vLLM's V1 model runner: physical lengths for attention, logical ones for all else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+from rkv_vllm.decisions.messages import Compaction, CompactionPlan, PageEviction, plan_of
+from rkv_vllm.decisions.page_report import PageReport, with_reports
+from rkv_vllm.decisions.query_rows import num_query_rows
+from rkv_vllm.execution.cpu.compactor import CpuCompactor
+from rkv_vllm.execution.cpu.layer_cache import CpuLayerCache
+from rkv_vllm.execution.query_window import CpuQueryWindow, window_positions
+from rkv_vllm.execution.stopwatch import attach_laps
+from rkv_vllm.policies import make_policies
+from rkv_vllm.settings.config import WINDOW, RkvConfig
+
+
+class RewindableGenerator(torch.Generator):
+    """Of a request with a seed, so that the engine survives a split prompt.
+
+    vLLM samples for every request of a step, and takes the draw back where the prompt is not complete. It
+    does so by the offset of a CUDA generator, which a CPU generator has not: asking for it would end the
+    engine.
+    """
+
+    _before: torch.Tensor
+
+    def remember(self) -> None:
+        """To be called before each draw."""
+        self._before = self.get_state()
+
+    def get_offset(self) -> int:
+        return 0
+
+    def set_offset(self, offset: int) -> None:
+        """Takes back the last draw, whatever the offset."""
+        self.set_state(self._before)
+
+
+class CompactingCpuRunner(CPUModelRunner):
+    """The V1 runner of vLLM's CPU build with compaction.
+
+    `_evicted` maps a compacted request to its evicted tokens. All of vLLM's own state stays logical; what
+    attention reads (sequence lengths, slot mapping, block table) is made physical after vLLM prepared it.
+    """
+
+    _evicted: dict[str, int]
+    _page_reports: list[PageReport]
+    _query_window: CpuQueryWindow
+    _compactor: CpuCompactor
+    _rkv_layers: list[Attention]
+
+    def watch_queries(self, layers: list[Attention]) -> None:
+        """To be called once, when the model is loaded and before memory is profiled."""
+        vllm_config: VllmConfig = self.vllm_config
+        num_rows = num_query_rows(vllm_config.scheduler_config.max_num_seqs)
+        self._evicted = {}
+        self._page_reports = []
+        self._rkv_layers = layers
+        self._query_window = CpuQueryWindow(layers, num_rows, self.device)
+
+    def initialize_kv_cache(
+        self, kv_cache_config: KVCacheConfig, is_profiling: bool = False, **kwargs: Any
+    ) -> None:
+        super().initialize_kv_cache(kv_cache_config, is_profiling, **kwargs)
+        if not is_profiling:
+            config = RkvConfig.from_additional_config(self.vllm_config.additional_config)
+            caches = [CpuLayerCache(layer) for layer in self._rkv_layers]
+            self._compactor = CpuCompactor(caches, self._query_window, config, make_policies(config))
+
+    def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
+        plan = plan_of(scheduler_output)
+        # Before vLLM writes anything: a page freed by this plan may have a new owner in this very step.
+        self._compactor.run(plan.compactions)
+        gone = (
+            *scheduler_output.finished_req_ids,
+            *(request.req_id for request in scheduler_output.scheduled_new_reqs),
+            *scheduler_output.scheduled_cached_reqs.resumed_req_ids,
+        )
+        for request_id in gone:
+            self._evicted.pop(request_id, None)
+        for compaction in plan.compactions:
+            self._shorten(compaction)
+        if plan.page_evictions:
+            with self._compactor.stopwatch.lap():
+                for eviction in plan.page_evictions:
+                    self._drop_pages(eviction)
+        updated = super()._update_states(scheduler_output)
+        for request in scheduler_output.scheduled_new_reqs:
+            self._make_rewindable(request.req_id)
+        return updated
+
+    def _make_rewindable(self, request_id: str) -> None:
+        state = self.requests[request_id]
+        if state.generator is not None:
+            generator = RewindableGenerator()
+            generator.set_state(state.generator.get_state())
+            state.generator = generator
+            self.input_batch.generators[self.input_batch.req_id_to_index[request_id]] = generator
+
+    def _shorten(self, compaction: Compaction) -> None:
+        self._evicted[compaction.request_id] = compaction.evicted
+        self._set_pages(compaction.request_id, compaction.target_pages)
+
+    def _drop_pages(self, eviction: PageEviction) -> None:
+        request_id = eviction.request_id
+        stay, left = self._compactor.evict_pages(eviction, list(self.requests[request_id].block_ids[0]))
+        self._evicted[request_id] = eviction.evicted
+        self._set_pages(request_id, stay)
+        self._page_reports.append(PageReport(request_id, eviction.sequence, tuple(left)))
+
+    def _set_pages(self, request_id: str, pages: Sequence[int]) -> None:
+        pages = list(pages)
+        self.requests[request_id].block_ids[0][:] = pages
+        # A request that sat out the last step has no row; its state above is what brings it back.
+        row = self.input_batch.req_id_to_index.get(request_id)
+        if row is not None:
+            self.input_batch.block_table.add_row((pages,), row)
+
+    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+        return self._report(super().execute_model(*args, **kwargs))
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        for generator in self.input_batch.generators.values():
+            generator.remember()
+        output, laps = super().sample_tokens(*args, **kwargs), self._compactor.stopwatch.take()
+        if isinstance(output, ModelRunnerOutput) and output.req_ids:  # not vLLM's one empty output for all
+            attach_laps(output, laps)
+        return self._report(output)
+
+    def _report(self, model_output: Any) -> Any:
+        """Sends along which pages left, with the step's output; None stands for one still to come."""
+        if model_output is None or not self._page_reports:
+            return model_output
+        reports, self._page_reports = self._page_reports, []
+        return with_reports(model_output, reports)
+
+    def _prepare_inputs(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray) -> Any:
+        prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        self._record_queries(plan_of(scheduler_output), num_scheduled_tokens)
+        evicted = [self._evicted.get(request_id, 0) for request_id in self.input_batch.req_ids]
+        if any(evicted):
+            self._make_physical(torch.tensor(evicted, dtype=torch.int32), num_scheduled_tokens)
+        return prepared
+
+    def _make_physical(self, evicted: torch.Tensor, num_scheduled_tokens: np.ndarray) -> None:
+        num_requests, num_tokens = len(evicted), int(num_scheduled_tokens.sum())
+        self.seq_lens[:num_requests] -= evicted
+        self.optimistic_seq_lens_cpu[:num_requests] -= evicted
+        by_token = evicted.repeat_interleave(torch.from_numpy(num_scheduled_tokens))
+        self.input_batch.block_table.compute_slot_mapping(
+            num_requests,
+            self.query_start_loc.gpu[: num_requests + 1],
+            self.positions[:num_tokens] - by_token,
+        )
+
+    def _record_queries(self, plan: CompactionPlan, num_scheduled_tokens: np.ndarray) -> None:
+        tokens: list[int] = []
+        places: list[int] = []
+        for request_id, query_row in plan.recordings.items():
+            row = self.input_batch.req_id_to_index[request_id]
+            first, count = self.input_batch.num_computed_tokens_cpu[row], num_scheduled_tokens[row]
+            batch_start = self.query_start_loc.np[row]
+            for position in window_positions(int(first), int(count)):
+                tokens.append(int(batch_start) + position - int(first))
+                places.append(query_row * WINDOW + position % WINDOW)
+        self._query_window.begin_step(tokens, places)

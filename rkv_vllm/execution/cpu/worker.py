@@ -1,0 +1,38 @@
+"""vLLM's workers with compaction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from rkv_vllm.execution.cpu.runner import CompactingCpuRunner
+from rkv_vllm.execution.layers import attention_layers
+from rkv_vllm.host.compatibility import NEEDS_V1_RUNNER, refuse_unsupported
+from rkv_vllm.host.contract import CONTRACT_V1_RUNNER
+from rkv_vllm.scheduling.block_manager import register_compacting_spec, to_compacting_specs
+
+
+class CompactingCpuWorker(CPUWorker):
+    """For vLLM's CPU build, which runs the V1 model runner."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        refuse_unsupported(self.vllm_config, CONTRACT_V1_RUNNER)
+        register_compacting_spec()
+
+    def init_device(self) -> None:
+        super().init_device()
+        if type(self.model_runner) is not CPUModelRunner:
+            raise ValueError(NEEDS_V1_RUNNER)
+        # vLLM has no factory for its CPU runner, so that the instance is re-typed.
+        self.model_runner.__class__ = CompactingCpuRunner
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        self.model_runner.watch_queries(attention_layers(self.vllm_config))
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        return to_compacting_specs(super().get_kv_cache_spec())

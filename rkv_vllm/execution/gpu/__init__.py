@@ -1,0 +1,1 @@
+"""For GPUs and Model Runner V2."""

@@ -1,0 +1,39 @@
+"""vLLM's GPU worker with compaction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.worker.gpu_worker import Worker
+
+from rkv_vllm.execution.gpu.runner import CompactingRunnerV2
+from rkv_vllm.execution.layers import attention_layers
+from rkv_vllm.host.compatibility import NEEDS_V2_RUNNER, refuse_unsupported
+from rkv_vllm.host.contract import CONTRACT_V2_RUNNER
+from rkv_vllm.scheduling.block_manager import register_compacting_spec, to_compacting_specs
+
+
+class CompactingGpuWorker(Worker):
+    """For Model Runner V2, vLLM's default on GPUs."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        refuse_unsupported(self.vllm_config, CONTRACT_V2_RUNNER)
+        if not self.use_v2_model_runner:
+            raise ValueError(NEEDS_V2_RUNNER)
+        register_compacting_spec()
+
+    def _make_model_runner(self) -> CompactingRunnerV2:
+        return CompactingRunnerV2(self.vllm_config, self.device)
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        self.model_runner.watch_queries(attention_layers(self.vllm_config))
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        return to_compacting_specs(super().get_kv_cache_spec())
+
+    def compile_or_warm_up_model(self) -> Any:
+        self.model_runner.warm_up_compaction()
+        return super().compile_or_warm_up_model()

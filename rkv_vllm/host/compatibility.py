@@ -1,0 +1,175 @@
+"""The one table of vLLM features: works, or refused at start and why. The README's table is made from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rkv_vllm.host.contract import CONTRACT, Contract, contract_problems
+from rkv_vllm.settings.config import RkvConfig
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.model_executor.layers.attention import Attention
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One row. `in_use` tells whether a configuration uses a refused feature; None: it is not seen there."""
+
+    name: str
+    works: bool
+    remark: str
+    in_use: Callable[[VllmConfig], bool] | None = None
+
+
+def _refused(name: str, remark: str, in_use: Callable[[VllmConfig], bool] | None = None) -> Feature:
+    return Feature(name, works=False, remark=remark, in_use=in_use)
+
+
+def _works(name: str, remark: str) -> Feature:
+    return Feature(name, works=True, remark=remark)
+
+
+def _decides_for_all(vllm_config: VllmConfig) -> bool:
+    """Whether one decision covers several heads or layers, which may lie on other ranks."""
+    config = RkvConfig.from_additional_config(vllm_config.additional_config)
+    return config.granularity == "page" or config.scope != "head"
+
+
+FEATURES: tuple[Feature, ...] = (
+    _works("prefix caching", "shared and cached pages are never written; compaction copies out of them"),
+    _works("chunked prefill", "prompts are compacted when decoding begins"),
+    _works("async scheduling", "compactions follow from counts, not from sampled tokens"),
+    _works(
+        "CUDA graphs",
+        "lengths lie in buffers that graphs read; "
+        "on one GPU, more than 256 decoding requests take the fastest graph",
+    ),
+    _works("preemption", "a resumed request replays its compactions and gives the same output"),
+    _works("admission", "a request waits until there is room for what those that run will grow to"),
+    _works("logprobs, penalties, stop conditions, structured output", "all see logical lengths"),
+    _works("several samples of a prompt (n > 1)", "each is compacted by itself"),
+    _refused(
+        "speculative decoding",
+        "rejected tokens would be rolled back past a compaction",
+        lambda c: c.speculative_config is not None,
+    ),
+    _refused(
+        "KV connectors and offloading",
+        "they map pages to token positions, which a compacted request has not",
+        lambda c: c.kv_transfer_config is not None or c.cache_config.kv_offloading_size is not None,
+    ),
+    _refused(
+        "context parallelism",
+        "slots are interleaved over ranks",
+        lambda c: (
+            c.parallel_config.decode_context_parallel_size > 1
+            or c.parallel_config.prefill_context_parallel_size > 1
+        ),
+    ),
+    _refused(
+        "micro-batching (dual batch overlap)",
+        "attention metadata is built per micro-batch",
+        lambda c: c.parallel_config.use_ubatching,
+    ),
+    _refused(
+        "quantised KV cache",
+        "scores need plain keys",
+        lambda c: c.cache_config.cache_dtype not in ("auto", "float16", "bfloat16"),
+    ),
+    _refused(
+        "multi-head latent attention", "the cache holds latents, not keys", lambda c: c.model_config.use_mla
+    ),
+    _refused(
+        "encoder-decoder, diffusion, state-space and pooling models",
+        "no growing cache of decoded tokens, or another one beside it",
+        lambda c: (
+            c.model_config.is_encoder_decoder
+            or c.model_config.is_diffusion
+            or c.model_config.is_attention_free
+            or c.model_config.is_hybrid
+            or c.model_config.runner_type != "generate"
+        ),
+    ),
+    _refused(
+        "page granularity or a shared scope with tensor or pipeline parallelism",
+        "each rank would score its own heads and layers, and keep other tokens",
+        lambda c: c.parallel_config.world_size > 1 and _decides_for_all(c),
+    ),
+    _refused("sliding-window or chunked attention", "the mask is cut by distance between slots"),
+    _refused("ALiBi", "the bias is a distance between slots"),
+    _refused("cross-layer KV sharing", "one cache would be scored by several layers' queries"),
+    _refused("streaming input sessions", "such a request keeps its full cache; others are compacted"),
+)
+
+
+NEEDS_V1_RUNNER = "rkv-vllm needs the V1 model runner on a CPU; unset VLLM_USE_V2_MODEL_RUNNER"
+NEEDS_V2_RUNNER = (
+    "rkv-vllm needs Model Runner V2 on a GPU; vLLM chose V1 for this configuration (its log says why), or "
+    "VLLM_USE_V2_MODEL_RUNNER=0 is set"
+)
+
+
+def refuse_unsupported(vllm_config: VllmConfig, *contracts: Contract) -> None:
+    """Checks everything that can be known before the model is loaded.
+
+    Args:
+        vllm_config: the engine's configuration, complete.
+        contracts: methods that the caller relies on beside those of the core.
+
+    Raises: ValueError with every problem in it: features in use that are refused, and methods of vLLM that
+    are not what rkv-vllm was written against.
+    """
+    _raise_if(unsupported_features(vllm_config) + contract_problems(CONTRACT, *contracts))
+
+
+def unsupported_features(vllm_config: VllmConfig) -> list[str]:
+    """The refused features that a configuration uses, one line each; empty where there are none."""
+    return [
+        f"{feature.name} is not supported: {feature.remark}"
+        for feature in FEATURES
+        if feature.in_use is not None and feature.in_use(vllm_config)
+    ]
+
+
+def wrong_runner(vllm_config: VllmConfig, on_cpu: bool) -> list[str]:
+    """What is wrong with the model runner that vLLM chose, one line; empty where it is the right one."""
+    if vllm_config.use_v2_model_runner != on_cpu:
+        return []
+    return [NEEDS_V1_RUNNER if on_cpu else NEEDS_V2_RUNNER]
+
+
+def refuse_unsupported_layers(layers: Mapping[str, Attention]) -> None:
+    """Checks the loaded model's attention layers.
+
+    Raises: ValueError with every problem in it, each named with the first layer that has it.
+    """
+    problems: dict[str, str] = {}
+    for name, layer in layers.items():
+        if layer.sliding_window is not None:
+            problems.setdefault("sliding-window attention", name)
+        if layer.impl.alibi_slopes is not None:
+            problems.setdefault("ALiBi", name)
+        if layer.kv_sharing_target_layer_name is not None:
+            problems.setdefault("cross-layer KV sharing", name)
+        if layer.attn_type != "decoder":
+            problems.setdefault(f"attention of type {layer.attn_type}", name)
+    found = [f"{problem} is not supported (layer {name})" for problem, name in problems.items()]
+    _raise_if(found if layers else ["the model has no attention layer"])
+
+
+def _raise_if(problems: list[str]) -> None:
+    if problems:
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        raise ValueError(f"rkv-vllm cannot run this configuration:\n{listed}")
+
+
+def markdown_table() -> str:
+    """The table for the README."""
+    rows = [
+        f"| {feature.name} | {'works' if feature.works else 'refused'} | {feature.remark} |"
+        for feature in FEATURES
+    ]
+    return "\n".join(["| vLLM feature | | why, or how |", "|---|---|---|", *rows])

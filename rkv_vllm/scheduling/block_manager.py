@@ -1,0 +1,248 @@
+"""vLLM's block manager for full attention, able to shorten a running request (glue to vLLM's block pool)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+from vllm.v1.request import Request
+
+from rkv_vllm.decisions.lengths import lengths_by
+from rkv_vllm.settings.config import BudgetRequest, RkvConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompactingSpec(FullAttentionSpec):
+    """A full-attention layer whose pages are managed by `CompactingManager`; no field of its own."""
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        """Bytes of this layer that the pool has to hold, or vLLM refuses to start.
+
+        That is a request of max_model_len, unless the server lets max_model_len exceed the pool: then it is
+        a request at its default budget, and the scheduler refuses those that do not fit.
+        """
+        whole = super().max_memory_usage_bytes(vllm_config)
+        config = RkvConfig.from_additional_config(vllm_config.additional_config)
+        default = config.resolve(BudgetRequest())
+        if not config.beyond_pool or default is None:
+            return whole
+        slots = lengths_by(config.granularity, 0, default, self.block_size).most_slots
+        return min(whole, cdiv(slots, self.block_size) * self.page_size_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class PageMove:
+    """Ids of a request's pages before and after a compaction, in order."""
+
+    source_pages: tuple[int, ...]
+    target_pages: tuple[int, ...]
+    leaving: tuple[KVCacheBlock, ...]  # source pages that are no targets, still to be released
+
+
+class CompactingManager(FullAttentionManager):
+    """Keeps `len(pages) == ceil(physical length / page size)` for every request.
+
+    vLLM counts tokens logically everywhere; this class alone subtracts what was evicted. Pages leave a
+    running request by shortening its list, so that vLLM's pool, prefix cache and metrics stay as they are.
+
+    Where whole pages are evicted, what counts as evicted here is what was reported to have left: until then
+    the list is longer by the pages that are leaving.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._evicted: dict[str, int] = {}
+        self._most_slots: dict[str, int] = {}
+
+    # -- the request's pages -------------------------------------------------------------------------------
+
+    def bound(self, request_id: str, most_slots: int) -> None:
+        """Tells admission how many slots, in tokens, the request can ever hold."""
+        self._most_slots[request_id] = most_slots
+
+    def unbound(self, request_id: str) -> None:
+        """Forgets what `bound` said, when the request is gone."""
+        self._most_slots.pop(request_id, None)
+
+    def num_pages(self, request_id: str) -> int:
+        return len(self.req_to_blocks.get(request_id, ()))
+
+    def can_compact(self, request_id: str, keep: int) -> bool:
+        """Whether pages can be found for `keep` tokens without writing a shared page."""
+        needed = self._num_shared(self.req_to_blocks[request_id][: cdiv(keep, self.block_size)])
+        own = self._own_tail(request_id, keep)
+        return needed <= len(own) + self.block_pool.get_num_free_blocks()
+
+    def compact(self, request_id: str, keep: int, evicted: int) -> PageMove:
+        """Shortens a request to `keep` tokens; the caller releases the pages that leave.
+
+        Mutates the request's page list, the free queue and, where the pool has no room, the prefix cache. A
+        page that another request shares is left alone and replaced; so is one in the prefix cache while the
+        pool has room, and once released it is free with its content still to be hit. Replacements are, in
+        this order, the request's own private pages that it no longer needs, and pages of the pool. Where
+        those run out, a cached page that only this request holds loses its cache entry and is reused in
+        place.
+
+        Args:
+            request_id: a running request for which `can_compact` holds.
+            keep: physical length afterwards, in tokens.
+            evicted: tokens evicted so far, this round included.
+        """
+        pool = self.block_pool
+        before = self.req_to_blocks[request_id]
+        head = before[: cdiv(keep, self.block_size)]
+        spare = self._own_tail(request_id, keep)
+        in_pool = pool.get_num_free_blocks()
+        shared_left = self._num_shared(head)
+
+        after: list[KVCacheBlock] = []
+        for page in head:
+            if pool.is_block_writable(page):
+                after.append(page)
+                continue
+            is_shared = page.ref_cnt > 1
+            shared_left -= is_shared
+            # What is left after this one must still do for the shared pages to come.
+            if is_shared or len(spare) + in_pool > shared_left:
+                if spare:
+                    after.append(spare.pop(0))
+                else:
+                    after.extend(pool.get_new_blocks(1))
+                    in_pool -= 1
+            else:
+                pool.evict_blocks({page.block_id})
+                after.append(page)
+
+        kept = {page.block_id for page in after}
+        self.req_to_blocks[request_id] = after
+        self._evicted[request_id] = evicted
+        return PageMove(
+            source_pages=tuple(page.block_id for page in before),
+            target_pages=tuple(page.block_id for page in after),
+            leaving=tuple(page for page in before if page.block_id not in kept),
+        )
+
+    def release(self, moves: Iterable[PageMove]) -> None:
+        """Returns the pages that left to the pool, once all compactions of the step have their targets.
+
+        A step's compactions run side by side on the device: a page that one still reads must not be the
+        target of another.
+        """
+        for move in moves:
+            self.block_pool.free_blocks(reversed(move.leaving))
+
+    def stop_caching(self, request_id: str) -> None:
+        """Keeps the request's further pages out of the prefix cache: pages before them are about to leave."""
+        self._evicted.setdefault(request_id, 0)
+
+    def remove_pages(self, request_id: str, page_ids: Sequence[int]) -> None:
+        """Returns some of a request's pages to the pool; their contents stay, for the prefix cache to hit.
+
+        Args:
+            request_id: a running request for which `stop_caching` was called.
+            page_ids: of whole pages that it holds, and that no step reads as its own any more.
+        """
+        leaving_ids = set(page_ids)
+        before = self.req_to_blocks[request_id]
+        leaving = [page for page in before if page.block_id in leaving_ids]
+        assert len(leaving) == len(page_ids), f"{request_id} does not hold all of pages {page_ids}"
+        self.req_to_blocks[request_id] = [page for page in before if page.block_id not in leaving_ids]
+        self._evicted[request_id] += len(leaving) * self.block_size
+        self.block_pool.free_blocks(reversed(leaving))
+
+    def _own_tail(self, request_id: str, keep: int) -> list[KVCacheBlock]:
+        tail = self.req_to_blocks[request_id][cdiv(keep, self.block_size) :]
+        return [page for page in tail if self.block_pool.is_block_writable(page)]
+
+    @staticmethod
+    def _num_shared(pages: Sequence[KVCacheBlock]) -> int:
+        return sum(page.ref_cnt > 1 for page in pages)
+
+    # -- vLLM's interface: logical counts in, physical counts to the base class ----------------------------
+
+    @property
+    def has_positionally_stable_blocks(self) -> bool:
+        return False
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
+    ) -> int:
+        evicted = self._evicted.get(request_id, 0)
+        num_slots = num_tokens - evicted
+        if apply_admission_cap and request_id in self._most_slots:
+            num_slots = min(num_slots, self._most_slots[request_id])
+        return super().get_num_blocks_to_allocate(
+            request_id,
+            num_slots,
+            new_computed_blocks,
+            total_computed_tokens - evicted,
+            num_local_computed_tokens - evicted,
+            num_tokens_main_model - evicted,
+            apply_admission_cap=apply_admission_cap,
+            prefill_end=prefill_end,
+        )
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        evicted = self._evicted.get(request_id, 0)
+        return super().allocate_new_blocks(request_id, num_tokens - evicted, num_tokens_main_model - evicted)
+
+    def cache_blocks(
+        self,
+        request: Request,
+        num_tokens: int,
+        retention_interval: int | None = None,
+        *,
+        replay_boundaries: Sequence[int],
+    ) -> None:
+        # A compacted page no longer holds the tokens that its hash would promise.
+        if request.request_id in self._evicted:
+            return
+        # In most steps no page became full.
+        if num_tokens // self.block_size <= self.num_cached_block.get(request.request_id, 0):
+            return
+        super().cache_blocks(request, num_tokens, retention_interval, replay_boundaries=replay_boundaries)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        # Finish, abort and preemption all come through here.
+        self._evicted.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
+
+
+def register_compacting_spec() -> None:
+    """Makes vLLM build a `CompactingManager` for `CompactingSpec`, in this process."""
+    # Registering ours first would make the registry believe that its built-ins are there already.
+    KVCacheSpecRegistry._ensure_registered()
+    KVCacheSpecRegistry.register(CompactingSpec, CompactingManager, uniform_type_base_spec=FullAttentionSpec)
+
+
+def to_compacting_specs(specs: dict[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:
+    """The same layers under `CompactingSpec`.
+
+    Raises: ValueError for a layer that is not plain full attention.
+    """
+    for layer, spec in specs.items():
+        if type(spec) is not FullAttentionSpec:
+            raise ValueError(
+                f"rkv-vllm works with full attention only; layer {layer} has a {type(spec).__name__}"
+            )
+    return {
+        layer: CompactingSpec(**{f.name: getattr(spec, f.name) for f in fields(spec) if f.init})
+        for layer, spec in specs.items()
+    }

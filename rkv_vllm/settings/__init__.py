@@ -1,0 +1,1 @@
+"""What users may ask for; imports neither vLLM nor torch."""

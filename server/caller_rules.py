@@ -1,0 +1,237 @@
+"""What the requests to a server may ask for, and what they get where they do not: for all, and by API key."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from rkv_vllm.server.protocol import BudgetBounds, BufferBounds, KvCacheBounds, PolicyChoice
+from rkv_vllm.server.request import FULL, KvCacheError, KvCacheRequest
+from rkv_vllm.settings.config import (
+    OFF,
+    POLICY_NAMES,
+    WINDOW,
+    BudgetRequest,
+    BudgetTokens,
+    BufferTokens,
+    Granularity,
+    Order,
+    PolicyName,
+    RkvConfig,
+    Scope,
+)
+from rkv_vllm.settings.error_text import explain
+
+#: The environment variable of a setting is this and its name in capitals, as in RKV_KV_BUDGET_MAX.
+ENVIRONMENT_PREFIX = "RKV_KV_"
+
+
+def _number(value: Any) -> Any:
+    """Digits as the integer they are: command lines and environments hold only text."""
+    return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
+
+
+def _names(value: Any) -> Any:
+    return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else value
+
+
+Budget = Annotated[BudgetTokens, BeforeValidator(_number)]
+Buffer = Annotated[BufferTokens, BeforeValidator(_number)]
+BudgetOrFull = Annotated[BudgetTokens | Literal["full"], BeforeValidator(_number)]
+Names = Annotated[tuple[PolicyName, ...], Field(min_length=1), BeforeValidator(_names), NoDecode]
+
+
+class KvPolicy(BaseModel):
+    """Defaults and bounds of one caller's requests."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    budget: BudgetOrFull = Field(
+        default=FULL, description="Budget of a request that names none: tokens, or `full`."
+    )
+    budget_min: Budget | None = Field(default=None, description="Smallest budget a request may name.")
+    budget_max: Budget | None = Field(
+        default=None,
+        description="Largest budget a request may name; refuses `full`, and buffers above the default.",
+    )
+    buffer: Buffer = Field(default=128, description="Tokens collected between two compactions.")
+    policy: PolicyName = Field(default="rkv", description="What scores tokens where a request does not say.")
+    policies: Names = Field(
+        default=POLICY_NAMES, description="Policies a request may choose, separated by commas."
+    )
+    require_budget: bool = Field(default=False, description="Refuse requests that name no budget.")
+
+    @model_validator(mode="after")
+    def _defaults_within_bounds(self) -> Self:
+        smallest, largest = self.budgets
+        if largest is not None and smallest > largest:
+            raise ValueError(f"budget_min: {smallest} is above budget_max, {largest}")
+        if self.policy not in self.policies:
+            raise ValueError(f"policy: {self.policy} is not one of policies, {', '.join(self.policies)}")
+        if self.require_budget:
+            return self  # the default is never used
+        if self.budget != FULL and self.budget < smallest:
+            raise ValueError(f"budget: the default, {self.budget}, is below budget_min, {smallest}")
+        if largest is not None and (self.budget == FULL or self.budget > largest):
+            raise ValueError(
+                f"budget: the default, {self.budget}, is above budget_max, {largest}: "
+                "set a default within the bounds, or require_budget"
+            )
+        return self
+
+    @property
+    def budgets(self) -> tuple[int, int | None]:
+        """The smallest and the largest budget, in tokens, that a request may name."""
+        return self.budget_min or WINDOW + 1, self.budget_max
+
+    def bounds(self) -> KvCacheBounds:
+        """What a client is told."""
+        smallest, largest = self.budgets
+        return KvCacheBounds(
+            budget=BudgetBounds(
+                default=None if self.require_budget else self.budget,
+                required=self.require_budget,
+                min=smallest,
+                max=largest,
+                full=largest is None,
+            ),
+            buffer=BufferBounds(
+                default=self.buffer, min=WINDOW, max=None if largest is None else self.buffer
+            ),
+            policy=PolicyChoice(default=self.policy, allowed=list(self.policies)),
+        )
+
+    def settle(self, asked: KvCacheRequest) -> BudgetRequest:
+        """What the engine is told about a request.
+
+        Raises: KvCacheError that names the member of `kv_cache` which is out of bounds, or missing.
+        """
+        budget = asked.budget
+        smallest, largest = self.budgets
+        upwards = f"{smallest} to {largest}" if largest else f"at least {smallest}"
+        allowed = f"{upwards} tokens" if largest else f'{upwards} tokens, or "{FULL}"'
+        if budget is None:
+            if self.require_budget:
+                raise KvCacheError("budget", f"is required here: {allowed}")
+            budget = self.budget
+        elif budget == FULL:
+            if largest is not None:
+                raise KvCacheError("budget", f'may not be "{FULL}" here: {allowed}')
+        elif budget < smallest or (largest is not None and budget > largest):
+            raise KvCacheError("budget", f"is {budget}, which is not allowed here: {allowed}")
+        if asked.buffer is not None and largest is not None and asked.buffer > self.buffer:
+            raise KvCacheError(
+                "buffer", f"is {asked.buffer}, which is not allowed here: at most {self.buffer}"
+            )
+        if asked.policy is not None and asked.policy not in self.policies:
+            raise KvCacheError(
+                "policy", f'is "{asked.policy}", which is not allowed here: {", ".join(self.policies)}'
+            )
+        return BudgetRequest(
+            rkv_budget=OFF if budget == FULL else budget,
+            rkv_buffer=asked.buffer or self.buffer,
+            rkv_policy=asked.policy or self.policy,
+        )
+
+    def describe(self) -> str:
+        """One line for the log."""
+        smallest, largest = self.budgets
+        default = "none, each request names one" if self.require_budget else self.budget
+        return (
+            f"default budget {default}, allowed {smallest} to {largest or FULL}; buffer {self.buffer}; "
+            f"policy {self.policy} of {', '.join(self.policies)}"
+        )
+
+
+class KvSettings(KvPolicy, BaseSettings):
+    """The policy for all callers and where the overrides are: from flags, else from the environment."""
+
+    model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX, extra="forbid", frozen=True)
+
+    mix_lambda: float = Field(
+        default=RkvConfig.model_fields["mix_lambda"].default,
+        ge=0.0,
+        le=1.0,
+        description=RkvConfig.model_fields["mix_lambda"].description,
+    )
+    granularity: Granularity = Field(
+        default="token", description=RkvConfig.model_fields["granularity"].description
+    )
+    scope: Scope = Field(default="head", description=RkvConfig.model_fields["scope"].description)
+    order: Order = Field(default="temporal", description=RkvConfig.model_fields["order"].description)
+    beyond_pool: bool = Field(default=False, description=RkvConfig.model_fields["beyond_pool"].description)
+    key_policies: Path | None = Field(
+        default=None,
+        description="YAML file with what differs by API key: SHA-256 of the key, and settings below it.",
+    )
+
+    @property
+    def engine(self) -> RkvConfig:
+        """The engine's own defaults, which are there for requests that come to it without HTTP."""
+        budget = None if self.budget == FULL else self.budget
+        return RkvConfig(
+            budget=budget,
+            buffer=self.buffer,
+            policy=self.policy,
+            mix_lambda=self.mix_lambda,
+            beyond_pool=self.beyond_pool,
+            granularity=self.granularity,
+            scope=self.scope,
+            order=self.order,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class KvPolicies:
+    """The policy of every caller.
+
+    `by_key` has the policies of the API keys that differ, under the SHA-256 of the key in hexadecimal, so
+    that neither the file nor this process need hold a key.
+    """
+
+    server: KvPolicy
+    by_key: Mapping[str, KvPolicy]
+
+    @classmethod
+    def load(cls, settings: KvSettings) -> KvPolicies:
+        """Raises: ValueError, naming the file, the key and the setting; OSError if there is no such file."""
+        common = settings.model_dump(include=set(KvPolicy.model_fields))
+        server = KvPolicy.model_validate(common)
+        path = settings.key_policies
+        return cls(server, {} if path is None else dict(_overrides(path, common)))
+
+    def of(self, key: str | None) -> KvPolicy:
+        """The policy of a request with this API key, or with none."""
+        if key is None or not self.by_key:
+            return self.server
+        return self.by_key.get(hashlib.sha256(key.encode()).hexdigest(), self.server)
+
+    def describe(self) -> list[str]:
+        """Lines for the log at start; no key appears, only the beginning of its digest."""
+        keys = (f"API key {digest[:12]}...: {policy.describe()}" for digest, policy in self.by_key.items())
+        return [f"KV cache: {self.server.describe()}", *keys]
+
+
+def _overrides(path: Path, common: dict[str, Any]) -> Iterator[tuple[str, KvPolicy]]:
+    try:
+        entries = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path}: takes SHA-256 digests of API keys, with settings below each")
+    for digest, settings in entries.items():
+        if not isinstance(digest, str) or len(digest) != 64 or set(digest) - set("0123456789abcdef"):
+            raise ValueError(f"{path}: an entry is not the SHA-256 of an API key in lower-case hexadecimal")
+        if not isinstance(settings, dict):
+            raise ValueError(f"{path}: key {digest[:12]}...: takes settings, such as `budget: 512`")
+        try:
+            yield digest, KvPolicy.model_validate({**common, **settings})
+        except ValidationError as error:
+            raise ValueError(f"{path}: key {digest[:12]}...: {explain(error, depth=1)}") from None

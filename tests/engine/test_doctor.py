@@ -1,0 +1,128 @@
+"""`rkv-vllm doctor` on a real model's configuration; no engine is started."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from io import StringIO
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner, Result
+
+from rkv_vllm.cli import app
+from rkv_vllm.cli.diagnosis import Diagnosis, Sizes, show
+from rkv_vllm.demo.model import prepare
+from rkv_vllm.host.contract import VLLM_VERSION
+
+#: SmolLM2-135M: 30 layers, 3 KV heads of 64, K and V.
+BYTES_PER_TOKEN = 30 * 3 * 64 * 2 * 2
+
+
+@pytest.fixture(scope="module")
+def model() -> Path:
+    return prepare()
+
+
+@pytest.fixture(autouse=True)
+def keep_environment() -> Iterator[None]:
+    """vLLM sets variables for its workers while it makes a configuration."""
+    with patch.dict(os.environ):
+        yield
+
+
+def doctor(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, ["doctor", *map(str, arguments)], env={"COLUMNS": "300"})
+
+
+def sizes(*arguments: str | Path) -> dict[str, Any]:
+    result = doctor(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    found: dict[str, Any] = json.loads(result.stdout)
+    assert found["problems"] == []
+    return found["sizes"]
+
+
+def test_the_installation_alone() -> None:
+    """Proves that without a model versions and the verdict on this vLLM are printed, and nothing else."""
+    result = doctor()
+    assert result.exit_code == 0
+    assert "rkv-vllm" in result.stdout and "torch" in result.stdout and VLLM_VERSION in result.stdout
+    assert "R-KV works with this installation." in result.stdout
+    assert "KV bytes" not in result.stdout
+
+
+def test_pages_and_requests_with_and_without_a_budget(model: Path) -> None:
+    """Proves that vLLM's own reading of the model gives bytes, pages and requests that fit a given pool."""
+    pool = f"--kv-cache-memory-bytes={1000 * 32 * BYTES_PER_TOKEN}"
+    found = sizes(model, pool, "--block-size", "32", "--max-model-len", "4096", "--kv-budget", "512")
+    assert found["kv_bytes_per_token"] == BYTES_PER_TOKEN
+    assert (found["page_size"], found["pool_pages"], found["pool_is_estimate"]) == (32, 1000, False)
+    full, bounded = found["rows"]
+    assert (full["budget"], full["pages_per_request"], full["requests"]) == (None, 128, 7)
+    assert (bounded["tokens_held"], bounded["pages_per_request"], bounded["requests"]) == (640, 20, 49)
+
+
+def test_tables_say_the_same(model: Path) -> None:
+    """Proves that the printed tables carry the numbers, for the length and the page count asked for."""
+    result = doctor(
+        model, "--length=1000", "--num-gpu-blocks-override=101", "--kv-budget=100", "--kv-buffer=28"
+    )
+    assert result.exit_code == 0
+    lines = [line.replace("\u2502", " ").split() for line in result.stdout.splitlines()]
+    assert ["full", "1,000", "8", "12"] in lines
+    assert ["budget", "100,", "buffer", "28", "128", "1", "100"] in lines
+
+
+@pytest.mark.parametrize(("largest_graph", "hint"), [(128, True), (599, True), (600, False), (None, False)])
+def test_graphs_smaller_than_what_runs(model: Path, largest_graph: int | None, hint: bool) -> None:
+    """Proves that graphs are called too small exactly where more requests fit and may run than they hold."""
+    found = Sizes.model_validate(
+        sizes(model, "--num-gpu-blocks-override=50000", "--kv-budget=100", "--kv-buffer=28")
+    )
+    found = found.model_copy(update={"largest_graph": largest_graph, "max_num_seqs": 600})
+    console = Console(width=300, record=True, file=StringIO())
+    show(Diagnosis(versions={}, platform="", model="m", problems=[], sizes=found), console)
+    assert ("--max-cudagraph-capture-size=600" in console.export_text()) == hint
+
+
+def test_tensor_parallel_ranks_share_the_heads(model: Path) -> None:
+    """Proves that sizes are those of one device: 3 KV heads on 3 ranks leave one each."""
+    found = sizes(model, "--tensor-parallel-size=3", "--distributed-executor-backend=mp", "--enforce-eager")
+    assert found["kv_heads"] == 1 and found["kv_bytes_per_token"] == BYTES_PER_TOKEN // 3
+    assert found["pool_is_estimate"] and "weights" in found["pool_source"]
+    assert found["pool_pages"] > 0
+
+
+def test_everything_that_is_refused_is_listed(model: Path) -> None:
+    """Proves that each refused feature is named, with exit code 1 for scripts."""
+    speculation = json.dumps({"method": "ngram", "num_speculative_tokens": 3})
+    result = doctor(model, "--kv-cache-dtype=fp8", "--speculative-config", speculation)
+    assert result.exit_code == 1
+    assert "R-KV refuses this configuration" in result.stdout
+    assert "speculative decoding is not supported" in result.stdout
+    assert "quantised KV cache is not supported" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--kv-budget=4",), "budget: Input should be greater than 8"),
+        (("--kv-beyond-pool",), "beyond_pool: needs a default budget"),
+        (("--length=9000",), "--length: must be from 1 to max_model_len (8192), not 9000"),
+        (("--max-model-len=9000",), "max_model_len"),
+        (("--gpu-memory-utilization=7",), "gpu_memory_utilization"),
+        (("--max-modl-len=1",), "--max-modl-len"),
+        (("--scheduler-cls=mine",), "--scheduler-cls is set by rkv-vllm"),
+    ],
+)
+def test_wrong_arguments_are_named(model: Path, arguments: tuple[str, ...], named: str) -> None:
+    """Proves that a wrong argument, ours or vLLM's, ends in one error that names it."""
+    result = doctor(model, *arguments)
+    assert result.exit_code == 2
+    assert named in result.stderr
+    assert "Traceback" not in result.output

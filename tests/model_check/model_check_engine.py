@@ -1,0 +1,374 @@
+"""Runs a workload through a real compacting scheduler and the symbolic worker; checks both at each step."""
+
+from __future__ import annotations
+
+import pickle
+import random
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from request_model import STOP_TOKEN, VOCABULARY, RequestModel, unshortened
+from symbolic_worker import Memory, SymbolicRunner
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core.kv_cache_utils import get_block_hash, get_request_block_hasher
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+
+from rkv_vllm.bench import modelless
+from rkv_vllm.decisions.messages import plan_of
+from rkv_vllm.decisions.page_report import reports_of
+from rkv_vllm.decisions.query_rows import num_query_rows
+from rkv_vllm.decisions.result import REFUSAL_KEY, RESULT_KEY, CompactionResult
+from rkv_vllm.observability.prometheus import take_tally
+from rkv_vllm.observability.tally import read
+from rkv_vllm.scheduling.scheduler import CompactingAsyncScheduler, CompactingScheduler
+from rkv_vllm.settings.config import BudgetRequest, RequestBudget, RkvConfig
+
+MAX_MODEL_LEN = 1024
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request, and what its client does. `extra_args` are as over the API."""
+
+    request_id: str
+    prompt: tuple[int, ...]
+    max_tokens: int
+    extra_args: dict[str, Any] | None = None
+    at_step: int = 0
+    abort_after_tokens: int | None = None
+    abort_at_step: int | None = None
+    priority: int = 0
+    stops_early: bool = True
+
+    def budget(self, config: RkvConfig) -> RequestBudget | None:
+        return config.resolve(BudgetRequest.from_extra_args(self.extra_args))
+
+    def most_slots(self, setup: Setup) -> int:
+        """Slots that it needs at once when it is alone."""
+        budget = self.budget(setup.config)
+        if budget is None:
+            return len(self.prompt) + self.max_tokens
+        page_size = setup.evicted_page_size
+        most = RequestModel(len(self.prompt), budget, page_size).most_slots_by_page
+        if most is None:
+            most = max(len(self.prompt), budget.threshold)
+        return min(most, len(self.prompt) + self.max_tokens)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """An engine. `depth` is the number of steps in flight: 1 for the sync scheduler.
+
+    Without `keeps_room` requests are admitted as in stock vLLM, so that more of them are preempted.
+    """
+
+    num_pages: int
+    page_size: int = 16
+    depth: int = 1
+    max_num_seqs: int = 8
+    max_num_batched_tokens: int = 128
+    prefix_caching: bool = True
+    priorities: bool = False
+    keeps_room: bool = True
+    v2_runner: bool = False
+    config: RkvConfig = field(default_factory=RkvConfig)
+    reset_at_steps: frozenset[int] = frozenset()
+    seed: int = 0
+
+    @property
+    def evicted_page_size(self) -> int | None:
+        """Tokens that leave together; None where each leaves by itself."""
+        return self.page_size if self.config.granularity == "page" else None
+
+
+@dataclass
+class Outcome:
+    """What came of a workload; `points` are the logical lengths at which each request was compacted."""
+
+    tokens: dict[str, list[int]]
+    points: dict[str, list[int]]
+    counts: Counter[str]
+
+
+def make_scheduler(setup: Setup) -> CompactingScheduler | CompactingAsyncScheduler:
+    scheduler = modelless.make_scheduler(
+        setup.config.model_dump(exclude_unset=True),
+        num_blocks=setup.num_pages,
+        page_size=setup.page_size,
+        max_num_seqs=setup.max_num_seqs,
+        max_num_batched_tokens=setup.max_num_batched_tokens,
+        max_model_len=MAX_MODEL_LEN,
+        asynchronous=setup.depth > 1,
+        vocabulary=VOCABULARY,
+        prefix_caching=setup.prefix_caching,
+        policy="priority" if setup.priorities else "fcfs",
+        v2_runner=setup.v2_runner,
+    )
+    if not setup.keeps_room:
+        scheduler._keep_room = lambda request, tracked: None  # type: ignore[method-assign]
+    return scheduler
+
+
+class Engine:
+    """vLLM's engine core in small: a scheduler, up to `depth` steps in flight, and clients."""
+
+    def __init__(self, setup: Setup, arrivals: list[Arrival]) -> None:
+        self.setup = setup
+        self.scheduler = make_scheduler(setup)
+        self.models = {
+            arrival.request_id: RequestModel(
+                len(arrival.prompt), arrival.budget(setup.config), setup.evicted_page_size
+            )
+            for arrival in arrivals
+        }
+        self.arrivals = {arrival.request_id: arrival for arrival in arrivals}
+        self.memory = Memory(setup.num_pages, setup.page_size, num_query_rows(setup.max_num_seqs))
+        self.runner = SymbolicRunner(self.memory, self.models, runs_ahead=setup.depth > 1)
+        self.requests: dict[str, Request] = {}
+        self.tokens: dict[str, list[int]] = {arrival.request_id: [] for arrival in arrivals}
+        self.results: dict[str, CompactionResult] = {}
+        self.refused: set[str] = set()
+        self.peak_pages: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
+        self.shown: dict[
+            str, float
+        ] = {}  # what a server would show, by metric, summed over labels but outcome
+        self._gauges: dict[tuple[str, ...], float] = {}
+        self._computed: Counter[str] = Counter()
+        self._random = random.Random(setup.seed)
+        self._step = 0
+        self._in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
+
+    # -- the loop ------------------------------------------------------------------------------------------
+
+    def run(self, most_steps: int = 20_000) -> Outcome:
+        """To the end of all requests.
+
+        Raises: AssertionError where anything is not as it should be, at the step in which it shows.
+        """
+        to_come = deque(sorted(self.arrivals.values(), key=lambda arrival: arrival.at_step))
+        while to_come or self.scheduler.has_requests() or self._in_flight:
+            assert self._step < most_steps, "the engine does not come to an end"
+            while to_come and to_come[0].at_step <= self._step:
+                self._add(to_come.popleft())
+            self._clients_and_operator()
+            self._one_step()
+            self._step += 1
+        self._check_end()
+        return Outcome(
+            tokens=self.tokens,
+            points={request_id: self._settled_points(request_id) for request_id in self.models},
+            counts=self.counts,
+        )
+
+    def _add(self, arrival: Arrival) -> None:
+        request = Request(
+            request_id=arrival.request_id,
+            prompt_token_ids=list(arrival.prompt),
+            sampling_params=SamplingParams(
+                max_tokens=arrival.max_tokens,
+                stop_token_ids=[STOP_TOKEN] if arrival.stops_early else [],
+                extra_args=arrival.extra_args,
+            ),
+            pooling_params=None,
+            arrival_time=float(len(self.requests)),
+            priority=arrival.priority,
+            block_hasher=get_request_block_hasher(self.setup.page_size, sha256),
+        )
+        self.requests[arrival.request_id] = request
+        self.scheduler.add_request(request)
+
+    def _clients_and_operator(self) -> None:
+        for request_id in [r for r in self.requests if self.arrivals[r].abort_at_step == self._step]:
+            self._abort(request_id)
+        if self._step in self.setup.reset_at_steps:
+            self.scheduler.reset_prefix_cache(reset_running_requests=self._random.random() < 0.7)
+            self.counts["resets"] += 1
+            self.check_pages()
+
+    def _abort(self, request_id: str) -> None:
+        self.counts["aborts"] += len(
+            self.scheduler.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
+        )
+
+    def _one_step(self) -> None:
+        """As `EngineCore.step_with_batch_queue`: fill the queue first, then wait for its oldest."""
+        if self.scheduler.has_requests():
+            output = self.schedule()
+            self._in_flight.append((output, self.runner.execute(output)))
+            scheduled = output.total_num_scheduled_tokens > 0
+            if len(self._in_flight) < self.setup.depth and (scheduled or self.scheduler.has_requests()):
+                return
+        if self._in_flight:
+            self._update(*self._in_flight.popleft())
+
+    def schedule(self) -> SchedulerOutput:
+        due = [request.request_id for request in self.scheduler.running if self._is_due(request)]
+        output = self.scheduler.schedule()
+        plan = plan_of(output)
+        preempted = output.preempted_req_ids or set()
+        rounds = [*plan.compactions, *plan.page_evictions]
+        planned = {round_.request_id for round_ in rounds}
+        assert not (plan.compactions if self.setup.evicted_page_size else plan.page_evictions)
+        assert planned == set(due) - preempted, (
+            f"{due} were due, {planned} are planned, {preempted} preempted"
+        )
+        self.counts["schedules"] += 1
+        self.counts["preemptions"] += len(preempted)
+        self.counts["compactions"] += len(rounds)
+        self.counts["evicted tokens"] += sum(round_.length - round_.keep for round_ in rounds)
+        self.counts["dropped compactions"] += len(set(due) & preempted)
+        for compaction in plan.compactions:
+            heads = zip(compaction.source_pages, compaction.target_pages, strict=False)
+            self.counts["copied pages"] += sum(source != target for source, target in heads)
+        for request_id, count in output.num_scheduled_tokens.items():
+            end, highest = self.requests[request_id].num_computed_tokens, self._computed[request_id]
+            self.counts["replayed tokens"] += max(min(end, highest) - (end - count), 0)
+            self._computed[request_id] = max(end, highest)
+        self.check_pages()
+        if self._step % 16 == 0:  # as it travels to a worker in another process
+            output = pickle.loads(pickle.dumps(output))
+        return output
+
+    def _is_due(self, request: Request) -> bool:
+        """Whether the definition says that the request is compacted in the coming step."""
+        model = self.models[request.request_id]
+        due_now = model.due is not None and request.num_computed_tokens >= model.due
+        self.counts["compactions that wait"] += due_now and model.awaited is not None
+        return due_now and model.awaited is None
+
+    def _update(self, output: SchedulerOutput, model_output: ModelRunnerOutput) -> None:
+        for report in reports_of(model_output):
+            model = self.models[report.request_id]
+            held = report.request_id in self._manager.req_to_blocks and model.awaited == report.sequence
+            self.counts["late reports"] += not held
+            if model.awaited == report.sequence:
+                model.awaited = None
+        for client in self.scheduler.update_from_output(output, model_output).values():
+            if client.scheduler_stats is not None:
+                self._read_tally(take_tally(client.scheduler_stats))
+            for answer in client.outputs:
+                request_id = answer.request_id
+                self.tokens[request_id] += answer.new_token_ids
+                if answer.finish_reason is not None:
+                    assert answer.kv_transfer_params is not None
+                    self.results[request_id] = answer.kv_transfer_params[RESULT_KEY]
+                    if REFUSAL_KEY in answer.kv_transfer_params:
+                        self.refused.add(request_id)
+                elif len(self.tokens[request_id]) == self.arrivals[request_id].abort_after_tokens:
+                    self._abort(request_id)
+        self.check_pages()
+
+    def _read_tally(self, tally: dict[str, int]) -> None:
+        for reading in read(tally):
+            name = reading.metric.name
+            if reading.metric.kind == "gauge":
+                self._gauges[name, *reading.labels] = reading.value
+            else:
+                name += f" {reading.labels[1]}" if "outcome" in reading.metric.labels else ""
+                amount = reading.value if reading.metric.kind == "counter" else 1.0
+                self.shown[name] = self.shown.get(name, 0.0) + amount * reading.times
+
+    # -- checks --------------------------------------------------------------------------------------------
+
+    def check_pages(self) -> None:
+        """Every page is in exactly one place, and counted by exactly its owners."""
+        self.scheduler.check_integrity()
+        manager = self._manager
+        pool = self.scheduler.kv_cache_manager.block_pool
+        owners: Counter[int] = Counter()
+        for request_id, pages in manager.req_to_blocks.items():
+            ids = [page.block_id for page in pages]
+            assert len(set(ids)) == len(ids), f"{request_id} holds a page twice"
+            owners.update(ids)
+            self.peak_pages[request_id] = max(self.peak_pages[request_id], len(ids))
+            most = self.models[request_id].most_slots_by_page
+            assert most is None or len(ids) <= cdiv(most, self.setup.page_size), "too many pages are leaving"
+        free = [page.block_id for page in pool.free_block_queue.get_all_free_blocks()]
+        assert len(set(free)) == len(free) == pool.get_num_free_blocks(), "a page is free twice"
+        assert not owners.keys() & set(free), "a page is free and owned"
+        null = pool.null_block.block_id
+        assert owners.keys() | set(free) | {null} == set(range(self.setup.num_pages)), "a page is lost"
+        for page in pool.blocks:
+            if not page.is_null:
+                assert page.ref_cnt == owners[page.block_id], (
+                    f"page {page.block_id} has {page.ref_cnt} references"
+                )
+
+    @property
+    def _manager(self) -> Any:
+        return self.scheduler.kv_cache_manager.coordinator.single_type_managers[0]
+
+    def check_cached_pages(self) -> None:
+        """Every page that the prefix cache offers holds what its hash promises."""
+        size = self.setup.page_size
+        promised: dict[bytes, list[int]] = {}
+        for request in self.requests.values():
+            symbols = unshortened(request.all_token_ids)
+            for index, block_hash in enumerate(request.block_hashes):
+                promised[block_hash] = symbols[index * size : (index + 1) * size]
+        for page in self.scheduler.kv_cache_manager.block_pool.blocks:
+            if page.block_hash is not None:
+                found = self.memory.read([page.block_id], size)
+                assert found == promised[get_block_hash(page.block_hash)], "a cached page was overwritten"
+                self.counts["cached pages checked"] += 1
+
+    def _settled_points(self, request_id: str) -> list[int]:
+        """Without those in steps that were scheduled before it was known that the request had ended."""
+        arrival = self.arrivals[request_id]
+        last = len(arrival.prompt) + len(self.tokens[request_id]) - 2
+        return [point for point in self.models[request_id].reached() if point <= last]
+
+    def _check_end(self) -> None:
+        self.check_pages()
+        self.check_cached_pages()
+        pool = self.scheduler.kv_cache_manager.block_pool
+        assert pool.get_num_free_blocks() == self.setup.num_pages - 1, "the pool is not whole again"
+        assert not self.scheduler.requests and not self.scheduler._tracked
+        assert not self.scheduler._manager._evicted and not self.scheduler._manager._most_slots
+        rows = self.scheduler._query_rows
+        assert len(rows._free) == rows.num_rows, "a query row was not given back"
+        for model in self.models.values():
+            self.counts["replayed compactions"] += sum(len(life) for life in model.lives[1:])
+        for request_id, result in self.results.items():
+            self._check_result(request_id, result)
+        self._check_metrics()
+
+    def _check_metrics(self) -> None:
+        """What a server would show is what was seen from outside, and nothing is left over."""
+        for name, count in {
+            "rkv_compactions_total executed": "compactions",
+            "rkv_evicted_tokens_total": "evicted tokens",
+            "rkv_copied_pages_total": "copied pages",
+            "rkv_replayed_tokens_total": "replayed tokens",
+        }.items():
+            assert self.shown.get(name, 0) == self.counts[count], f"{name} is not the number of {count}"
+        assert self.shown.get("rkv_compactions_total cancelled", 0) <= self.counts["dropped compactions"]
+        assert self.shown["rkv_requests_total"] == len(self.requests)
+        budgets = sum(model.budget is not None for model in self.models.values())
+        assert self.shown.get("rkv_request_kept_ratio", 0) == budgets
+        left = {key: value for key, value in self._gauges.items() if value and key[0] != "rkv_pool_pages"}
+        assert not left, f"{left} when all requests are gone"
+
+    def _check_result(self, request_id: str, result: CompactionResult) -> None:
+        if request_id in self.refused:
+            assert result["peak_pages"] == result["compactions"] == 0 and not self.tokens[request_id]
+            return
+        model = self.models[request_id]
+        points = model.reached()
+        budget = model.budget
+        assert result["budget"] == (budget.budget if budget else None)
+        assert result["compactions"] == len(points)
+        assert result["evicted_tokens"] == model.most_evicted
+        if budget and points and self.setup.evicted_page_size is None:
+            assert model.most_evicted == points[-1] - budget.budget
+        assert (result["reason"] is None) == (result["compactions"] > 0)
+        length = len(self.arrivals[request_id].prompt) + len(self.tokens[request_id]) - 1
+        without = cdiv(length, self.setup.page_size)
+        assert result["peak_pages"] == (without if budget is None else self.peak_pages[request_id])
+        assert result["pages_without_compaction"] == max(without, result["peak_pages"])

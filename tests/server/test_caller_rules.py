@@ -1,0 +1,209 @@
+"""A server's bounds and defaults: where they come from, what they refuse, and whom they are for."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from rkv_vllm.server.caller_rules import KvPolicies, KvPolicy, KvSettings
+from rkv_vllm.server.request import KvCacheError, KvCacheRequest, read_kv_cache, read_xargs
+from rkv_vllm.settings.config import POLICY_NAMES, BudgetRequest
+from rkv_vllm.settings.error_text import explain
+
+KEY = "the key of a caller"
+DIGEST = hashlib.sha256(KEY.encode()).hexdigest()
+BOUNDED = KvPolicy(budget=512, budget_min=256, budget_max=1024, policies=("rkv", "snapkv"))
+
+
+def settled(policy: KvPolicy, /, **asked: Any) -> tuple[int | None, int | None, str | None]:
+    request = policy.settle(KvCacheRequest(**asked))
+    return request.rkv_budget, request.rkv_buffer, request.rkv_policy
+
+
+def test_a_request_gets_what_it_asks_for_and_defaults_for_the_rest() -> None:
+    """Proves that every setting reaches the engine explicitly, whether it was named or not."""
+    assert settled(BOUNDED) == (512, 128, "rkv")
+    assert settled(BOUNDED, budget=256) == (256, 128, "rkv")
+    assert settled(BOUNDED, budget=1024, buffer=64, policy="snapkv") == (1024, 64, "snapkv")
+    assert settled(KvPolicy()) == settled(KvPolicy(budget=512), budget="full") == (0, 128, "rkv")
+    assert settled(KvPolicy(), budget=9) == (9, 128, "rkv")
+
+
+@pytest.mark.parametrize(
+    ("asked", "field"),
+    [
+        ({"budget": 255}, "budget"),
+        ({"budget": 1025}, "budget"),
+        ({"budget": "full"}, "budget"),
+        ({"buffer": 129}, "buffer"),
+        ({"policy": "keydiff"}, "policy"),
+    ],
+)
+def test_what_is_out_of_bounds_is_refused_by_name(asked: dict[str, Any], field: str) -> None:
+    """Proves that each bound holds, that of memory (budget + buffer) among them."""
+    with pytest.raises(KvCacheError) as refused:
+        BOUNDED.settle(KvCacheRequest(**asked))
+    assert refused.value.field == field
+
+
+def test_a_budget_may_be_required() -> None:
+    """Proves that silence is refused then, and that `full` is an answer."""
+    policy = KvPolicy(require_budget=True)
+    with pytest.raises(KvCacheError, match="required"):
+        policy.settle(KvCacheRequest(buffer=64))
+    assert settled(policy, budget="full") == (0, 128, "rkv")
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"budget": 8}, "budget"),
+        ({"budget": "half"}, "budget"),
+        ({"budget": True}, "budget"),
+        ({"budget_min": 1024, "budget_max": 512}, "budget_min"),
+        ({"budget": 128, "budget_min": 256}, "budget"),
+        ({"budget": 1024, "budget_max": 512}, "budget"),
+        ({"budget_max": 512}, "budget"),  # the default would be the full cache
+        ({"policy": "rkv", "policies": "snapkv"}, "policy"),
+        ({"policies": ""}, "policies"),
+        ({"policies": "rkv,unknown"}, "policies"),
+        ({"buffer": 7}, "buffer"),
+        ({"budgets": 512}, "budgets"),
+    ],
+)
+def test_settings_that_contradict_are_refused_by_name(settings: dict[str, Any], named: str) -> None:
+    """Proves that a server does not start with a default that it would refuse, and says which it is."""
+    with pytest.raises(ValidationError) as refused:
+        KvPolicy(**settings)
+    assert explain(refused.value, depth=1).startswith(f"{named}: ")
+
+
+def test_settings_come_from_the_environment_and_flags_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves that text is read as what it means, and that a flag goes before its variable."""
+    for name, value in {"BUDGET": "512", "BUDGET_MAX": "1024", "POLICIES": "rkv, snapkv"}.items():
+        monkeypatch.setenv(f"RKV_KV_{name}", value)
+    monkeypatch.setenv("RKV_KV_MIX_LAMBDA", "0.2")
+    settings = KvSettings(budget="256")
+    assert (settings.budget, settings.budget_max, settings.policies) == (256, 1024, ("rkv", "snapkv"))
+    assert settings.engine.budget == 256 and settings.engine.mix_lambda == 0.2
+    assert KvSettings(budget_max=4096, policies=("rkv",)).budget_max == 4096
+    monkeypatch.setenv("RKV_KV_REQUIRE_BUDGET", "perhaps")
+    with pytest.raises(ValidationError) as refused:
+        KvSettings()
+    assert explain(refused.value, depth=1).startswith("require_budget: ")
+
+
+def test_without_settings_everything_is_allowed_and_nothing_compacted() -> None:
+    """Proves that the extension changes no request unless someone says so."""
+    policy = KvPolicies.load(KvSettings()).of(None)
+    assert settled(policy)[0] == 0
+    assert policy.bounds().model_dump() == {
+        "object": "kv_cache.bounds",
+        "budget": {"default": "full", "required": False, "min": 9, "max": None, "full": True},
+        "buffer": {"default": 128, "min": 8, "max": None},
+        "policy": {"default": "rkv", "allowed": list(POLICY_NAMES)},
+    }
+
+
+def load(tmp_path: Path, text: str, **settings: Any) -> KvPolicies:
+    path = tmp_path / "keys.yaml"
+    path.write_text(text)
+    return KvPolicies.load(KvSettings(key_policies=path, **settings))
+
+
+def test_a_key_has_what_differs_and_the_servers_settings_for_the_rest(tmp_path: Path) -> None:
+    """Proves that overrides are found by the digest of the API key, and only there."""
+    policies = load(tmp_path, f"{DIGEST}: {{budget: 256}}", budget=512, budget_max=1024)
+    of_key = policies.of(KEY)
+    assert (of_key.budget, of_key.budget_max) == (256, 1024)
+    for other in (None, "", DIGEST, "another"):
+        assert policies.of(other).budget == 512
+    assert not any(KEY in line or DIGEST in line for line in policies.describe())
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        (f"{KEY}: {{budget: 256}}", "SHA-256"),
+        (f"{DIGEST.upper()}: {{budget: 256}}", "SHA-256"),
+        (f"{DIGEST}: {{budgets: 256}}", "budgets: "),
+        (f"{DIGEST}: {{budget: 4096}}", "budget: "),
+        (f"{DIGEST}: 256", "takes settings"),
+        ("[1]", "digests"),
+        ("a: b: c", "not YAML"),
+        ("", "digests"),
+    ],
+)
+def test_a_wrong_file_is_refused_and_shows_no_key(tmp_path: Path, text: str, named: str) -> None:
+    """Proves that the message says where the mistake is; a key written there by mistake stays out of logs."""
+    with pytest.raises(ValueError, match=named) as refused:
+        load(tmp_path, text, budget=512, budget_max=1024)
+    assert "keys.yaml" in str(refused.value)
+    assert KEY not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "field"),
+    [
+        (512, ""),
+        ([], ""),
+        ("full", ""),
+        ({"budget": 512, "kept": 1}, "kept"),
+        ({"budget": "512"}, "budget"),
+        ({"budget": 512.0}, "budget"),
+        ({"budget": True}, "budget"),
+        ({"budget": [512]}, "budget"),
+        ({"budget": 0}, "budget"),
+        ({"budget": 8}, "budget"),
+        ({"budget": 2**31}, "budget"),
+        ({"budget": "FULL"}, "budget"),
+        ({"buffer": 7}, "buffer"),
+        ({"buffer": "full"}, "buffer"),
+        ({"policy": "RKV"}, "policy"),
+        ({"policy": 1}, "policy"),
+    ],
+)
+def test_a_wrong_object_is_refused_by_member(value: Any, field: str) -> None:
+    """Proves that types are not coerced and that the message quotes what was sent."""
+    with pytest.raises(KvCacheError) as refused:
+        read_kv_cache(value)
+    assert refused.value.field == field
+    assert refused.value.param(xargs=False) == ("kv_cache." + field).rstrip(".")
+    assert "Input should" not in str(refused.value), "our words, not pydantic's"
+
+
+def test_a_message_has_bounded_length() -> None:
+    """Proves that a refusal does not echo what a client sent without end."""
+    for value in ({"budget": "9" * 10_000}, {"x" * 10_000: 1}, ["y" * 10_000]):
+        with pytest.raises(KvCacheError) as refused:
+            read_kv_cache(value)
+        assert len(str(refused.value) + refused.value.param(xargs=False)) < 300
+
+
+def test_absent_and_null_are_the_same() -> None:
+    """Proves that a client which sends its unset fields as null gets the defaults."""
+    nothing = {"budget": None, "buffer": None, "policy": None}
+    assert read_kv_cache(None) == read_kv_cache({}) == read_kv_cache(nothing) == KvCacheRequest()
+
+
+def test_flat_keys_mean_the_same() -> None:
+    """Proves that `vllm_xargs` with 0 is `full`, that others' keys are left alone, and what is refused."""
+    assert read_xargs({"rkv_budget": 0, "session_id": "a"}) == KvCacheRequest(budget="full")
+    xargs = {"rkv_budget": 64, "rkv_buffer": 16, "rkv_policy": "snapkv"}
+    assert read_xargs(xargs) == KvCacheRequest(budget=64, buffer=16, policy="snapkv")
+    assert read_xargs(None) == KvCacheRequest()
+    wrong: dict[str, Any]
+    for wrong in ({"rkv_budget": 8}, {"rkv_budget": True}, {"rkv_budget": "full"}, {"rkv_kept": 1}):
+        with pytest.raises(KvCacheError) as refused:
+            read_xargs(wrong)
+        assert refused.value.param(xargs=True) == f"vllm_xargs.{next(iter(wrong))}"
+
+
+def test_what_the_engine_is_told_is_valid_there() -> None:
+    """Proves that the engine reads the settled settings as they were meant."""
+    request = BOUNDED.settle(KvCacheRequest(budget=1024))
+    assert BudgetRequest.from_extra_args(request.model_dump()) == request

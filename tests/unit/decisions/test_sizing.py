@@ -1,0 +1,54 @@
+"""The arithmetic of KV bytes, pages and requests that fit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from rkv_vllm.decisions.lengths import RequestLengths
+from rkv_vllm.decisions.sizing import KvShape, Pool, most_slots
+from rkv_vllm.settings.config import RequestBudget
+
+BUDGET = RequestBudget(budget=512, buffer=128, policy="rkv")
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 2), (torch.float32, 4)])
+def test_bytes_are_those_of_vllm(dtype: torch.dtype, size: int) -> None:
+    """Proves that the bytes of a page of all layers are what vLLM reserves for it."""
+    spec = FullAttentionSpec(block_size=16, num_kv_heads=8, head_size=128, dtype=dtype)
+    shape = KvShape(layers=36, kv_heads=8, head_size=128, element_bytes=size)
+    assert shape.bytes_per_token * 16 == 36 * spec.page_size_bytes
+
+
+def test_pages_of_a_pool() -> None:
+    """Proves that only whole pages count, and that vLLM's null page serves no request."""
+    pool = Pool.of_bytes(10 * 16 * 100 + 1599, page_size=16, bytes_per_token=100)
+    assert (pool.pages, pool.usable_pages) == (10, 9)
+    assert Pool.of_bytes(1599, 16, 100).usable_pages == 0
+    assert Pool.of_bytes(-5, 16, 100) == Pool(0, 16)
+
+
+@pytest.mark.parametrize(
+    ("slots", "pages", "requests"), [(1, 1, 9), (16, 1, 9), (17, 2, 4), (144, 9, 1), (145, 10, 0)]
+)
+def test_requests_that_fit(slots: int, pages: int, requests: int) -> None:
+    """Proves that each request takes whole pages, down to a pool that is too small for one."""
+    pool = Pool(10, 16)
+    assert (pool.pages_for(slots), pool.requests_that_fit(slots)) == (pages, requests)
+
+
+@pytest.mark.parametrize(
+    ("length", "budget", "prompt", "slots"),
+    [
+        (4096, None, 0, 4096),
+        (4096, BUDGET, 0, 640),
+        (600, BUDGET, 0, 600),
+        (4096, BUDGET, 640, 640),
+        (4096, BUDGET, 1000, 1000),
+    ],
+)
+def test_most_slots(length: int, budget: RequestBudget | None, prompt: int, slots: int) -> None:
+    """Proves that a request holds its length, its budget and buffer, or its prompt, whichever bounds it."""
+    lengths = None if budget is None else RequestLengths(prompt, budget)
+    assert most_slots(length, lengths) == slots

@@ -1,0 +1,169 @@
+"""The table of features, and the refusal at start that is made from it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rkv_vllm.host.compatibility import (
+    FEATURES,
+    markdown_table,
+    refuse_unsupported,
+    refuse_unsupported_layers,
+)
+
+
+def configuration(**changes: Any) -> Any:
+    """What the check reads of a VllmConfig; a change is named `part__field`, or `field` of the whole."""
+    config = SimpleNamespace(
+        speculative_config=None,
+        kv_transfer_config=None,
+        cache_config=SimpleNamespace(kv_offloading_size=None, cache_dtype="auto"),
+        parallel_config=SimpleNamespace(
+            decode_context_parallel_size=1,
+            prefill_context_parallel_size=1,
+            use_ubatching=False,
+            world_size=1,
+        ),
+        additional_config={"rkv": {}},
+        model_config=SimpleNamespace(
+            use_mla=False,
+            is_encoder_decoder=False,
+            is_diffusion=False,
+            is_attention_free=False,
+            is_hybrid=False,
+            runner_type="generate",
+        ),
+    )
+    for name, value in changes.items():
+        part, _, field = name.rpartition("__")
+        owner = getattr(config, part) if part else config
+        assert hasattr(owner, field)
+        setattr(owner, field, value)
+    return config
+
+
+REFUSED: list[tuple[str, dict[str, Any]]] = [
+    ("speculative decoding", {"speculative_config": object()}),
+    ("KV connectors and offloading", {"kv_transfer_config": object()}),
+    ("KV connectors and offloading", {"cache_config__kv_offloading_size": 4.0}),
+    ("context parallelism", {"parallel_config__decode_context_parallel_size": 2}),
+    ("context parallelism", {"parallel_config__prefill_context_parallel_size": 2}),
+    ("micro-batching (dual batch overlap)", {"parallel_config__use_ubatching": True}),
+    ("quantised KV cache", {"cache_config__cache_dtype": "fp8"}),
+    ("multi-head latent attention", {"model_config__use_mla": True}),
+    *(
+        (
+            "page granularity or a shared scope with tensor or pipeline parallelism",
+            {"parallel_config__world_size": 2, "additional_config": {"rkv": settings}},
+        )
+        for settings in ({"granularity": "page"}, {"scope": "layer"}, {"scope": "global"})
+    ),
+    *(
+        (
+            "encoder-decoder, diffusion, state-space and pooling models",
+            {f"model_config__{field}": value},
+        )
+        for field, value in (
+            ("is_encoder_decoder", True),
+            ("is_diffusion", True),
+            ("is_attention_free", True),
+            ("is_hybrid", True),
+            ("runner_type", "pooling"),
+        )
+    ),
+]
+
+
+def test_a_plain_configuration_passes() -> None:
+    """Proves that nothing is refused on the installed vLLM where no refused feature is in use."""
+    for dtype in ("auto", "float16", "bfloat16"):
+        refuse_unsupported(configuration(cache_config__cache_dtype=dtype))
+
+
+@pytest.mark.parametrize(("feature", "change"), REFUSED)
+def test_each_refused_feature_is_refused(feature: str, change: dict[str, Any]) -> None:
+    """Proves that each use of a refused feature stops the start, by name and with its reason."""
+    remark = next(row.remark for row in FEATURES if row.name == feature)
+    with pytest.raises(ValueError) as refused:
+        refuse_unsupported(configuration(**change))
+    assert str(refused.value).splitlines()[1:] == [f"  - {feature} is not supported: {remark}"]
+
+
+def test_several_ranks_are_refused_for_common_decisions_only() -> None:
+    """Proves that tensor and pipeline parallelism pass by token and head, and one rank passes by any."""
+    for settings in ({}, {"order": "score"}):
+        refuse_unsupported(configuration(parallel_config__world_size=2, additional_config={"rkv": settings}))
+    for settings in ({"granularity": "page"}, {"scope": "layer"}, {"scope": "global"}):
+        refuse_unsupported(configuration(additional_config={"rkv": settings}))
+
+
+def test_every_feature_that_can_be_seen_is_tested() -> None:
+    """Proves that the cases above miss no row of the table."""
+    assert {name for name, _ in REFUSED} == {row.name for row in FEATURES if row.in_use is not None}
+    assert not any(row.works for row in FEATURES if row.in_use is not None)
+
+
+def test_all_problems_in_one_error() -> None:
+    """Proves that one error lists every refused feature in use and every method that differs."""
+    changes = {name: value for _, change in REFUSED for name, value in change.items()}
+    contract = {"vllm.config.VllmConfig.no_such_method": ()}
+    with pytest.raises(ValueError) as refused:
+        refuse_unsupported(configuration(**changes), contract)
+    message = str(refused.value)
+    for name, _ in REFUSED:
+        assert message.count(f"  - {name} is not supported") == 1
+    assert "no_such_method does not exist" in message
+
+
+def layer(**changes: Any) -> Any:
+    fields: dict[str, Any] = {
+        "sliding_window": None,
+        "alibi_slopes": None,
+        "kv_sharing_target_layer_name": None,
+        "attn_type": "decoder",
+        **changes,
+    }
+    return SimpleNamespace(impl=SimpleNamespace(alibi_slopes=fields.pop("alibi_slopes")), **fields)
+
+
+def test_plain_layers_pass() -> None:
+    """Proves that full-attention decoder layers are accepted."""
+    refuse_unsupported_layers({"0": layer(), "1": layer()})
+
+
+def test_all_problems_of_layers_in_one_error() -> None:
+    """Proves that each kind of refused layer is named once, with the first layer that has it."""
+    layers = {
+        "0": layer(),
+        "1": layer(sliding_window=128),
+        "2": layer(alibi_slopes=[0.5], sliding_window=128),
+        "3": layer(kv_sharing_target_layer_name="0"),
+        "4": layer(attn_type="encoder"),
+    }
+    with pytest.raises(ValueError) as refused:
+        refuse_unsupported_layers(layers)
+    assert str(refused.value).splitlines()[1:] == [
+        "  - sliding-window attention is not supported (layer 1)",
+        "  - ALiBi is not supported (layer 2)",
+        "  - cross-layer KV sharing is not supported (layer 3)",
+        "  - attention of type encoder is not supported (layer 4)",
+    ]
+
+
+def test_a_model_without_attention_is_refused() -> None:
+    """Proves that a model in which no layer was found does not pass by having no problem."""
+    with pytest.raises(ValueError, match="no attention layer"):
+        refuse_unsupported_layers({})
+
+
+def test_table_lists_each_feature_once() -> None:
+    """Proves that the README's table has one row a feature, in order, with its verdict and remark."""
+    header, rule, *rows = markdown_table().splitlines()
+    assert header.count("|") == rule.count("|") == 4
+    assert rows == [
+        f"| {row.name} | {'works' if row.works else 'refused'} | {row.remark} |" for row in FEATURES
+    ]
+    assert len({row.name for row in FEATURES}) == len(FEATURES)

@@ -1,0 +1,181 @@
+"""Settings of a server and of a request: bounds, types, defaults and what an error says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from rkv_vllm.settings.config import POLICY_NAMES, WINDOW, BudgetRequest, RequestBudget, RkvConfig, extra_args
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("budget", WINDOW),
+        ("budget", 0),
+        ("budget", -1),
+        ("budget", 64.0),
+        ("budget", "64"),
+        ("budget", True),
+        ("buffer", WINDOW - 1),
+        ("buffer", 128.0),
+        ("buffer", "128"),
+        ("buffer", None),
+        ("buffer", True),
+        ("policy", "lru"),
+        ("policy", None),
+        ("mix_lambda", -0.1),
+        ("mix_lambda", 1.5),
+        ("mix_lambda", float("nan")),
+        ("beyond_pool", "perhaps"),
+        ("beyond_pool", True),
+        ("granularity", "layer"),
+        ("granularity", None),
+        ("scope", "token"),
+        ("scope", None),
+        ("order", "time"),
+        ("colour", "red"),
+    ],
+)
+def test_server_refuses(setting: str, value: Any) -> None:
+    """Proves that a server-wide setting out of bounds, of a wrong type or unknown is refused by its name."""
+    with pytest.raises(ValidationError) as refused:
+        RkvConfig.model_validate({setting: value})
+    assert [problem["loc"][0] for problem in refused.value.errors()] == [setting]
+
+
+def test_server_accepts_its_bounds() -> None:
+    """Proves that the smallest budget and buffer are accepted, and that the defaults compact nothing."""
+    config = RkvConfig(budget=WINDOW + 1, buffer=WINDOW)
+    assert (config.budget, config.buffer) == (WINDOW + 1, WINDOW)
+    assert RkvConfig().resolve(BudgetRequest()) is None
+
+
+def test_a_pool_below_max_model_len_needs_a_budget() -> None:
+    """Proves that the opt-in takes any right budget, and that a wrong one alone is what the error names."""
+    assert RkvConfig(budget=64, beyond_pool=True).beyond_pool
+    assert not RkvConfig(beyond_pool=False).beyond_pool
+    with pytest.raises(ValidationError) as refused:
+        RkvConfig(budget=3, beyond_pool=True)
+    assert [problem["loc"][0] for problem in refused.value.errors()] == ["budget"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "fields"),
+    [
+        ({"scope": "layer"}, ["scope"]),
+        ({"scope": "global"}, ["scope"]),
+        ({"order": "score"}, ["order"]),
+        ({"scope": "global", "order": "score"}, ["scope", "order"]),
+    ],
+)
+def test_scope_and_order_are_for_tokens(settings: dict[str, Any], fields: list[str]) -> None:
+    """Proves that whole pages refuse another scope or order by name, and their only one not."""
+    RkvConfig.model_validate(settings)
+    RkvConfig(granularity="page", scope="head", order="temporal")
+    with pytest.raises(ValidationError, match="needs granularity token") as refused:
+        RkvConfig.model_validate({**settings, "granularity": "page"})
+    assert [problem["loc"][0] for problem in refused.value.errors()] == fields
+
+
+def test_server_config_is_frozen() -> None:
+    """Proves that settings in force cannot be changed behind the engine's back."""
+    with pytest.raises(ValidationError):
+        RkvConfig().budget = 64  # type: ignore[misc]
+
+
+def test_additional_config() -> None:
+    """Proves that settings are found under `rkv`, and that a missing key is explained."""
+    assert RkvConfig.from_additional_config({"rkv": {"budget": 99}, "other": 1}).budget == 99
+    with pytest.raises(ValueError, match=r"no key 'rkv'.*rkv_engine_args"):
+        RkvConfig.from_additional_config({"other": 1})
+
+
+@pytest.mark.parametrize("value", [WINDOW, 1, -1, 64.0, 0.0, "64", "off", True, [64], {"tokens": 64}])
+def test_request_budget_refused(value: Any) -> None:
+    """Proves that a wrong budget is refused with the field, what it takes and what it was."""
+    with pytest.raises(ValueError) as refused:
+        BudgetRequest.from_extra_args({"rkv_budget": value})
+    assert str(refused.value) == (
+        f"rkv_budget takes 0 (full cache) or an integer above {WINDOW}, not {value!r}"
+    )
+
+
+@pytest.mark.parametrize("value", [WINDOW - 1, 0, -8, 128.0, "128", True])
+def test_request_buffer_refused(value: Any) -> None:
+    """Proves that a wrong buffer is refused by name and value."""
+    with pytest.raises(ValueError) as refused:
+        BudgetRequest.from_extra_args({"rkv_buffer": value})
+    assert str(refused.value) == f"rkv_buffer takes an integer of at least {WINDOW}, not {value!r}"
+
+
+@pytest.mark.parametrize("value", ["lru", "RKV", "", 1, True])
+def test_request_policy_refused(value: Any) -> None:
+    """Proves that a wrong policy is refused with all names that there are."""
+    with pytest.raises(ValueError, match=f"rkv_policy takes one of {', '.join(POLICY_NAMES)}, not "):
+        BudgetRequest.from_extra_args({"rkv_policy": value})
+
+
+def test_unknown_request_field_refused() -> None:
+    """Proves that a misspelt field of ours is refused together with the names that there are."""
+    with pytest.raises(ValueError, match=r"rkv_bugdet is unknown .*rkv_budget, rkv_buffer, rkv_policy"):
+        BudgetRequest.from_extra_args({"rkv_bugdet": 64})
+
+
+def test_all_wrong_fields_in_one_line() -> None:
+    """Proves that one error names each wrong field once."""
+    with pytest.raises(ValueError) as refused:
+        BudgetRequest.from_extra_args({"rkv_budget": 1, "rkv_buffer": 1, "rkv_policy": 1, "rkv_x": 1})
+    message = str(refused.value)
+    assert "\n" not in message
+    assert [part.split()[0] for part in message.split("; ")] == [
+        "rkv_budget",
+        "rkv_buffer",
+        "rkv_policy",
+        "rkv_x",
+    ]
+
+
+@pytest.mark.parametrize("extra_args", [None, {}, {"temperature_of_tea": "hot"}, {"rkv": 5}])
+def test_foreign_arguments_are_left_alone(extra_args: dict[str, Any] | None) -> None:
+    """Proves that arguments of others ask for nothing and are not refused."""
+    assert BudgetRequest.from_extra_args(extra_args) == BudgetRequest()
+
+
+SERVER = RkvConfig(budget=64, buffer=32, policy="keydiff")
+
+
+@pytest.mark.parametrize(
+    ("server", "asked", "in_force"),
+    [
+        (SERVER, {}, RequestBudget(64, 32, "keydiff")),
+        (SERVER, {"rkv_budget": None}, RequestBudget(64, 32, "keydiff")),
+        (SERVER, {"rkv_budget": 0}, None),
+        (SERVER, {"rkv_budget": 0, "rkv_buffer": 16}, None),
+        (SERVER, {"rkv_budget": 9}, RequestBudget(9, 32, "keydiff")),
+        (SERVER, {"rkv_buffer": 8}, RequestBudget(64, 8, "keydiff")),
+        (SERVER, {"rkv_policy": "rkv"}, RequestBudget(64, 32, "rkv")),
+        (RkvConfig(), {}, None),
+        (RkvConfig(), {"rkv_buffer": 8, "rkv_policy": "random"}, None),
+        (RkvConfig(), {"rkv_budget": 50}, RequestBudget(50, 128, "rkv")),
+    ],
+)
+def test_settings_in_force(server: RkvConfig, asked: dict[str, Any], in_force: RequestBudget | None) -> None:
+    """Proves that what a request names wins, the rest is the server's, and 0 is the full cache."""
+    assert server.resolve(BudgetRequest.from_extra_args(asked)) == in_force
+
+
+@pytest.mark.parametrize("settings", [None, RequestBudget(9, 8, "snapkv")])
+def test_what_is_sent_is_what_is_read(settings: RequestBudget | None) -> None:
+    """Proves that a request that names its settings gets them, the full cache too, whatever the defaults."""
+    assert SERVER.resolve(BudgetRequest.from_extra_args(extra_args(settings))) == settings
+
+
+@pytest.mark.parametrize("policy", POLICY_NAMES)
+def test_request_budget_derives(policy: Any) -> None:
+    """Proves the threshold, and that exactly the attention-based policies need queries."""
+    budget = RequestBudget(64, 32, policy)
+    assert budget.threshold == 96
+    assert budget.needs_queries == (policy in ("rkv", "snapkv"))
