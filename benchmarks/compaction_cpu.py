@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from rkv_vllm.decisions.messages import Compaction
+from rkv_vllm.decisions.messages import TokenCompaction
 from rkv_vllm.execution.cpu.compactor import CpuCompactor
 from rkv_vllm.execution.cpu.layer_cache import CpuLayerCache
 from rkv_vllm.execution.query_window import CpuQueryWindow
@@ -56,7 +56,7 @@ def milliseconds(arguments: argparse.Namespace, policy: PolicyName, length: int,
     cache = CpuLayerCache(layer(arguments, source + target))
     config = RkvConfig()
     compactor = CpuCompactor([cache], Queries(arguments), config, make_policies(config))
-    compaction = Compaction(
+    compaction = TokenCompaction(
         request_id="",
         source_pages=tuple(range(source)),
         target_pages=tuple(range(source, source + target)),

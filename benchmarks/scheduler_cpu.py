@@ -92,7 +92,7 @@ class TimedEngine:
         for _ in range(steps):
             output = self._engine.schedule()
             self._timed("pickle", pickle.dumps, output, pickle.HIGHEST_PROTOCOL)
-            self.compactions += len(plan_of(output).compactions)
+            self.compactions += len(plan_of(output).rounds)
             self._engine.update()
         return {phase: self.microseconds[phase] / steps for phase in PHASES}
 

@@ -10,9 +10,9 @@ import sys
 from dataclasses import dataclass
 
 from rkv_vllm.cli.diagnosis import GIB
-from rkv_vllm.decisions.lengths import lengths_by
-from rkv_vllm.decisions.sizing import KvShape, Pool, most_slots
-from rkv_vllm.settings.config import BudgetRequest, RkvConfig
+from rkv_vllm.decisions.lengths import make_request_lengths
+from rkv_vllm.decisions.sizing import KvShape, Pool, peak_slots
+from rkv_vllm.settings.config import RequestedSettings, RkvConfig
 
 LENGTH = 16_384
 PAGE_SIZE = 16
@@ -76,10 +76,12 @@ def table(length: int = LENGTH) -> str:
 def requests(pool: Pool, length: int, budget: int | None) -> int:
     """Requests of `length` tokens that fit into `pool` at the same time. `budget` None: full cache."""
     if budget is None:
-        return pool.requests_that_fit(most_slots(length, None))
-    settled = RkvConfig(budget=budget).resolve(BudgetRequest())
+        return pool.requests_that_fit(peak_slots(length, None))
+    settled = RkvConfig(budget=budget).resolve(RequestedSettings())
     assert settled is not None
-    return pool.requests_that_fit(most_slots(length, lengths_by("token", 0, settled, pool.page_size)))
+    return pool.requests_that_fit(
+        peak_slots(length, make_request_lengths("token", 0, settled, pool.page_size))
+    )
 
 
 if __name__ == "__main__":

@@ -18,12 +18,12 @@ from rkv_vllm.settings.config import (
     OFF,
     POLICY_NAMES,
     WINDOW,
-    BudgetRequest,
     BudgetTokens,
     BufferTokens,
     Granularity,
     Order,
     PolicyName,
+    RequestedSettings,
     RkvConfig,
     Scope,
 )
@@ -108,7 +108,7 @@ class KvPolicy(BaseModel):
             policy=PolicyChoice(default=self.policy, allowed=list(self.policies)),
         )
 
-    def settle(self, asked: KvCacheRequest) -> BudgetRequest:
+    def settle(self, asked: KvCacheRequest) -> RequestedSettings:
         """What the engine is told about a request.
 
         Raises: KvCacheError that names the member of `kv_cache` which is out of bounds, or missing.
@@ -134,7 +134,7 @@ class KvPolicy(BaseModel):
             raise KvCacheError(
                 "policy", f'is "{asked.policy}", which is not allowed here: {", ".join(self.policies)}'
             )
-        return BudgetRequest(
+        return RequestedSettings(
             rkv_budget=OFF if budget == FULL else budget,
             rkv_buffer=asked.buffer or self.buffer,
             rkv_policy=asked.policy or self.policy,

@@ -15,11 +15,11 @@ from weakref import WeakKeyDictionary
 
 from vllm.exceptions import VLLMValidationError
 
-from rkv_vllm.decisions.result import REFUSAL_KEY, RESULT_KEY
+from rkv_vllm.decisions.messages import REFUSAL_KEY, RESULT_KEY
 from rkv_vllm.server.caller_rules import KvPolicy
 from rkv_vllm.server.protocol import KvCacheReport, combined
 from rkv_vllm.server.request import KvCacheError, read_xargs
-from rkv_vllm.settings.config import XARGS_PREFIX, BudgetRequest
+from rkv_vllm.settings.config import XARGS_PREFIX, RequestedSettings
 
 
 class Call:
@@ -29,7 +29,7 @@ class Call:
     not read, where each generation's own `vllm_xargs` are checked.
     """
 
-    def __init__(self, policy: KvPolicy, settings: BudgetRequest | None = None) -> None:
+    def __init__(self, policy: KvPolicy, settings: RequestedSettings | None = None) -> None:
         self.policy = policy
         self.settings = settings
         self._reports: list[KvCacheReport] = []  # of its finished generations
@@ -56,7 +56,7 @@ class Call:
             self._reports.append(report)
 
 
-def settle_xargs(policy: KvPolicy, xargs: Mapping[str, Any] | None) -> BudgetRequest:
+def settle_xargs(policy: KvPolicy, xargs: Mapping[str, Any] | None) -> RequestedSettings:
     """Raises: VLLMValidationError that names the wrong key."""
     try:
         return policy.settle(read_xargs(xargs))

@@ -18,7 +18,7 @@ from rkv_vllm.server.errors import error_response
 from rkv_vllm.server.openapi import with_kv_cache
 from rkv_vllm.server.protocol import FIELD
 from rkv_vllm.server.request import XARGS, KvCacheError, parse_body, read_kv_cache, read_xargs
-from rkv_vllm.settings.config import XARGS_PREFIX, BudgetRequest
+from rkv_vllm.settings.config import XARGS_PREFIX, RequestedSettings
 
 #: Routes whose bodies take a `kv_cache` object, and whose answers have one.
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
@@ -81,7 +81,7 @@ class Refused(Exception):
         self.param = param
 
 
-def settings_of(policy: KvPolicy, body: dict[str, Any] | None) -> BudgetRequest | None:
+def settings_of(policy: KvPolicy, body: dict[str, Any] | None) -> RequestedSettings | None:
     """What the engine is told about a request with this body; None where vLLM will refuse the body.
 
     Raises: Refused.

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from rkv_vllm.decisions.result import RESULT_KEY
+from rkv_vllm.decisions.messages import RESULT_KEY
 
 #: Name of the object in a request and in an answer, where it stands beside `usage`.
 FIELD = "kv_cache"

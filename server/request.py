@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rkv_vllm.server.protocol import FIELD
-from rkv_vllm.settings.config import OFF, POLICY_NAMES, WINDOW, XARGS_PREFIX, BudgetRequest, PolicyName
+from rkv_vllm.settings.config import OFF, POLICY_NAMES, WINDOW, XARGS_PREFIX, PolicyName, RequestedSettings
 
 #: Budget of a request that keeps its full cache.
 FULL: Literal["full"] = "full"
@@ -95,7 +95,7 @@ def read_xargs(xargs: Mapping[str, Any] | None) -> KvCacheRequest:
     ours = {key: value for key, value in (xargs or {}).items() if key.startswith(XARGS_PREFIX)}
     for key, value in ours.items():
         try:
-            BudgetRequest.from_extra_args({key: value})
+            RequestedSettings.from_extra_args({key: value})
         except ValueError as error:
             field = key.removeprefix(XARGS_PREFIX)[:40]
             raise KvCacheError(field, str(error).removeprefix(key).lstrip()) from None

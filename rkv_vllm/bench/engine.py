@@ -25,7 +25,7 @@ from rkv_vllm.bench.results import EngineFacts
 from rkv_vllm.bench.roofline import ModelShape
 from rkv_vllm.bench.rows import Kind, Row
 from rkv_vllm.bench.window import Step
-from rkv_vllm.observability.prometheus import take_tally
+from rkv_vllm.decisions.messages import take_tally
 from rkv_vllm.observability.tally import COMPACTION_DURATION, COMPACTIONS, EVICTED_TOKENS, read
 from rkv_vllm.settings.config import extra_args
 from rkv_vllm.settings.engine_args import rkv_engine_args

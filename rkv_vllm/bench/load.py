@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rkv_vllm.bench.rows import Entry, Kind, Row
-from rkv_vllm.settings.config import RequestBudget
+from rkv_vllm.settings.config import CompactionSettings
 
 #: Fractional parts of its multiples fill (0, 1) evenly, however many of them are taken (Weyl's sequence).
 GOLDEN = (5**0.5 - 1) / 2
@@ -41,7 +41,7 @@ def ages(row: Row, count: int) -> list[int]:
     return sorted((span[int((index + 0.5) * GOLDEN % 1 * len(span))] for index in range(count)), reverse=True)
 
 
-def slots_held(prompt: int, logical: int, budget: RequestBudget | None) -> int:
+def slots_held(prompt: int, logical: int, budget: CompactionSettings | None) -> int:
     """KV slots that a request of `logical` tokens holds after a step, a due compaction done."""
     if budget is None:
         return logical
@@ -51,7 +51,7 @@ def slots_held(prompt: int, logical: int, budget: RequestBudget | None) -> int:
     return budget.budget + (logical - first) % budget.buffer
 
 
-def entry_tokens(row: Row, entry: Entry, age: int, budget: RequestBudget | None) -> int:
+def entry_tokens(row: Row, entry: Entry, age: int, budget: CompactionSettings | None) -> int:
     """Prompt tokens with which a request of this age enters.
 
     * staggered: its prompt and all tokens it has generated; with `max_age` those modulo it.
@@ -69,19 +69,19 @@ def entry_tokens(row: Row, entry: Entry, age: int, budget: RequestBudget | None)
             return row.input + age % row.buffer
 
 
-def pages_held(row: Row, budget: RequestBudget | None, page_size: int) -> float:
+def pages_held(row: Row, budget: CompactionSettings | None, page_size: int) -> float:
     """Mean pages of a request over the row's ages."""
     held = (slots_held(row.input, row.input + age, budget) for age in row.age_range)
     return sum(-(-slots // page_size) for slots in held) / len(row.age_range)
 
 
-def slots_on_average(row: Row, budget: RequestBudget | None) -> float:
+def slots_on_average(row: Row, budget: CompactionSettings | None) -> float:
     """Mean KV slots of a request over the row's ages."""
     return sum(slots_held(row.input, row.input + age, budget) for age in row.age_range) / len(row.age_range)
 
 
 def requests_that_run(
-    row: Row, budget: RequestBudget | None, pages: int, page_size: int, max_num_seqs: int
+    row: Row, budget: CompactionSettings | None, pages: int, page_size: int, max_num_seqs: int
 ) -> int:
     """Requests of mean size that a pool of `pages` usable pages holds, or the row's own number if smaller."""
     fit = min(int(pages / pages_held(row, budget, page_size)), max_num_seqs)

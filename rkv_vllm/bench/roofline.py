@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from rkv_vllm.bench.load import requests_that_run, slots_on_average
 from rkv_vllm.bench.rows import Kind, Row
 from rkv_vllm.decisions.sizing import KvShape
-from rkv_vllm.settings.config import RequestBudget
+from rkv_vllm.settings.config import CompactionSettings
 
 
 class ModelShape(BaseModel):
@@ -86,7 +86,7 @@ def attention_seconds(shape: ModelShape, ceilings: Ceilings, slots: float) -> fl
     return max(read, operations / ceilings.operations_per_second)
 
 
-def compaction_seconds(shape: ModelShape, ceilings: Ceilings, budget: RequestBudget) -> float:
+def compaction_seconds(shape: ModelShape, ceilings: Ceilings, budget: CompactionSettings) -> float:
     """One compaction of policy `rkv`: the similarity of every pair with a key that came since the one before,
     the keys read for it and for the window's attention twice, the survivors moved. Other policies do without
     the first."""

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from rkv_vllm.settings.config import BudgetTokens, BufferTokens, PolicyName, RequestBudget
+from rkv_vllm.settings.config import BudgetTokens, BufferTokens, CompactionSettings, PolicyName
 from rkv_vllm.settings.error_text import explain
 
 #: An engine without R-KV, one whose requests have the row's budget, and one whose requests switch R-KV off.
@@ -97,11 +97,11 @@ class Row(BaseModel):
         """Ages, in output tokens, of the requests that run at the same time."""
         return range(*(self.ages or (0, self.output)))
 
-    def budget_for(self, kind: Kind) -> RequestBudget | None:
+    def budget_for(self, kind: Kind) -> CompactionSettings | None:
         """The budget that a request has in an engine of this kind; None: full cache."""
         if kind != "rkv" or self.budget is None:
             return None
-        return RequestBudget(self.budget, self.buffer, self.policy)
+        return CompactionSettings(self.budget, self.buffer, self.policy)
 
     def entry_for(self, kind: Kind) -> Entry:
         """How the first requests come by their age in an engine of this kind."""

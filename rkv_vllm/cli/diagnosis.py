@@ -10,11 +10,11 @@ from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from rkv_vllm.decisions.lengths import RequestLengths, lengths_by
-from rkv_vllm.decisions.sizing import KvShape, Pool, most_slots
+from rkv_vllm.decisions.lengths import RequestLengths, make_request_lengths
+from rkv_vllm.decisions.sizing import KvShape, Pool, peak_slots
 from rkv_vllm.host.contract import CONTRACT, CONTRACT_V1_RUNNER, CONTRACT_V2_RUNNER, contract_problems
 from rkv_vllm.provenance import versions
-from rkv_vllm.settings.config import BudgetRequest, RkvConfig
+from rkv_vllm.settings.config import RequestedSettings, RkvConfig
 from rkv_vllm.settings.error_text import explain
 
 if TYPE_CHECKING:
@@ -143,8 +143,8 @@ def _sizes(vllm_config: VllmConfig, config: RkvConfig, length: int | None) -> Si
         pool_bytes, source, estimate = _pool_bytes(vllm_config)
         pool = Pool.of_bytes(pool_bytes, cache.block_size, shape.bytes_per_token)
     cached: list[RequestLengths | None] = [None]
-    if (budget := config.resolve(BudgetRequest())) is not None:
-        cached.append(lengths_by(config.granularity, 0, budget, pool.page_size))
+    if (budget := config.resolve(RequestedSettings())) is not None:
+        cached.append(make_request_lengths(config.granularity, 0, budget, pool.page_size))
     return Sizes(
         dtype=str(dtype).removeprefix("torch."),
         layers=shape.layers,
@@ -164,10 +164,10 @@ def _sizes(vllm_config: VllmConfig, config: RkvConfig, length: int | None) -> Si
 
 
 def _row(pool: Pool, length: int, lengths: RequestLengths | None) -> Row:
-    slots = most_slots(length, lengths)
+    slots = peak_slots(length, lengths)
     return Row(
-        budget=lengths.budget.budget if lengths else None,
-        buffer=lengths.budget.buffer if lengths else None,
+        budget=lengths.settings.budget if lengths else None,
+        buffer=lengths.settings.buffer if lengths else None,
         tokens_held=slots,
         pages_per_request=pool.pages_for(slots),
         requests=pool.requests_that_fit(slots),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rkv_vllm.settings.config import WINDOW, Granularity, RequestBudget
+from rkv_vllm.settings.config import WINDOW, CompactionSettings, Granularity
 
 
 @dataclass(slots=True)
@@ -16,21 +16,21 @@ class RequestLengths:
     """
 
     num_prompt_tokens: int
-    budget: RequestBudget
+    settings: CompactionSettings
     evicted: int = 0
 
     def physical(self, logical: int) -> int:
         """KV slots in which a request of `logical` tokens has its cache."""
         return logical - self.evicted
 
-    def held(self, logical: int) -> int:
+    def allocated_slots(self, logical: int) -> int:
         """KV slots that the pool counts as the request's, up to its last token."""
         return self.physical(logical)
 
     @property
     def due_slots(self) -> int:
         """Physical length at which a compaction is due in decode."""
-        return self.budget.threshold
+        return self.settings.threshold
 
     @property
     def next_due(self) -> int:
@@ -46,7 +46,7 @@ class RequestLengths:
         return max(self.next_due - WINDOW, 0)
 
     @property
-    def free_until(self) -> int:
+    def unconstrained_until(self) -> int:
         """Logical length up to which a chunk may end without being cut or recorded."""
         return self.recorded_from
 
@@ -59,23 +59,23 @@ class RequestLengths:
         return min(num_new_tokens, self.next_due - logical)
 
     @property
-    def most_slots(self) -> int:
+    def max_slots(self) -> int:
         """Slots that the request holds at most, in tokens, however long it grows."""
-        return max(self.num_prompt_tokens, self.due_slots) + self.leaving_slots
+        return max(self.num_prompt_tokens, self.due_slots) + self.eviction_slack
 
     @property
     def kept_slots(self) -> int:
         """Physical length right after a compaction."""
-        return self.budget.budget
+        return self.settings.budget
 
     @property
-    def leaving_slots(self) -> int:
+    def eviction_slack(self) -> int:
         """Slots beyond its physical length that the pool may count as the request's."""
         return 0
 
     def compact(self, logical: int) -> None:
         """Records that a compaction at this length brought the request down to its budget."""
-        self.evicted = logical - self.budget.budget
+        self.evicted = logical - self.settings.budget
 
     def restart(self) -> None:
         """Records that all pages are gone and everything is computed again."""
@@ -88,7 +88,7 @@ class PageLengths(RequestLengths):
 
     Which pages left is known only on the device, and reported some steps later. Until then they are
     `leaving`: the request does without them already, and the pool still counts them as its own. The next
-    compaction waits for that report, and the request for room: it never holds more than `most_slots`.
+    compaction waits for that report, and the request for room: it never holds more than `max_slots`.
     """
 
     page_size: int = field(kw_only=True)
@@ -97,32 +97,32 @@ class PageLengths(RequestLengths):
     @property
     def kept_pages(self) -> int:
         """Pages after a compaction, the last one included: the budget's, or all that the window may touch."""
-        return max(self._pages(self.budget.budget), 1 + self._pages(WINDOW - 1))
+        return max(self._pages(self.settings.budget), 1 + self._pages(WINDOW - 1))
 
-    def held(self, logical: int) -> int:
+    def allocated_slots(self, logical: int) -> int:
         return logical - self.evicted + self.leaving * self.page_size
 
     @property
     def due_slots(self) -> int:
         # With a small buffer the threshold may come before there is a page to drop.
-        return max(self.budget.threshold, self.kept_slots + 1)
+        return max(self.settings.threshold, self.kept_slots + 1)
 
     def is_due(self, logical: int) -> bool:
         return not self.leaving and logical >= self.next_due
 
     @property
-    def free_until(self) -> int:
-        return min(self.recorded_from, self.most_slots - self.held(0))
+    def unconstrained_until(self) -> int:
+        return min(self.recorded_from, self.max_slots - self.allocated_slots(0))
 
     def end_of_chunk(self, logical: int, num_new_tokens: int) -> int:
-        return min(num_new_tokens, self.next_due - logical, self.most_slots - self.held(logical))
+        return min(num_new_tokens, self.next_due - logical, self.max_slots - self.allocated_slots(logical))
 
     @property
     def kept_slots(self) -> int:
         return self.kept_pages * self.page_size
 
     @property
-    def leaving_slots(self) -> int:
+    def eviction_slack(self) -> int:
         return self.page_size  # one page more to go on with while others are leaving
 
     def compact(self, logical: int) -> None:
@@ -130,7 +130,7 @@ class PageLengths(RequestLengths):
         self.leaving = self._pages(self.physical(logical)) - self.kept_pages
         self.evicted += self.leaving * self.page_size
 
-    def learn(self) -> None:
+    def confirm_freed(self) -> None:
         """Records that the pages that were leaving are back in the pool."""
         self.leaving = 0
 
@@ -142,10 +142,10 @@ class PageLengths(RequestLengths):
         return -(-slots // self.page_size)
 
 
-def lengths_by(
-    granularity: Granularity, num_prompt_tokens: int, budget: RequestBudget, page_size: int
+def make_request_lengths(
+    granularity: Granularity, num_prompt_tokens: int, settings: CompactionSettings, page_size: int
 ) -> RequestLengths:
     """The counts of a new request, by what leaves in a compaction."""
     if granularity == "page":
-        return PageLengths(num_prompt_tokens, budget, page_size=page_size)
-    return RequestLengths(num_prompt_tokens, budget)
+        return PageLengths(num_prompt_tokens, settings, page_size=page_size)
+    return RequestLengths(num_prompt_tokens, settings)

@@ -1,19 +1,45 @@
-"""What the scheduler tells the workers to do in one step: pure data, pickled with vLLM's SchedulerOutput."""
+"""Everything of ours that crosses a process, and the field of vLLM's own messages that carries it (pure).
+
+| from | to | message | carried by |
+|---|---|---|---|
+| scheduler | workers | `CompactionPlan` | attribute of `SchedulerOutput`, a dataclass that is pickled whole |
+| workers | scheduler | `PageReport`s, durations | attributes of `ModelRunnerOutput`, likewise |
+| scheduler | API server | tally of metrics | keys in `SchedulerStats.num_kv_fetch_reqs_by_stage` |
+| scheduler | API server | `CompactionResult` | `RequestOutput.kv_transfer_params`, a free-form field |
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 from rkv_vllm.settings.config import PolicyName
 
-#: Attribute of vLLM's SchedulerOutput that carries the step's CompactionPlan.
-_ATTRIBUTE = "rkv_plan"
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.metrics.stats import SchedulerStats
+    from vllm.v1.outputs import ModelRunnerOutput
+
+_PLAN = "rkv_plan"
+_PAGE_REPORTS = "rkv_page_reports"
+_DURATIONS = "rkv_compaction_microseconds"
+
+#: What every key of a tally begins with.
+KEY_PREFIX = "rkv_"
+#: Key of the `CompactionResult` in `kv_transfer_params`.
+RESULT_KEY = "rkv"
+#: Key, beside it, of the reason why a request that the whole pool cannot hold was refused.
+REFUSAL_KEY = "rkv_refusal"
+
+
+# -- scheduler to workers: what to do in a step ------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Round:
-    """One request's round: score `length` slots and keep `keep` of them. Worked out from counts alone.
+class Compaction:
+    """One request's round: score `length` slots and keep `keep` of them. It follows from counts alone.
 
     Attributes:
         request_id: vLLM's id of the request.
@@ -38,13 +64,13 @@ class Round:
         return self.evicted + self.keep
 
     @property
-    def survivors(self) -> int:
+    def num_previous_survivors(self) -> int:
         """Slots, from the first on, that the round before this one has filled; 0 for the first round."""
         return self.keep if self.evicted > self.length - self.keep else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Compaction(Round):
+class TokenCompaction(Compaction):
     """A round by token: the survivors of each layer and KV head move to the target pages.
 
     Attributes:
@@ -58,42 +84,118 @@ class Compaction(Round):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PageEviction(Round):
+class PageCompaction(Compaction):
     """A round by page: the pages of lowest score leave the worker's block table, and nothing is moved.
 
     The worker knows the request's pages, in order, and the scheduler only which they are: from the first
     such round on the worker's block table is the one that counts.
 
     Attributes:
-        sequence: names this round in the worker's report of which pages left; no two rounds share it.
+        eviction_id: names this round in the worker's report of the pages that it evicted; unique.
     """
 
-    sequence: int
+    eviction_id: int
 
 
 @dataclass(slots=True)
 class CompactionPlan:
-    """All of one step: the rounds to run before its forward pass, and whose queries to record during it.
+    """What all workers do in one step.
 
-    `compactions` or `page_evictions` are the rounds, by the server's granularity.
-
-    `recordings` maps a request to its row of the query window; the queries of its last `WINDOW` tokens of the
-    step are written there.
+    Attributes:
+        rounds: to run before the forward pass; all `TokenCompaction`s or all `PageCompaction`s, by the
+            server's granularity.
+        recordings: request -> its row of the query window, where the queries of its last `WINDOW` tokens of
+            the step are written during the forward pass.
     """
 
-    compactions: list[Compaction] = field(default_factory=list)
+    rounds: list[Compaction] = field(default_factory=list)
     recordings: dict[str, int] = field(default_factory=dict)
-    page_evictions: list[PageEviction] = field(default_factory=list)
 
 
 _NOTHING_TO_DO = CompactionPlan()
 
 
-def attach_plan(scheduler_output: Any, plan: CompactionPlan) -> None:
-    """Puts the plan on vLLM's SchedulerOutput: a plain dataclass, pickled whole to every worker."""
-    setattr(scheduler_output, _ATTRIBUTE, plan)
+def attach_plan(scheduler_output: SchedulerOutput, plan: CompactionPlan) -> None:
+    """Puts the plan on a step's `SchedulerOutput`."""
+    setattr(scheduler_output, _PLAN, plan)
 
 
-def plan_of(scheduler_output: Any) -> CompactionPlan:
+def plan_of(scheduler_output: SchedulerOutput) -> CompactionPlan:
     """The plan of a step; an empty one for the outputs that vLLM makes by itself when it warms up."""
-    return getattr(scheduler_output, _ATTRIBUTE, _NOTHING_TO_DO)
+    plan: CompactionPlan = getattr(scheduler_output, _PLAN, _NOTHING_TO_DO)
+    return plan
+
+
+# -- workers to scheduler: what came of it -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PageReport:
+    """The outcome of one `PageCompaction`.
+
+    Attributes:
+        request_id: vLLM's id of the request.
+        eviction_id: of the round.
+        pages: ids of the evicted pages, in the order in which the request held them.
+    """
+
+    request_id: str
+    eviction_id: int
+    pages: tuple[int, ...]
+
+
+def with_reports(output: ModelRunnerOutput, reports: Sequence[PageReport]) -> ModelRunnerOutput:
+    """A step's output with the reports on it: a copy, because vLLM shares one empty output."""
+    output = copy(output)
+    setattr(output, _PAGE_REPORTS, tuple(reports))
+    return output
+
+
+def reports_of(output: ModelRunnerOutput) -> tuple[PageReport, ...]:
+    """The reports that came with a step's output; most steps have none."""
+    reports: tuple[PageReport, ...] = getattr(output, _PAGE_REPORTS, ())
+    return reports
+
+
+def attach_durations(output: ModelRunnerOutput, microseconds: list[int]) -> None:
+    """Puts on a step's output how long the compactions took that were timed since the output before."""
+    if microseconds:
+        setattr(output, _DURATIONS, microseconds)
+
+
+def durations_of(output: ModelRunnerOutput) -> list[int]:
+    """Microseconds that `attach_durations` put there; most steps have none."""
+    durations: list[int] = getattr(output, _DURATIONS, [])
+    return durations
+
+
+# -- scheduler to API server -------------------------------------------------------------------------------
+
+
+def put_tally(stats: SchedulerStats, tally: dict[str, int]) -> None:
+    """Sends a tally along with a step's statistics."""
+    stats.num_kv_fetch_reqs_by_stage.update(tally)
+
+
+def take_tally(stats: SchedulerStats) -> dict[str, int]:
+    """The tally sent along, removed, so that what remains is vLLM's own."""
+    carrier = stats.num_kv_fetch_reqs_by_stage
+    return {key: carrier.pop(key) for key in list(carrier) if key.startswith(KEY_PREFIX)}
+
+
+class CompactionResult(TypedDict):
+    """What compaction did to one finished request: the proof that travels back with its answer.
+
+    `pages_without_compaction` is what the request's logical length would fill; `reason` says why nothing was
+    compacted, and is None where something was.
+    """
+
+    budget: int | None
+    buffer: int | None
+    policy: str | None
+    compactions: int
+    evicted_tokens: int
+    peak_pages: int
+    pages_without_compaction: int
+    page_size: int
+    reason: str | None

@@ -49,7 +49,7 @@ class Pool:
         return self.usable_pages // self.pages_for(slots)
 
 
-def most_slots(length: int, lengths: RequestLengths | None) -> int:
+def peak_slots(length: int, lengths: RequestLengths | None) -> int:
     """Slots that a request holds at most, in tokens.
 
     By token that is budget + buffer: a compaction comes first in the step after they are full, and moves
@@ -59,4 +59,4 @@ def most_slots(length: int, lengths: RequestLengths | None) -> int:
         length: tokens of the request when it ends, the prompt included.
         lengths: its counts when it is new; None: full cache.
     """
-    return length if lengths is None else min(length, lengths.most_slots)
+    return length if lengths is None else min(length, lengths.max_slots)

@@ -17,8 +17,8 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
-from rkv_vllm.decisions.lengths import PageLengths, lengths_by
-from rkv_vllm.settings.config import BudgetRequest, Granularity, PolicyName, RequestBudget, RkvConfig
+from rkv_vllm.decisions.lengths import PageLengths, make_request_lengths
+from rkv_vllm.settings.config import CompactionSettings, Granularity, PolicyName, RequestedSettings, RkvConfig
 
 #: What is measured of each token, in this order.
 MEASURES = ("kl", "top1", "full_logprob", "logprob")
@@ -39,7 +39,7 @@ class Window:
 
 
 #: How one request keeps its cache; None is the full cache, the control.
-Setting = RequestBudget | None
+Setting = CompactionSettings | None
 
 
 class Figure(BaseModel):
@@ -129,7 +129,7 @@ def settings_of(
                 asked = {"rkv_budget": budget, "rkv_buffer": buffer, "rkv_policy": policy}
                 if budget == 0:
                     raise ValueError("rkv_budget 0 is the full cache, which is always measured")
-                settings.append(config.resolve(BudgetRequest.from_extra_args(asked)))
+                settings.append(config.resolve(RequestedSettings.from_extra_args(asked)))
     return settings
 
 
@@ -172,18 +172,18 @@ class Schedule:
 
 
 def schedule(
-    granularity: Granularity, prompt: int, forced: int, budget: RequestBudget | None, page_size: int
+    granularity: Granularity, prompt: int, forced: int, budget: CompactionSettings | None, page_size: int
 ) -> Schedule:
     """Works out from counts when the engine compacts a request of these lengths, in tokens."""
     if budget is None:
         return Schedule((), 0)
-    lengths = lengths_by(granularity, prompt, budget, page_size)
+    lengths = make_request_lengths(granularity, prompt, budget, page_size)
     affected: list[int] = []
     # The step at logical length n feeds token n, and predicts the one behind it. The last token is not fed.
     while (due := lengths.next_due) < prompt + forced - 1:
         lengths.compact(due)
         if isinstance(lengths, PageLengths):
-            lengths.learn()
+            lengths.confirm_freed()
         affected.append(due + 1 - prompt)
     return Schedule(tuple(affected), lengths.evicted)
 

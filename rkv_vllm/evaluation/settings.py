@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from rkv_vllm.settings.config import OFF, WINDOW, PolicyName, RequestBudget, extra_args
+from rkv_vllm.settings.config import OFF, WINDOW, CompactionSettings, PolicyName, extra_args
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Setting:
         """As a request sends it."""
         if self.policy is None:
             return extra_args(None)
-        return extra_args(RequestBudget(self.budget, self.buffer, self.policy))
+        return extra_args(CompactionSettings(self.budget, self.buffer, self.policy))
 
 
 FULL_CACHE = Setting()

@@ -14,7 +14,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV1
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV2
 
-from rkv_vllm.settings.config import BudgetRequest
+from rkv_vllm.settings.config import RequestedSettings
 
 
 class BudgetValidator(LogitsProcessorV2, LogitsProcessorV1):
@@ -24,7 +24,7 @@ class BudgetValidator(LogitsProcessorV2, LogitsProcessorV1):
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         """Raises: ValueError that names each wrong field."""
-        BudgetRequest.from_extra_args(sampling_params.extra_args)
+        RequestedSettings.from_extra_args(sampling_params.extra_args)
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         return False  # logits need no processing

@@ -30,8 +30,9 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
 from rkv_vllm import __version__
+from rkv_vllm.decisions.messages import take_tally
 from rkv_vllm.decisions.query_rows import num_query_rows
-from rkv_vllm.observability.tally import KEY_PREFIX, TALLIED, Metric, read
+from rkv_vllm.observability.tally import TALLIED, Metric, read
 from rkv_vllm.settings.config import WINDOW, RkvConfig
 
 COMMON_LABELS = ("model_name", "engine")
@@ -43,17 +44,6 @@ BUILD_INFO = Metric(
     "gauge", "rkv_build_info", "Always 1; versions and the server's defaults for requests without settings."
 )
 _BUILD_LABELS = ("version", "vllm_version", "budget", "buffer", "policy")
-
-
-def put_tally(stats: SchedulerStats, tally: dict[str, int]) -> None:
-    """Sends a tally along with a step's statistics."""
-    stats.num_kv_fetch_reqs_by_stage.update(tally)
-
-
-def take_tally(stats: SchedulerStats) -> dict[str, int]:
-    """The tally sent along, removed, so that what is left is vLLM's own."""
-    carrier = stats.num_kv_fetch_reqs_by_stage
-    return {key: carrier.pop(key) for key in list(carrier) if key.startswith(KEY_PREFIX)}
 
 
 class RkvStatLogger(AggregateStatLoggerBase):

@@ -12,14 +12,11 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Literal
 
-from rkv_vllm.decisions.messages import Compaction, Round
-from rkv_vllm.decisions.result import CompactionResult
-from rkv_vllm.settings.config import POLICY_NAMES, RequestBudget
+from rkv_vllm.decisions.messages import Compaction, CompactionResult, TokenCompaction
+from rkv_vllm.settings.config import POLICY_NAMES, CompactionSettings
 
 MILLIONTH = 1e-6
 _SEPARATOR = "|"
-#: What every key begins with.
-KEY_PREFIX = "rkv_"
 
 Outcome = Literal["executed", "cancelled"]
 DeferralReason = Literal["no_pages", "no_query_row"]
@@ -30,11 +27,11 @@ FULL_CACHE = "full"
 BUDGET_CLASSES = (*(f"le_{bound}" for bound in BUDGET_BOUNDS), f"gt_{BUDGET_BOUNDS[-1]}", FULL_CACHE)
 
 
-def budget_class(budget: RequestBudget | None) -> str:
+def budget_class(settings: CompactionSettings | None) -> str:
     """One of `BUDGET_CLASSES`; None is a request that keeps its full cache."""
-    if budget is None:
+    if settings is None:
         return FULL_CACHE
-    fitting = (f"le_{bound}" for bound in BUDGET_BOUNDS if budget.budget <= bound)
+    fitting = (f"le_{bound}" for bound in BUDGET_BOUNDS if settings.budget <= bound)
     return next(fitting, f"gt_{BUDGET_BOUNDS[-1]}")
 
 
@@ -230,8 +227,8 @@ class Counters:
 
     # -- a request's life ----------------------------------------------------------------------------------
 
-    def arrived(self, budget: RequestBudget | None) -> None:
-        self._count_unfinished(budget, 1)
+    def arrived(self, settings: CompactionSettings | None) -> None:
+        self._count_unfinished(settings, 1)
 
     def preempted(self, request_id: str, computed: int) -> None:
         """It lost all its pages after it had computed so many tokens."""
@@ -256,14 +253,14 @@ class Counters:
             del self._replayed_until[request_id]
 
     def ended(
-        self, request_id: str, budget: RequestBudget | None, result: CompactionResult, num_tokens: int
+        self, request_id: str, settings: CompactionSettings | None, result: CompactionResult, num_tokens: int
     ) -> None:
         """It has finished or was aborted, at a logical length of `num_tokens`."""
         self._forget_saved(request_id)
         self._replayed_until.pop(request_id, None)
-        self._count_unfinished(budget, -1)
-        self._grow(REQUESTS, 1, budget_class(budget))
-        if budget is None:
+        self._count_unfinished(settings, -1)
+        self._grow(REQUESTS, 1, budget_class(settings))
+        if settings is None:
             self._grow(UNCOMPACTED, 1, "full_cache")
             return
         if result["compactions"] == 0:
@@ -274,13 +271,13 @@ class Counters:
 
     # -- a step --------------------------------------------------------------------------------------------
 
-    def executed(self, compaction: Round) -> None:
+    def executed(self, compaction: Compaction) -> None:
         """The workers are told to run it."""
         policy = compaction.policy
         self._grow(COMPACTIONS, 1, policy, "executed")
         self._grow(EVICTED_TOKENS, compaction.length - compaction.keep, policy)
         self._grow(FREED_PAGES, self._pages(compaction.length) - self._pages(compaction.keep), policy)
-        if isinstance(compaction, Compaction):  # by page nothing is copied
+        if isinstance(compaction, TokenCompaction):  # by page nothing is copied
             pages = zip(compaction.source_pages, compaction.target_pages, strict=False)
             self._grow(COPIED_PAGES, sum(source != target for source, target in pages), policy)
         self._forget_saved(compaction.request_id)
@@ -288,7 +285,7 @@ class Counters:
         self._saved_pages[compaction.request_id] = saved = compaction.evicted // self._page_size
         self._total_saved_pages += saved
 
-    def cancelled(self, compaction: Round) -> None:
+    def cancelled(self, compaction: Compaction) -> None:
         """It was planned, and its request lost all its pages before the step began."""
         self._grow(COMPACTIONS, 1, compaction.policy, "cancelled")
 
@@ -298,7 +295,7 @@ class Counters:
     def preempted_for_room(self) -> None:
         self._grow(ROOM_PREEMPTIONS, 1)
 
-    def took(self, microseconds: Iterable[int]) -> None:
+    def record_durations(self, microseconds: Iterable[int]) -> None:
         """Times of steps' compactions that the workers have measured meanwhile."""
         for duration in microseconds:
             self._grow(COMPACTION_DURATION, 1, str(duration))
@@ -334,8 +331,8 @@ class Counters:
     def _pages(self, slots: int) -> int:
         return -(-slots // self._page_size)
 
-    def _count_unfinished(self, budget: RequestBudget | None, change: int) -> None:
-        key = _key(UNFINISHED, budget_class(budget))
+    def _count_unfinished(self, settings: CompactionSettings | None, change: int) -> None:
+        key = _key(UNFINISHED, budget_class(settings))
         self._set(key, self._gauges.get(key, 0) + change)
 
     def _forget_saved(self, request_id: str) -> None:

@@ -22,7 +22,8 @@ class ScoreInputs:
         scale: factor on the model's attention logits.
         layer: index of the layer.
         logical_length: tokens of the request so far.
-        survivors: slots at the front that an earlier round has filled, its window the last of them; 0: none.
+        num_previous_survivors: slots at the front that the round before has filled, its window the last of
+            them; 0 for the first round.
     """
 
     keys: torch.Tensor
@@ -30,7 +31,7 @@ class ScoreInputs:
     scale: float
     layer: int
     logical_length: int
-    survivors: int = 0
+    num_previous_survivors: int = 0
 
     @property
     def num_candidates(self) -> int:

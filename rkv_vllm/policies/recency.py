@@ -20,7 +20,8 @@ class Recency:
     def scores(self, inputs: ScoreInputs) -> torch.Tensor:
         # A slot's index tells its age, but where an earlier round has laid the newest first behind the sinks.
         scores = torch.arange(inputs.num_candidates, dtype=torch.float32, device=inputs.keys.device)
-        if self.order == "score" and inputs.survivors:
-            scores[SINKS : inputs.survivors - WINDOW] = scores[SINKS : inputs.survivors - WINDOW].flip(0)
+        if self.order == "score" and inputs.num_previous_survivors:
+            previous = slice(SINKS, inputs.num_previous_survivors - WINDOW)
+            scores[previous] = scores[previous].flip(0)
         scores[:SINKS] = torch.inf
         return scores.expand(inputs.keys.shape[0], -1)

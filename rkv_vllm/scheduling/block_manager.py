@@ -14,8 +14,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
-from rkv_vllm.decisions.lengths import lengths_by
-from rkv_vllm.settings.config import BudgetRequest, RkvConfig
+from rkv_vllm.decisions.lengths import make_request_lengths
+from rkv_vllm.settings.config import RequestedSettings, RkvConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +30,10 @@ class CompactingSpec(FullAttentionSpec):
         """
         whole = super().max_memory_usage_bytes(vllm_config)
         config = RkvConfig.from_additional_config(vllm_config.additional_config)
-        default = config.resolve(BudgetRequest())
+        default = config.resolve(RequestedSettings())
         if not config.beyond_pool or default is None:
             return whole
-        slots = lengths_by(config.granularity, 0, default, self.block_size).most_slots
+        slots = make_request_lengths(config.granularity, 0, default, self.block_size).max_slots
         return min(whole, cdiv(slots, self.block_size) * self.page_size_bytes)
 
 

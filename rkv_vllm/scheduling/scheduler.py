@@ -21,19 +21,28 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from rkv_vllm.decisions.lengths import PageLengths, RequestLengths, lengths_by
-from rkv_vllm.decisions.messages import Compaction, CompactionPlan, PageEviction, Round, attach_plan
-from rkv_vllm.decisions.page_report import PageReport, reports_of
+from rkv_vllm.decisions.lengths import PageLengths, RequestLengths, make_request_lengths
+from rkv_vllm.decisions.messages import (
+    REFUSAL_KEY,
+    RESULT_KEY,
+    Compaction,
+    CompactionPlan,
+    CompactionResult,
+    PageCompaction,
+    PageReport,
+    TokenCompaction,
+    attach_plan,
+    durations_of,
+    put_tally,
+    reports_of,
+)
 from rkv_vllm.decisions.pool_forecast import Course, Endings, Outlook
 from rkv_vllm.decisions.query_rows import QueryRows, num_query_rows
-from rkv_vllm.decisions.result import REFUSAL_KEY, RESULT_KEY, CompactionResult
-from rkv_vllm.decisions.sizing import most_slots
-from rkv_vllm.execution.stopwatch import laps_of
+from rkv_vllm.decisions.sizing import peak_slots
 from rkv_vllm.host.compatibility import refuse_unsupported
-from rkv_vllm.observability.prometheus import put_tally
 from rkv_vllm.observability.tally import Counters
 from rkv_vllm.scheduling.block_manager import CompactingManager, PageMove, register_compacting_spec
-from rkv_vllm.settings.config import BudgetRequest, RequestBudget, RkvConfig
+from rkv_vllm.settings.config import CompactionSettings, RequestedSettings, RkvConfig
 
 # The mixin is put before either of vLLM's schedulers; the type checker is told of what they share.
 if TYPE_CHECKING:
@@ -51,23 +60,23 @@ _STEPS_PER_OUTLOOK = 8
 class TrackedRequest:
     """A request that is compacted, and what its result will say.
 
-    `rounds` counts compactions since it last started from nothing; `sequence` is of its last `PageEviction`;
-    `free_until` is that of `lengths`, or lower.
+    `rounds` counts compactions since it last started from nothing; `eviction_id` is that of its last
+    `PageCompaction`; `unconstrained_until` is that of `lengths`, or lower.
     """
 
     lengths: RequestLengths
-    free_until: int = 0
+    unconstrained_until: int = 0
     rounds: int = 0
     compactions: int = 0
     evicted_tokens: int = 0
     peak_pages: int = 0
-    sequence: int = -1
+    eviction_id: int = -1
 
     @property
-    def budget(self) -> RequestBudget:
-        return self.lengths.budget
+    def settings(self) -> CompactionSettings:
+        return self.lengths.settings
 
-    def count(self, compaction: Round) -> None:
+    def count(self, compaction: Compaction) -> None:
         self.rounds += 1
         # Kept at their highest, so that a request which ends while preempted still says what happened to it.
         self.compactions = max(self.compactions, self.rounds)
@@ -75,7 +84,7 @@ class TrackedRequest:
 
     def restart(self) -> None:
         self.lengths.restart()
-        self.free_until = 0
+        self.unconstrained_until = 0
         self.rounds = 0
 
 
@@ -132,14 +141,14 @@ class CompactingSchedulerMixin(_Scheduler):
         if more_of_session:
             return
         # A streaming-input session edits its own past, which a compacted cache cannot follow.
-        budget = None if request.resumable else self._rkv_config.resolve(self._asked_for(request))
-        self._counters.arrived(budget)
-        if budget is not None:
-            lengths = lengths_by(
-                self._rkv_config.granularity, request.num_prompt_tokens, budget, self._manager.block_size
+        settings = None if request.resumable else self._rkv_config.resolve(self._asked_for(request))
+        self._counters.arrived(settings)
+        if settings is not None:
+            lengths = make_request_lengths(
+                self._rkv_config.granularity, request.num_prompt_tokens, settings, self._manager.block_size
             )
             self._tracked[request.request_id] = TrackedRequest(lengths)
-            self._manager.bound(request.request_id, lengths.most_slots)
+            self._manager.bound(request.request_id, lengths.max_slots)
         self._refuse_if_too_large(request)
 
     def _refuse_if_too_large(self, request: Request) -> None:
@@ -151,7 +160,7 @@ class CompactingSchedulerMixin(_Scheduler):
         if not request.resumable:  # a streaming-input session may grow that far
             length = min(length, request.num_prompt_tokens + request.max_tokens)
         tracked = self._tracked.get(request.request_id)
-        slots = most_slots(length, tracked.lengths if tracked else None)
+        slots = peak_slots(length, tracked.lengths if tracked else None)
         needed = cdiv(slots, self._manager.block_size)
         usable = self.kv_cache_manager.block_pool.num_gpu_blocks - 1  # one is vLLM's null page
         if needed <= usable:
@@ -172,15 +181,15 @@ class CompactingSchedulerMixin(_Scheduler):
         self.finish_requests(request.request_id, RequestStatus.FINISHED_ERROR)
 
     @staticmethod
-    def _asked_for(request: Request) -> BudgetRequest:
+    def _asked_for(request: Request) -> RequestedSettings:
         if request.sampling_params is None:
-            return BudgetRequest()
+            return RequestedSettings()
         try:
-            return BudgetRequest.from_extra_args(request.sampling_params.extra_args)
+            return RequestedSettings.from_extra_args(request.sampling_params.extra_args)
         except ValueError as error:
             # The front end refuses such a request; one that came another way must not stop the engine.
             logger.warning("Request %s: %s; the server's default is used", request.request_id, error)
-            return BudgetRequest()
+            return RequestedSettings()
 
     def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
         tracked = self._tracked.get(request.request_id)
@@ -197,11 +206,11 @@ class CompactingSchedulerMixin(_Scheduler):
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         result = self._result(request)
         tracked = self._tracked.pop(request.request_id, None)
-        budget = tracked.budget if tracked else None
+        settings = tracked.settings if tracked else None
         if tracked is not None and request.num_output_tokens:
             self._endings.ended(request.num_output_tokens, early=self._ended_itself(request))
             self._steps_to_outlook = 0
-        self._counters.ended(request.request_id, budget, result, request.num_tokens)
+        self._counters.ended(request.request_id, settings, result, request.num_tokens)
         self._manager.unbound(request.request_id)
         self._with_stop_strings.discard(request.request_id)
         self._query_rows.release(request.request_id)
@@ -238,9 +247,9 @@ class CompactingSchedulerMixin(_Scheduler):
             )
         self._note_pages(tracked, request)
         return CompactionResult(
-            budget=tracked.budget.budget,
-            buffer=tracked.budget.buffer,
-            policy=tracked.budget.policy,
+            budget=tracked.settings.budget,
+            buffer=tracked.settings.buffer,
+            policy=tracked.settings.policy,
             compactions=tracked.compactions,
             evicted_tokens=tracked.evicted_tokens,
             peak_pages=tracked.peak_pages,
@@ -266,10 +275,10 @@ class CompactingSchedulerMixin(_Scheduler):
             if tracked is None or not self._is_due(request, tracked):
                 continue
             if isinstance(tracked.lengths, PageLengths):
-                plan.page_evictions.append(self._evict_pages(request, tracked, tracked.lengths))
+                plan.rounds.append(self._evict_pages(request, tracked, tracked.lengths))
             elif self._make_room(request, tracked):
                 compaction, move = self._compact(request, tracked)
-                plan.compactions.append(compaction)
+                plan.rounds.append(compaction)
                 moves.append(move)
         self._manager.release(moves)
         self._held_pages -= sum(len(move.leaving) for move in moves)
@@ -280,12 +289,11 @@ class CompactingSchedulerMixin(_Scheduler):
         if output.preempted_req_ids:
             # Preempted after it was planned: its pages may have a new owner in this very step.
             gone = output.preempted_req_ids
-            for planned in (*plan.compactions, *plan.page_evictions):
+            for planned in plan.rounds:
                 if planned.request_id in gone:
                     self._counters.cancelled(planned)
-            plan.compactions = [c for c in plan.compactions if c.request_id not in gone]
-            plan.page_evictions = [e for e in plan.page_evictions if e.request_id not in gone]
-        for planned in (*plan.compactions, *plan.page_evictions):
+            plan.rounds = [planned for planned in plan.rounds if planned.request_id not in gone]
+        for planned in plan.rounds:
             self._tracked[planned.request_id].count(planned)
             self._counters.executed(planned)
         for request_id in self._counters.replaying & output.num_scheduled_tokens.keys():
@@ -305,7 +313,7 @@ class CompactingSchedulerMixin(_Scheduler):
         Waiting for pages instead would move this compaction, and all later ones, to other tokens. It ends: a
         request that runs alone shares no page. Returns False where the request itself had to go.
         """
-        while not self._manager.can_compact(request.request_id, tracked.budget.budget):
+        while not self._manager.can_compact(request.request_id, tracked.settings.budget):
             if self.policy == SchedulingPolicy.PRIORITY:
                 victim = max(self.running, key=lambda running: (running.priority, running.arrival_time))
             else:
@@ -320,48 +328,48 @@ class CompactingSchedulerMixin(_Scheduler):
                 return False
         return True
 
-    def _compact(self, request: Request, tracked: TrackedRequest) -> tuple[Compaction, PageMove]:
+    def _compact(self, request: Request, tracked: TrackedRequest) -> tuple[TokenCompaction, PageMove]:
         request_id, logical = request.request_id, request.num_computed_tokens
         self._note_pages(tracked, request)
         length = tracked.lengths.physical(logical)
-        row = self._query_rows.row_of(request_id) if tracked.budget.needs_queries else -1
+        row = self._query_rows.row_of(request_id) if tracked.settings.needs_queries else -1
         self._query_rows.release(request_id)
         tracked.lengths.compact(logical)
-        move = self._manager.compact(request_id, tracked.budget.budget, tracked.lengths.evicted)
-        compaction = Compaction(
+        move = self._manager.compact(request_id, tracked.settings.budget, tracked.lengths.evicted)
+        compaction = TokenCompaction(
             request_id=request_id,
             source_pages=move.source_pages,
             target_pages=move.target_pages,
             length=length,
-            keep=tracked.budget.budget,
+            keep=tracked.settings.budget,
             evicted=tracked.lengths.evicted,
-            policy=tracked.budget.policy,
+            policy=tracked.settings.policy,
             query_row=row,
         )
         return compaction, move
 
-    def _evict_pages(self, request: Request, tracked: TrackedRequest, lengths: PageLengths) -> PageEviction:
+    def _evict_pages(self, request: Request, tracked: TrackedRequest, lengths: PageLengths) -> PageCompaction:
         request_id, logical = request.request_id, request.num_computed_tokens
         length = lengths.physical(logical)
-        row = self._query_rows.row_of(request_id) if tracked.budget.needs_queries else -1
+        row = self._query_rows.row_of(request_id) if tracked.settings.needs_queries else -1
         self._query_rows.release(request_id)
         lengths.compact(logical)
         self._manager.stop_caching(request_id)
-        tracked.sequence = next(self._sequences)
-        return PageEviction(
+        tracked.eviction_id = next(self._sequences)
+        return PageCompaction(
             request_id=request_id,
             length=length,
             keep=lengths.physical(logical),
             evicted=lengths.evicted,
-            policy=tracked.budget.policy,
+            policy=tracked.settings.policy,
             query_row=row,
-            sequence=tracked.sequence,
+            eviction_id=tracked.eviction_id,
         )
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        self._counters.took(laps_of(model_runner_output))
+        self._counters.record_durations(durations_of(model_runner_output))
         for report in reports_of(model_runner_output):
             self._learn(report)
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(
@@ -385,7 +393,7 @@ class CompactingSchedulerMixin(_Scheduler):
     def _learn(self, report: PageReport) -> None:
         """Returns the pages that left to the pool; every step that read them has run."""
         tracked = self._tracked.get(report.request_id)
-        if tracked is None or tracked.sequence != report.sequence:
+        if tracked is None or tracked.eviction_id != report.eviction_id:
             return  # finished, or started again: it has nothing of what is reported
         lengths = tracked.lengths
         if isinstance(lengths, PageLengths) and lengths.leaving:
@@ -393,7 +401,7 @@ class CompactingSchedulerMixin(_Scheduler):
             self._note_pages(tracked, request)
             self._manager.remove_pages(report.request_id, report.pages)
             self._held_pages -= len(report.pages)
-            lengths.learn()
+            lengths.confirm_freed()
             self._may_be_due.append(request)
 
     def _recordings(self, output: SchedulerOutput) -> dict[str, int]:
@@ -423,7 +431,7 @@ class CompactingSchedulerMixin(_Scheduler):
             tracked = self._tracked.get(request.request_id)
             if tracked is not None:
                 courses.append(self._course(request, tracked))
-                held_pages += cdiv(tracked.lengths.held(request.num_computed_tokens), page_size)
+                held_pages += cdiv(tracked.lengths.allocated_slots(request.num_computed_tokens), page_size)
                 tokens += request.num_output_tokens
         self._held_pages = held_pages
         first = self.waiting.peek_request()
@@ -449,11 +457,11 @@ class CompactingSchedulerMixin(_Scheduler):
         lengths = tracked.lengths
         left = max(request.max_tokens - request.num_output_tokens, 0)
         if tracked.rounds:
-            held = lengths.physical(request.num_computed_tokens) + lengths.leaving_slots
+            held = lengths.physical(request.num_computed_tokens) + lengths.eviction_slack
             return Course(
-                held, lengths.due_slots + lengths.leaving_slots, lengths.due_slots - lengths.kept_slots, left
+                held, lengths.due_slots + lengths.eviction_slack, lengths.due_slots - lengths.kept_slots, left
             )
-        most = most_slots(request.num_prompt_tokens + request.max_tokens, lengths)
+        most = peak_slots(request.num_prompt_tokens + request.max_tokens, lengths)
         return Course(min(max(request.num_computed_tokens, request.num_tokens), most), most, 0, left)
 
     # -- where chunks end ----------------------------------------------------------------------------------
@@ -466,7 +474,7 @@ class CompactingSchedulerMixin(_Scheduler):
         if request.status != RequestStatus.RUNNING:
             self._keep_room(request, tracked)
         # Most steps of a request are far from its next compaction.
-        if tracked is not None and num_computed_tokens + num_new_tokens > tracked.free_until:
+        if tracked is not None and num_computed_tokens + num_new_tokens > tracked.unconstrained_until:
             num_new_tokens = self._end_of_chunk(request, tracked, num_computed_tokens, num_new_tokens)
         return super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
 
@@ -474,11 +482,11 @@ class CompactingSchedulerMixin(_Scheduler):
         self, request: Request, tracked: TrackedRequest, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
         lengths = tracked.lengths
-        tracked.free_until = lengths.free_until
+        tracked.unconstrained_until = lengths.unconstrained_until
         num_new_tokens = lengths.end_of_chunk(num_computed_tokens, num_new_tokens)
         first = lengths.recorded_from
         if (
-            tracked.budget.needs_queries
+            tracked.settings.needs_queries
             and num_computed_tokens + num_new_tokens > first
             and not self._query_rows.hold(request.request_id)
         ):
@@ -521,7 +529,7 @@ class CompactingSchedulerMixin(_Scheduler):
         for request in self.running:
             tracked = self._tracked.get(request.request_id)
             logical = request.num_computed_tokens
-            expected = cdiv(tracked.lengths.held(logical) if tracked else logical, page_size)
+            expected = cdiv(tracked.lengths.allocated_slots(logical) if tracked else logical, page_size)
             held = self._manager.num_pages(request.request_id)
             assert held == expected, f"{request.request_id} holds {held} pages, not {expected}"
         self._query_rows.check_integrity()

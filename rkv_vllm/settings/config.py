@@ -47,7 +47,7 @@ def _off_or_above_window(tokens: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class RequestBudget:
+class CompactionSettings:
     """The settings in force for one request that is compacted.
 
     `budget` tokens stay per layer and KV head after a compaction, the window included; `buffer` tokens are
@@ -69,14 +69,14 @@ class RequestBudget:
         return self.policy in QUERY_POLICIES
 
 
-def extra_args(budget: RequestBudget | None) -> dict[str, int | str]:
+def extra_args(settings: CompactionSettings | None) -> dict[str, int | str]:
     """What a request sends for these settings, in `SamplingParams.extra_args` or `vllm_xargs` over HTTP.
 
-    `budget` None: full cache, whatever the server's default.
+    `settings` None: full cache, whatever the server's default.
     """
-    if budget is None:
+    if settings is None:
         return {"rkv_budget": OFF}
-    return {"rkv_budget": budget.budget, "rkv_buffer": budget.buffer, "rkv_policy": budget.policy}
+    return {"rkv_budget": settings.budget, "rkv_buffer": settings.buffer, "rkv_policy": settings.policy}
 
 
 class RkvConfig(BaseModel):
@@ -146,19 +146,19 @@ class RkvConfig(BaseModel):
             )
         return cls.model_validate(additional_config["rkv"])
 
-    def resolve(self, request: BudgetRequest) -> RequestBudget | None:
+    def resolve(self, request: RequestedSettings) -> CompactionSettings | None:
         """The settings in force for a request, or None where it keeps its full cache."""
         budget = self.budget if request.rkv_budget is None else request.rkv_budget
         if budget is None or budget == OFF:
             return None
-        return RequestBudget(
+        return CompactionSettings(
             budget=budget,
             buffer=self.buffer if request.rkv_buffer is None else request.rkv_buffer,
             policy=self.policy if request.rkv_policy is None else request.rkv_policy,
         )
 
 
-class BudgetRequest(BaseModel):
+class RequestedSettings(BaseModel):
     """What one request asks for in `SamplingParams.extra_args` (`vllm_xargs` over HTTP).
 
     None is the server's default.
@@ -171,7 +171,7 @@ class BudgetRequest(BaseModel):
     rkv_policy: PolicyName | None = None
 
     @classmethod
-    def from_extra_args(cls, extra_args: Mapping[str, Any] | None) -> BudgetRequest:
+    def from_extra_args(cls, extra_args: Mapping[str, Any] | None) -> RequestedSettings:
         """Reads our keys, all those that begin with `rkv_`, and leaves the others alone.
 
         Raises: ValueError, one line that names each wrong field and says what it takes.
@@ -188,7 +188,7 @@ class BudgetRequest(BaseModel):
             raise ValueError("; ".join(_explain(field, ours.get(field)) for field in fields)) from None
 
 
-_NOTHING_ASKED = BudgetRequest()
+_NOTHING_ASKED = RequestedSettings()
 
 
 def _explain(field: str, value: Any) -> str:

@@ -271,10 +271,8 @@ class _Host:
             if request.num_preemptions > self._preemptions.get(name, 0):
                 preempted.add(self._names[name])
                 self._preemptions[name] = request.num_preemptions
-        plan = plan_of(output)
-        rounds = [*plan.compactions, *plan.page_evictions]
         return Step(
-            compacted={self._names[round_.request_id]: round_.length for round_ in rounds},
+            compacted={self._names[round_.request_id]: round_.length for round_ in plan_of(output).rounds},
             preempted=frozenset(preempted),
             pages={index: len(held[request.request_id]) for index, request in running.items()},
             computed={index: request.num_computed_tokens for index, request in running.items()},

@@ -6,7 +6,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-from rkv_vllm.decisions.messages import Compaction, CompactionPlan, attach_plan, plan_of
+from rkv_vllm.decisions.messages import Compaction, CompactionPlan, TokenCompaction, attach_plan, plan_of
 from rkv_vllm.scheduling.scheduler import CompactingSchedulerMixin
 
 #: Decoded tokens between two moves of a request.
@@ -20,7 +20,7 @@ class IdentityScheduler(CompactingSchedulerMixin, Scheduler):
         moved = self.move([request for request in self.running if _decoded(request) in range(0, 4096, EVERY)])
         output = super().schedule(throttle_prefills)
         plan = plan_of(output)
-        assert not plan.compactions, "an identity run evicts nothing"
+        assert not plan.rounds, "an identity run evicts nothing"
         attach_plan(output, CompactionPlan(moved, plan.recordings))
         return output
 
@@ -28,14 +28,15 @@ class IdentityScheduler(CompactingSchedulerMixin, Scheduler):
         """Gives each request fresh pages, then returns all the old ones to the pool."""
         (manager,) = self.kv_cache_manager.coordinator.single_type_managers
         pool, pages = self.kv_cache_manager.block_pool, manager.req_to_blocks
-        moved, leaving = [], []
+        moved: list[Compaction] = []
+        leaving = []
         for request in requests:
             before = pages[request.request_id]
             after = pool.get_new_blocks(len(before))
             pages[request.request_id] = after
             leaving.extend(before)
             moved.append(
-                Compaction(
+                TokenCompaction(
                     request_id=request.request_id,
                     source_pages=tuple(page.block_id for page in before),
                     target_pages=tuple(page.block_id for page in after),

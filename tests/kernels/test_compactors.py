@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rkv_vllm.decisions.messages import Compaction
+from rkv_vllm.decisions.messages import TokenCompaction
 from rkv_vllm.execution.cpu.compactor import CpuCompactor
 from rkv_vllm.execution.gpu.compactor import GpuCompactor
 from rkv_vllm.execution.stopwatch import CpuStopwatch
@@ -65,7 +65,7 @@ class Setup:
         self.queries = torch.randn(LAYERS, 6, WINDOW, HEADS * GROUP, SIZE, generator=generator)
         ids = torch.randperm(shape[1], generator=generator).tolist()
         self.compactions = [
-            Compaction(
+            TokenCompaction(
                 request_id=policy,
                 length=LENGTH,
                 keep=KEEP,
@@ -78,12 +78,12 @@ class Setup:
             for index, policy in enumerate(POLICY_NAMES)
         ]
 
-    def tokens(self, layers: torch.Tensor, compaction: Compaction, length: int) -> torch.Tensor:
+    def tokens(self, layers: torch.Tensor, compaction: TokenCompaction, length: int) -> torch.Tensor:
         """[L, H, length, 2 D] of a request."""
         pages = list(compaction.source_pages)
         return layers[:, pages].transpose(1, 2).flatten(2, 3)[:, :, :length]
 
-    def expected(self, compaction: Compaction) -> torch.Tensor:
+    def expected(self, compaction: TokenCompaction) -> torch.Tensor:
         """[L, H, KEEP, 2 D] after the round."""
         tokens = self.tokens(self.layers, compaction, LENGTH)
         scores = torch.stack(
@@ -94,7 +94,7 @@ class Setup:
         return torch.stack([naive.compact(tokens[layer], kept[layer]) for layer in range(LAYERS)])
 
     def _scores(
-        self, policy: PolicyName, tokens: torch.Tensor, layer: int, compaction: Compaction
+        self, policy: PolicyName, tokens: torch.Tensor, layer: int, compaction: TokenCompaction
     ) -> torch.Tensor:
         inputs = ScoreInputs(
             keys=tokens[..., :SIZE],
@@ -102,7 +102,7 @@ class Setup:
             scale=SCALE,
             layer=layer,
             logical_length=LOGICAL,
-            survivors=KEEP,
+            num_previous_survivors=KEEP,
         )
         return self.policies[policy].scores(inputs)
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from rkv_vllm.decisions.messages import PageEviction
+from rkv_vllm.decisions.messages import PageCompaction
 from rkv_vllm.execution.gpu.compactor import GpuCompactor
 from rkv_vllm.kernels import naive
 from rkv_vllm.kernels.page_eviction import choose_pages, drop_pages
@@ -75,14 +75,14 @@ def test_the_gpu_compactor_drops_the_pages_of_the_definition() -> None:
         table[index + 2, :pages] = torch.tensor(before[-1], dtype=torch.int32)
         dropped = pages - keep
         evictions.append(
-            PageEviction(
+            PageCompaction(
                 request_id=str(index),
                 length=length,
                 keep=length - dropped * PAGE,
                 evicted=dropped * PAGE,
                 policy=policy,
                 query_row=index % 5 if policy in ("rkv", "snapkv") else -1,
-                sequence=index,
+                eviction_id=index,
             )
         )
 

@@ -19,14 +19,19 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from rkv_vllm.bench import modelless
-from rkv_vllm.decisions.messages import plan_of
-from rkv_vllm.decisions.page_report import reports_of
+from rkv_vllm.decisions.messages import (
+    REFUSAL_KEY,
+    RESULT_KEY,
+    CompactionResult,
+    TokenCompaction,
+    plan_of,
+    reports_of,
+    take_tally,
+)
 from rkv_vllm.decisions.query_rows import num_query_rows
-from rkv_vllm.decisions.result import REFUSAL_KEY, RESULT_KEY, CompactionResult
-from rkv_vllm.observability.prometheus import take_tally
 from rkv_vllm.observability.tally import read
 from rkv_vllm.scheduling.scheduler import CompactingAsyncScheduler, CompactingScheduler
-from rkv_vllm.settings.config import BudgetRequest, RequestBudget, RkvConfig
+from rkv_vllm.settings.config import CompactionSettings, RequestedSettings, RkvConfig
 
 MAX_MODEL_LEN = 1024
 
@@ -45,18 +50,18 @@ class Arrival:
     priority: int = 0
     stops_early: bool = True
 
-    def budget(self, config: RkvConfig) -> RequestBudget | None:
-        return config.resolve(BudgetRequest.from_extra_args(self.extra_args))
+    def settings(self, config: RkvConfig) -> CompactionSettings | None:
+        return config.resolve(RequestedSettings.from_extra_args(self.extra_args))
 
-    def most_slots(self, setup: Setup) -> int:
+    def peak_slots(self, setup: Setup) -> int:
         """Slots that it needs at once when it is alone."""
-        budget = self.budget(setup.config)
-        if budget is None:
+        settings = self.settings(setup.config)
+        if settings is None:
             return len(self.prompt) + self.max_tokens
         page_size = setup.evicted_page_size
-        most = RequestModel(len(self.prompt), budget, page_size).most_slots_by_page
+        most = RequestModel(len(self.prompt), settings, page_size).max_slots_by_page
         if most is None:
-            most = max(len(self.prompt), budget.threshold)
+            most = max(len(self.prompt), settings.threshold)
         return min(most, len(self.prompt) + self.max_tokens)
 
 
@@ -122,7 +127,7 @@ class Engine:
         self.scheduler = make_scheduler(setup)
         self.models = {
             arrival.request_id: RequestModel(
-                len(arrival.prompt), arrival.budget(setup.config), setup.evicted_page_size
+                len(arrival.prompt), arrival.settings(setup.config), setup.evicted_page_size
             )
             for arrival in arrivals
         }
@@ -212,18 +217,18 @@ class Engine:
         output = self.scheduler.schedule()
         plan = plan_of(output)
         preempted = output.preempted_req_ids or set()
-        rounds = [*plan.compactions, *plan.page_evictions]
-        planned = {round_.request_id for round_ in rounds}
-        assert not (plan.compactions if self.setup.evicted_page_size else plan.page_evictions)
+        planned = {round_.request_id for round_ in plan.rounds}
+        by_token = [round_ for round_ in plan.rounds if isinstance(round_, TokenCompaction)]
+        assert len(by_token) == (0 if self.setup.evicted_page_size else len(plan.rounds))
         assert planned == set(due) - preempted, (
             f"{due} were due, {planned} are planned, {preempted} preempted"
         )
         self.counts["schedules"] += 1
         self.counts["preemptions"] += len(preempted)
-        self.counts["compactions"] += len(rounds)
-        self.counts["evicted tokens"] += sum(round_.length - round_.keep for round_ in rounds)
+        self.counts["compactions"] += len(plan.rounds)
+        self.counts["evicted tokens"] += sum(round_.length - round_.keep for round_ in plan.rounds)
         self.counts["dropped compactions"] += len(set(due) & preempted)
-        for compaction in plan.compactions:
+        for compaction in by_token:
             heads = zip(compaction.source_pages, compaction.target_pages, strict=False)
             self.counts["copied pages"] += sum(source != target for source, target in heads)
         for request_id, count in output.num_scheduled_tokens.items():
@@ -245,9 +250,9 @@ class Engine:
     def _update(self, output: SchedulerOutput, model_output: ModelRunnerOutput) -> None:
         for report in reports_of(model_output):
             model = self.models[report.request_id]
-            held = report.request_id in self._manager.req_to_blocks and model.awaited == report.sequence
+            held = report.request_id in self._manager.req_to_blocks and model.awaited == report.eviction_id
             self.counts["late reports"] += not held
-            if model.awaited == report.sequence:
+            if model.awaited == report.eviction_id:
                 model.awaited = None
         for client in self.scheduler.update_from_output(output, model_output).values():
             if client.scheduler_stats is not None:
@@ -287,7 +292,7 @@ class Engine:
             assert len(set(ids)) == len(ids), f"{request_id} holds a page twice"
             owners.update(ids)
             self.peak_pages[request_id] = max(self.peak_pages[request_id], len(ids))
-            most = self.models[request_id].most_slots_by_page
+            most = self.models[request_id].max_slots_by_page
             assert most is None or len(ids) <= cdiv(most, self.setup.page_size), "too many pages are leaving"
         free = [page.block_id for page in pool.free_block_queue.get_all_free_blocks()]
         assert len(set(free)) == len(free) == pool.get_num_free_blocks(), "a page is free twice"
@@ -350,7 +355,7 @@ class Engine:
             assert self.shown.get(name, 0) == self.counts[count], f"{name} is not the number of {count}"
         assert self.shown.get("rkv_compactions_total cancelled", 0) <= self.counts["dropped compactions"]
         assert self.shown["rkv_requests_total"] == len(self.requests)
-        budgets = sum(model.budget is not None for model in self.models.values())
+        budgets = sum(model.settings is not None for model in self.models.values())
         assert self.shown.get("rkv_request_kept_ratio", 0) == budgets
         left = {key: value for key, value in self._gauges.items() if value and key[0] != "rkv_pool_pages"}
         assert not left, f"{left} when all requests are gone"
@@ -361,14 +366,14 @@ class Engine:
             return
         model = self.models[request_id]
         points = model.reached()
-        budget = model.budget
-        assert result["budget"] == (budget.budget if budget else None)
+        settings = model.settings
+        assert result["budget"] == (settings.budget if settings else None)
         assert result["compactions"] == len(points)
         assert result["evicted_tokens"] == model.most_evicted
-        if budget and points and self.setup.evicted_page_size is None:
-            assert model.most_evicted == points[-1] - budget.budget
+        if settings and points and self.setup.evicted_page_size is None:
+            assert model.most_evicted == points[-1] - settings.budget
         assert (result["reason"] is None) == (result["compactions"] > 0)
         length = len(self.arrivals[request_id].prompt) + len(self.tokens[request_id]) - 1
         without = cdiv(length, self.setup.page_size)
-        assert result["peak_pages"] == (without if budget is None else self.peak_pages[request_id])
+        assert result["peak_pages"] == (without if settings is None else self.peak_pages[request_id])
         assert result["pages_without_compaction"] == max(without, result["peak_pages"])

@@ -12,7 +12,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from rkv_vllm.settings.config import WINDOW, RequestBudget
+from rkv_vllm.settings.config import WINDOW, CompactionSettings
 
 VOCABULARY = 97
 #: Sampled like any other token, and ends a request that does not ignore it.
@@ -49,10 +49,10 @@ def survivors(symbols: Sequence[int], queries: Sequence[int] | None, keep: int) 
     return chosen + list(range(length - WINDOW, length))
 
 
-def kept_pages(budget: RequestBudget, page_size: int) -> int:
+def kept_pages(settings: CompactionSettings, page_size: int) -> int:
     """Pages that stay in a round by page: as many as the budget fills, and at least the window's."""
     most_of_the_window = next(n for n in range(1, 99) if (n - 1) * page_size >= WINDOW - 1)
-    return max(-(-budget.budget // page_size), most_of_the_window)
+    return max(-(-settings.budget // page_size), most_of_the_window)
 
 
 def leaving_pages(
@@ -74,11 +74,11 @@ def unshortened(tokens: Sequence[int]) -> list[int]:
     return symbols
 
 
-def due_slots(budget: RequestBudget, page_size: int | None) -> int:
+def due_slots(settings: CompactionSettings, page_size: int | None) -> int:
     """Physical length of the next round in decode, straight from the definition."""
     if page_size is None:
-        return budget.threshold
-    return max(budget.threshold, kept_pages(budget, page_size) * page_size + 1)
+        return settings.threshold
+    return max(settings.threshold, kept_pages(settings, page_size) * page_size + 1)
 
 
 @dataclass
@@ -92,7 +92,7 @@ class RequestModel:
     """
 
     num_prompt_tokens: int
-    budget: RequestBudget | None
+    settings: CompactionSettings | None
     page_size: int | None = None
     symbols: list[int] = field(default_factory=list)
     logical: int = 0
@@ -105,17 +105,17 @@ class RequestModel:
     @property
     def due(self) -> int | None:
         """Logical length of the next compaction, straight from the definition."""
-        if self.budget is None:
+        if self.settings is None:
             return None
         evicted = self.logical - len(self.symbols)
-        return max(self.num_prompt_tokens, evicted + due_slots(self.budget, self.page_size))
+        return max(self.num_prompt_tokens, evicted + due_slots(self.settings, self.page_size))
 
     @property
-    def most_slots_by_page(self) -> int | None:
+    def max_slots_by_page(self) -> int | None:
         """Slots that it may hold, of pages that are leaving too: one page more than at its largest."""
-        if self.budget is None or self.page_size is None:
+        if self.settings is None or self.page_size is None:
             return None
-        return max(self.num_prompt_tokens, due_slots(self.budget, self.page_size)) + self.page_size
+        return max(self.num_prompt_tokens, due_slots(self.settings, self.page_size)) + self.page_size
 
     def start(self, cached: Sequence[int]) -> None:
         """From nothing, with these tokens adopted from the prefix cache."""
@@ -133,14 +133,14 @@ class RequestModel:
             self.logical += 1
 
     def compact(self) -> None:
-        assert self.budget is not None
+        assert self.settings is not None
         assert self.logical == self.due, f"compacted at {self.logical}, but it was due at {self.due}"
         self.points.append(self.logical)
-        queries = self.symbols[-WINDOW:] if self.budget.needs_queries else None
+        queries = self.symbols[-WINDOW:] if self.settings.needs_queries else None
         if self.page_size is None:
-            kept = survivors(self.symbols, queries, self.budget.budget)
+            kept = survivors(self.symbols, queries, self.settings.budget)
         else:
-            keep = kept_pages(self.budget, self.page_size)
+            keep = kept_pages(self.settings, self.page_size)
             left = leaving_pages(self.symbols, queries, keep, self.page_size)
             kept = [slot for slot in range(len(self.symbols)) if slot // self.page_size not in left]
             assert len(kept) <= keep * self.page_size

@@ -16,7 +16,7 @@ from request_model import RequestModel, leaving_pages, sampled_token, survivors
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
-from rkv_vllm.decisions.messages import Compaction, PageEviction, Round
+from rkv_vllm.decisions.messages import Compaction, PageCompaction, TokenCompaction
 from rkv_vllm.execution.cpu.runner import CompactingCpuRunner
 from rkv_vllm.execution.stopwatch import CpuStopwatch
 from rkv_vllm.settings.config import WINDOW
@@ -71,7 +71,7 @@ class SymbolicCompactor:
         self._models = models
         self.stopwatch = CpuStopwatch()
 
-    def run(self, compactions: list[Compaction]) -> None:
+    def run(self, compactions: list[TokenCompaction]) -> None:
         """Newest first, to show that the order does not matter: a device runs them side by side."""
         self._check_apart(compactions)
         for compaction in reversed(compactions):
@@ -80,35 +80,35 @@ class SymbolicCompactor:
             self._memory.write(compaction.target_pages, [symbols[slot] for slot in kept])
             self._models[compaction.request_id].compact()
 
-    def evict_pages(self, eviction: PageEviction, pages: list[int]) -> tuple[list[int], list[int]]:
+    def evict_pages(self, eviction: PageCompaction, pages: list[int]) -> tuple[list[int], list[int]]:
         symbols, queries = self._find(eviction, tuple(pages))
         size, model = self._memory.page_size, self._models[eviction.request_id]
         left = leaving_pages(symbols, queries, -(-eviction.keep // size), size)
         model.compact()
         assert len(model.symbols) == eviction.keep
-        model.awaited = eviction.sequence
+        model.awaited = eviction.eviction_id
         stay = [page for index, page in enumerate(pages) if index not in left]
         return stay, [pages[index] for index in left]
 
-    def _find(self, round_: Round, pages: tuple[int, ...]) -> tuple[list[int], list[int] | None]:
+    def _find(self, round_: Compaction, pages: tuple[int, ...]) -> tuple[list[int], list[int] | None]:
         """Contents and queries of the request, which are what its model has."""
         model = self._models[round_.request_id]
         who = f"{round_.request_id} at logical length {model.logical}"
         assert round_.logical_length == model.logical, f"{who}: {round_}"
-        assert model.budget is not None and round_.policy == model.budget.policy
+        assert model.settings is not None and round_.policy == model.settings.policy
         symbols = self._memory.read(pages, round_.length)
         assert symbols == model.symbols, f"{who}: its pages hold something else"
-        return symbols, self._queries(round_, model, who) if model.budget.needs_queries else None
+        return symbols, self._queries(round_, model, who) if model.settings.needs_queries else None
 
     @staticmethod
-    def _check_apart(compactions: list[Compaction]) -> None:
+    def _check_apart(compactions: list[TokenCompaction]) -> None:
         for one in compactions:
             for other in compactions:
                 if one is not other:
                     both = set(one.target_pages) & set(other.source_pages + other.target_pages)
                     assert not both, f"{one.request_id} writes pages {both} of {other.request_id}"
 
-    def _queries(self, round_: Round, model: RequestModel, who: str) -> list[int]:
+    def _queries(self, round_: Compaction, model: RequestModel, who: str) -> list[int]:
         """The window's queries, oldest first, found where position modulo `WINDOW` says."""
         assert round_.query_row >= 0, f"{who}: no query row"
         newest = range(model.logical - WINDOW, model.logical)

@@ -82,13 +82,13 @@ def _record_one_query_too_few(patch: pytest.MonkeyPatch) -> None:
 
 def _compact_a_buffer_too_late(patch: pytest.MonkeyPatch) -> None:
     late = property(
-        lambda lengths: max(lengths.num_prompt_tokens, lengths.evicted + lengths.budget.threshold + 1)
+        lambda lengths: max(lengths.num_prompt_tokens, lengths.evicted + lengths.settings.threshold + 1)
     )
     patch.setattr(RequestLengths, "next_due", late)
 
 
 def _look_at_chunks_too_late(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(RequestLengths, "free_until", property(lambda lengths: lengths.next_due))
+    patch.setattr(RequestLengths, "unconstrained_until", property(lambda lengths: lengths.next_due))
 
 
 def _believe_a_resumed_request_far_from_its_compaction(patch: pytest.MonkeyPatch) -> None:
@@ -115,7 +115,7 @@ def _give_up_where_no_page_is_free(patch: pytest.MonkeyPatch) -> None:
         CompactingSchedulerMixin,
         "_make_room",
         lambda scheduler, request, tracked: scheduler._manager.can_compact(
-            request.request_id, tracked.budget.budget
+            request.request_id, tracked.settings.budget
         ),
     )
 
@@ -205,7 +205,7 @@ def by_page_take_pages_while_others_are_leaving(patch: pytest.MonkeyPatch) -> No
 
 
 def by_page_forget_that_others_are_leaving(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(PageLengths, "free_until", RequestLengths.free_until)
+    patch.setattr(PageLengths, "unconstrained_until", RequestLengths.unconstrained_until)
 
 
 def by_page_plan_again_before_the_report(patch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 from workload import by_page, random_arrivals, random_setup, smallest_pool
 
-from rkv_vllm.decisions.messages import plan_of
-from rkv_vllm.decisions.page_report import PageReport
+from rkv_vllm.decisions.messages import PageReport, plan_of
 from rkv_vllm.scheduling import scheduler as scheduler_module
 from rkv_vllm.settings.config import Granularity, RkvConfig
 
@@ -158,11 +157,11 @@ def test_a_report_of_an_earlier_life_is_ignored() -> None:
     engine._add(arrival)
     engine._one_step()
     output = engine.schedule()
-    (eviction,) = plan_of(output).page_evictions
+    (eviction,) = plan_of(output).rounds
     held = list(engine._manager.req_to_blocks["one"])
     oldest = tuple(page.block_id for page in held[:2])
-    engine.scheduler._learn(PageReport("one", eviction.sequence - 1, oldest))
-    engine.scheduler._learn(PageReport("another", eviction.sequence, oldest))
+    engine.scheduler._learn(PageReport("one", eviction.eviction_id - 1, oldest))
+    engine.scheduler._learn(PageReport("another", eviction.eviction_id, oldest))
     assert engine._manager.req_to_blocks["one"] == held
     engine._update(output, engine.runner.execute(output))
     assert len(engine._manager.req_to_blocks["one"]) == len(held) - 2
@@ -241,7 +240,7 @@ def test_a_wrong_setting_falls_back_to_the_default() -> None:
     for request_id, extra_args in (("bad", {"rkv_budget": "many"}), ("good", {"rkv_budget": 20})):
         params = SamplingParams(max_tokens=4, extra_args=extra_args)
         scheduler.add_request(Request(request_id, [1, 2, 3], params, None))
-    budgets = {request_id: tracked.budget.budget for request_id, tracked in scheduler._tracked.items()}
+    budgets = {request_id: tracked.settings.budget for request_id, tracked in scheduler._tracked.items()}
     assert budgets == {"bad": 40, "good": 20}
 
 

@@ -79,7 +79,7 @@ def by_page(setup: Setup, arrivals: list[Arrival]) -> Setup:
 
 def smallest_pool(setup: Setup, arrivals: list[Arrival]) -> int:
     """Pages with which each request can finish when it is alone, and the null page."""
-    return max(cdiv(arrival.most_slots(setup), setup.page_size) for arrival in arrivals) + 1
+    return max(cdiv(arrival.peak_slots(setup), setup.page_size) for arrival in arrivals) + 1
 
 
 def _tokens(chance: random.Random, count: int) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from rkv_vllm.server.caller_rules import KvPolicies, KvPolicy, KvSettings
 from rkv_vllm.server.request import KvCacheError, KvCacheRequest, read_kv_cache, read_xargs
-from rkv_vllm.settings.config import POLICY_NAMES, BudgetRequest
+from rkv_vllm.settings.config import POLICY_NAMES, RequestedSettings
 from rkv_vllm.settings.error_text import explain
 
 KEY = "the key of a caller"
@@ -206,4 +206,4 @@ def test_flat_keys_mean_the_same() -> None:
 def test_what_the_engine_is_told_is_valid_there() -> None:
     """Proves that the engine reads the settled settings as they were meant."""
     request = BOUNDED.settle(KvCacheRequest(budget=1024))
-    assert BudgetRequest.from_extra_args(request.model_dump()) == request
+    assert RequestedSettings.from_extra_args(request.model_dump()) == request

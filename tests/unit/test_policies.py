@@ -81,7 +81,9 @@ def test_recency_remembers_ages_in_both_orders(order: Order) -> None:
     positions = torch.arange(keep + buffer)
     for round_ in range(3):
         keys = torch.zeros(1, len(positions), SIZE)
-        scores = policy.scores(ScoreInputs(keys, None, 1.0, 0, 500, survivors=keep if round_ else 0))
+        scores = policy.scores(
+            ScoreInputs(keys, None, 1.0, 0, 500, num_previous_survivors=keep if round_ else 0)
+        )
         positions = positions[naive.kept_indices(scores, keep, len(positions), order)[0]]
         newest = keep + (round_ + 1) * buffer
         assert sorted(positions.tolist()) == [*range(SINKS), *range(newest - keep + SINKS, newest)]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from rkv_vllm.decisions.messages import Compaction, PageEviction, Round
+from rkv_vllm.decisions.messages import Compaction, PageCompaction, TokenCompaction
 from rkv_vllm.execution.cpu.layer_cache import CpuLayerCache
 from rkv_vllm.execution.query_window import CpuQueryWindow
 from rkv_vllm.execution.stopwatch import CpuStopwatch
@@ -33,12 +33,12 @@ class CpuCompactor:
         self._policies = policies
         self.stopwatch = CpuStopwatch()
 
-    def run(self, compactions: Sequence[Compaction]) -> None:
+    def run(self, compactions: Sequence[TokenCompaction]) -> None:
         if compactions:
-            with self.stopwatch.lap():
+            with self.stopwatch.timed():
                 self._run(compactions)
 
-    def _run(self, compactions: Sequence[Compaction]) -> None:
+    def _run(self, compactions: Sequence[TokenCompaction]) -> None:
         for compaction in compactions:
             sources = torch.tensor(compaction.source_pages)
             targets = torch.tensor(compaction.target_pages)
@@ -52,7 +52,7 @@ class CpuCompactor:
                 index = kept.unsqueeze(-1).expand(-1, -1, keys.shape[-1])
                 cache.write(targets, keys.gather(1, index), values.gather(1, index))
 
-    def evict_pages(self, eviction: PageEviction, pages: Sequence[int]) -> tuple[list[int], list[int]]:
+    def evict_pages(self, eviction: PageCompaction, pages: Sequence[int]) -> tuple[list[int], list[int]]:
         """Chooses the pages that leave: those of lowest score over all layers and KV heads.
 
         Args:
@@ -73,7 +73,7 @@ class CpuCompactor:
         stay, leave = choose_pages(total, (eviction.length - eviction.keep) // page_size)
         return [pages[i] for i in stay] + list(pages[num_candidates:]), [pages[i] for i in leave]
 
-    def _shared_by_all(self, compaction: Compaction, sources: torch.Tensor) -> torch.Tensor:
+    def _shared_by_all(self, compaction: TokenCompaction, sources: torch.Tensor) -> torch.Tensor:
         """float32 [1, N - WINDOW]: the sum over the layers of the mean over their heads."""
         total = torch.zeros(1, compaction.length - WINDOW)
         for layer, cache in enumerate(self._caches):
@@ -81,14 +81,14 @@ class CpuCompactor:
             total += self._scores(compaction, layer, cache.scale, keys).mean(dim=0)
         return total
 
-    def _survivors(self, compaction: Compaction, scores: torch.Tensor) -> torch.Tensor:
+    def _survivors(self, compaction: TokenCompaction, scores: torch.Tensor) -> torch.Tensor:
         """int64 [H, keep]: slots that stay, in the server's order, the window last."""
         length = compaction.length
         chosen = tiled.select(scores, compaction.keep - WINDOW, self._order)
         window = torch.arange(length - WINDOW, length).expand(scores.shape[0], -1)
         return torch.cat((chosen, window), dim=1)
 
-    def _scores(self, round_: Round, layer: int, scale: float, keys: torch.Tensor) -> torch.Tensor:
+    def _scores(self, round_: Compaction, layer: int, scale: float, keys: torch.Tensor) -> torch.Tensor:
         """float32 [H, N - WINDOW]."""
         inputs = ScoreInputs(
             keys=keys,
@@ -96,6 +96,6 @@ class CpuCompactor:
             scale=scale,
             layer=layer,
             logical_length=round_.logical_length,
-            survivors=round_.survivors,
+            num_previous_survivors=round_.num_previous_survivors,
         )
         return self._policies[round_.policy].scores(inputs)

@@ -14,13 +14,19 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from rkv_vllm.decisions.messages import Compaction, CompactionPlan, PageEviction, plan_of
-from rkv_vllm.decisions.page_report import PageReport, with_reports
+from rkv_vllm.decisions.messages import (
+    CompactionPlan,
+    PageCompaction,
+    PageReport,
+    TokenCompaction,
+    attach_durations,
+    plan_of,
+    with_reports,
+)
 from rkv_vllm.decisions.query_rows import num_query_rows
 from rkv_vllm.execution.cpu.compactor import CpuCompactor
 from rkv_vllm.execution.cpu.layer_cache import CpuLayerCache
 from rkv_vllm.execution.query_window import CpuQueryWindow, window_positions
-from rkv_vllm.execution.stopwatch import attach_laps
 from rkv_vllm.policies import make_policies
 from rkv_vllm.settings.config import WINDOW, RkvConfig
 
@@ -81,7 +87,9 @@ class CompactingCpuRunner(CPUModelRunner):
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         plan = plan_of(scheduler_output)
         # Before vLLM writes anything: a page freed by this plan may have a new owner in this very step.
-        self._compactor.run(plan.compactions)
+        compactions = [c for c in plan.rounds if isinstance(c, TokenCompaction)]
+        evictions = [e for e in plan.rounds if isinstance(e, PageCompaction)]
+        self._compactor.run(compactions)
         gone = (
             *scheduler_output.finished_req_ids,
             *(request.req_id for request in scheduler_output.scheduled_new_reqs),
@@ -89,11 +97,11 @@ class CompactingCpuRunner(CPUModelRunner):
         )
         for request_id in gone:
             self._evicted.pop(request_id, None)
-        for compaction in plan.compactions:
+        for compaction in compactions:
             self._shorten(compaction)
-        if plan.page_evictions:
-            with self._compactor.stopwatch.lap():
-                for eviction in plan.page_evictions:
+        if evictions:
+            with self._compactor.stopwatch.timed():
+                for eviction in evictions:
                     self._drop_pages(eviction)
         updated = super()._update_states(scheduler_output)
         for request in scheduler_output.scheduled_new_reqs:
@@ -108,16 +116,16 @@ class CompactingCpuRunner(CPUModelRunner):
             state.generator = generator
             self.input_batch.generators[self.input_batch.req_id_to_index[request_id]] = generator
 
-    def _shorten(self, compaction: Compaction) -> None:
+    def _shorten(self, compaction: TokenCompaction) -> None:
         self._evicted[compaction.request_id] = compaction.evicted
         self._set_pages(compaction.request_id, compaction.target_pages)
 
-    def _drop_pages(self, eviction: PageEviction) -> None:
+    def _drop_pages(self, eviction: PageCompaction) -> None:
         request_id = eviction.request_id
         stay, left = self._compactor.evict_pages(eviction, list(self.requests[request_id].block_ids[0]))
         self._evicted[request_id] = eviction.evicted
         self._set_pages(request_id, stay)
-        self._page_reports.append(PageReport(request_id, eviction.sequence, tuple(left)))
+        self._page_reports.append(PageReport(request_id, eviction.eviction_id, tuple(left)))
 
     def _set_pages(self, request_id: str, pages: Sequence[int]) -> None:
         pages = list(pages)
@@ -133,9 +141,9 @@ class CompactingCpuRunner(CPUModelRunner):
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         for generator in self.input_batch.generators.values():
             generator.remember()
-        output, laps = super().sample_tokens(*args, **kwargs), self._compactor.stopwatch.take()
+        output, durations = super().sample_tokens(*args, **kwargs), self._compactor.stopwatch.take()
         if isinstance(output, ModelRunnerOutput) and output.req_ids:  # not vLLM's one empty output for all
-            attach_laps(output, laps)
+            attach_durations(output, durations)
         return self._report(output)
 
     def _report(self, model_output: Any) -> Any:

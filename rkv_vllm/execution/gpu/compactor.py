@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from rkv_vllm.decisions.messages import Compaction, PageEviction, Round
+from rkv_vllm.decisions.messages import Compaction, PageCompaction, TokenCompaction
 from rkv_vllm.execution.stopwatch import CudaStopwatch
 from rkv_vllm.kernels import naive
 from rkv_vllm.kernels.cache_layout import CompactionBatch, PagedKV
@@ -62,12 +62,12 @@ class GpuCompactor:
         """Compiles every kernel; page 0, which vLLM keeps as its null page, lends its slots."""
         self._round.warm_up(self._queries, self._order)
 
-    def run(self, compactions: Sequence[Compaction]) -> None:
+    def run(self, compactions: Sequence[TokenCompaction]) -> None:
         if compactions:
-            with self.stopwatch.lap():
+            with self.stopwatch.timed():
                 self._run(compactions)
 
-    def _run(self, compactions: Sequence[Compaction]) -> None:
+    def _run(self, compactions: Sequence[TokenCompaction]) -> None:
         by_attention = [c for c in compactions if c.policy in self._lambdas]
         if by_attention:
             self._round.run(self._queries, self._batch(by_attention), self._weights(by_attention))
@@ -77,7 +77,7 @@ class GpuCompactor:
                 self._round.select_and_move(self._scores(compaction, batch.source_pages[0]), batch)
 
     def evict_pages(
-        self, evictions: Sequence[PageEviction], rows: Sequence[torch.Tensor]
+        self, evictions: Sequence[PageCompaction], rows: Sequence[torch.Tensor]
     ) -> list[torch.Tensor]:
         """Drops each request's pages of lowest score over all layers and KV heads from its block table.
 
@@ -101,7 +101,7 @@ class GpuCompactor:
         return left
 
     def _page_masses(
-        self, evictions: Sequence[PageEviction], rows: Sequence[torch.Tensor]
+        self, evictions: Sequence[PageCompaction], rows: Sequence[torch.Tensor]
     ) -> list[torch.Tensor]:
         """Score of each page, float32 [>= candidate pages]."""
         masses: dict[int, torch.Tensor] = {}
@@ -124,16 +124,16 @@ class GpuCompactor:
                 masses[index] = naive.page_scores(scores.flatten(0, 2), self._kv.page_size)
         return [masses[index] for index in range(len(evictions))]
 
-    def _num_pages(self, round_: Round) -> int:
+    def _num_pages(self, round_: Compaction) -> int:
         return -(-round_.length // self._kv.page_size)
 
-    def _weights(self, rounds: Sequence[Round]) -> torch.Tensor:
+    def _weights(self, rounds: Sequence[Compaction]) -> torch.Tensor:
         """float32 [R], each round's weight of importance."""
         weights = [self._lambdas[round_.policy] for round_ in rounds]
         pinned = torch.tensor(weights, pin_memory=self._kv.device.type == "cuda")
         return pinned.to(self._kv.device, non_blocking=True)
 
-    def _batch(self, compactions: Sequence[Compaction]) -> CompactionBatch:
+    def _batch(self, compactions: Sequence[TokenCompaction]) -> CompactionBatch:
         return CompactionBatch.build(
             lengths=[c.length for c in compactions],
             keeps=[c.keep for c in compactions],
@@ -145,7 +145,7 @@ class GpuCompactor:
             order=self._order,
         )
 
-    def _scores(self, round_: Round, source_pages: torch.Tensor) -> torch.Tensor:
+    def _scores(self, round_: Compaction, source_pages: torch.Tensor) -> torch.Tensor:
         """float32 [layers, 1, H, length - WINDOW]."""
         scores = []
         for index, layer in enumerate(self._kv.layers):
@@ -157,7 +157,7 @@ class GpuCompactor:
                 scale=self._scale,
                 layer=index,
                 logical_length=round_.logical_length,
-                survivors=round_.survivors,
+                num_previous_survivors=round_.num_previous_survivors,
             )
             scores.append(self._policies[round_.policy].scores(inputs))
         return torch.stack(scores).unsqueeze(1).contiguous()

@@ -23,13 +23,18 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
-from rkv_vllm.decisions.messages import PageEviction, plan_of
-from rkv_vllm.decisions.page_report import PageReport, with_reports
+from rkv_vllm.decisions.messages import (
+    PageCompaction,
+    PageReport,
+    TokenCompaction,
+    attach_durations,
+    plan_of,
+    with_reports,
+)
 from rkv_vllm.decisions.query_rows import num_query_rows
 from rkv_vllm.execution.gpu.compactor import GpuCompactor
 from rkv_vllm.execution.gpu.graph_choice import prefer_fastest
 from rkv_vllm.execution.gpu.query_window import GpuQueryWindow
-from rkv_vllm.execution.stopwatch import attach_laps
 from rkv_vllm.kernels.step_inputs import prepare_physical
 from rkv_vllm.policies import make_policies
 from rkv_vllm.settings.config import WINDOW, RkvConfig
@@ -60,7 +65,7 @@ class PhysicalLengths:
 class LeftPages:
     """Which pages left in one step, on its way from the device to the host."""
 
-    def __init__(self, evictions: Sequence[PageEviction], left: Sequence[torch.Tensor]) -> None:
+    def __init__(self, evictions: Sequence[PageCompaction], left: Sequence[torch.Tensor]) -> None:
         """Starts the copy, behind what computes `left`: for each eviction int32 ids on the device."""
         self._evictions = list(evictions)
         self._counts = [ids.shape[0] for ids in left]
@@ -74,7 +79,7 @@ class LeftPages:
         """Waits for the copy."""
         self._copied.synchronize()
         by_eviction = zip(self._evictions, self._ids.split(self._counts), strict=True)
-        return [PageReport(e.request_id, e.sequence, tuple(ids.tolist())) for e, ids in by_eviction]
+        return [PageReport(e.request_id, e.eviction_id, tuple(ids.tolist())) for e, ids in by_eviction]
 
 
 class ReportingOutput(AsyncModelRunnerOutput):
@@ -159,14 +164,16 @@ class CompactingRunnerV2(GPUModelRunner):
     def update_requests(self, scheduler_output: SchedulerOutput) -> None:
         plan, lengths, slot_of = plan_of(scheduler_output), self._lengths, self.req_states.req_id_to_index
         # Before vLLM writes anything: a page freed by this plan may have a new owner in this very step.
-        self._compactor.run(plan.compactions)
-        for compaction in plan.compactions:
+        compactions = [c for c in plan.rounds if isinstance(c, TokenCompaction)]
+        evictions = [e for e in plan.rounds if isinstance(e, PageCompaction)]
+        self._compactor.run(compactions)
+        for compaction in compactions:
             slot = slot_of[compaction.request_id]
             lengths.evicted.np[slot] = compaction.evicted
             self.block_tables.append_block_ids(slot, (list(compaction.target_pages),), overwrite=True)
-        if plan.page_evictions:
-            with self._compactor.stopwatch.lap():
-                self._drop_pages(plan.page_evictions)
+        if evictions:
+            with self._compactor.stopwatch.timed():
+                self._drop_pages(evictions)
         self._query_window.active = bool(plan.recordings)
         lengths.query_rows.np.fill(_NOT_RECORDED)
         for request_id, row in plan.recordings.items():
@@ -175,7 +182,7 @@ class CompactingRunnerV2(GPUModelRunner):
         lengths.query_rows.copy_to_uva()
         super().update_requests(scheduler_output)
 
-    def _drop_pages(self, evictions: Sequence[PageEviction]) -> None:
+    def _drop_pages(self, evictions: Sequence[PageCompaction]) -> None:
         """Rewrites the rows of the block table on the device; how many pages stay follows from counts."""
         slots = [self.req_states.req_id_to_index[eviction.request_id] for eviction in evictions]
         (table,) = self.block_tables.block_tables
@@ -191,10 +198,10 @@ class CompactingRunnerV2(GPUModelRunner):
         return self._report(super().execute_model(*args, **kwargs))
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
-        output, laps = super().sample_tokens(*args, **kwargs), self._compactor.stopwatch.take()
+        output, durations = super().sample_tokens(*args, **kwargs), self._compactor.stopwatch.take()
         step = output.model_runner_output if isinstance(output, AsyncOutput) else output
         if isinstance(step, ModelRunnerOutput) and step.req_ids:  # not vLLM's one empty output for all
-            attach_laps(step, laps)
+            attach_durations(step, durations)
         return self._report(output)
 
     def _report(self, model_output: Any) -> Any:

@@ -15,10 +15,10 @@ from rkv_vllm.bench.load import (
 )
 from rkv_vllm.bench.rows import Row
 from rkv_vllm.decisions.lengths import RequestLengths
-from rkv_vllm.settings.config import RequestBudget
+from rkv_vllm.settings.config import CompactionSettings
 
 ROW = Row(name="row", input=128, output=1000, budget=256, buffer=64)
-BUDGET = RequestBudget(256, 64, "rkv")
+BUDGET = CompactionSettings(256, 64, "rkv")
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 53, 418])

@@ -14,7 +14,7 @@ from rkv_vllm.bench.roofline import (
     step_floor,
 )
 from rkv_vllm.bench.rows import Row
-from rkv_vllm.settings.config import RequestBudget
+from rkv_vllm.settings.config import CompactionSettings
 
 H200 = Ceilings(bytes_per_second=4.3e12, operations_per_second=790e12)
 ROW = Row(name="row", input=128, output=16384, budget=1024)
@@ -47,9 +47,9 @@ def test_attention_reads_the_cache_or_computes() -> None:
 
 def test_a_compaction_s_floor() -> None:
     """Proves the floor of a round at 1,152 tokens, and that rkv alone pays, for pairs with a new key."""
-    rkv = compaction_seconds(LLAMA_8B, H200, RequestBudget(1024, 128, "rkv"))
+    rkv = compaction_seconds(LLAMA_8B, H200, CompactionSettings(1024, 128, "rkv"))
     assert 1000 * rkv == pytest.approx(0.111, rel=0.02)
-    recency = compaction_seconds(LLAMA_8B, H200, RequestBudget(1024, 128, "recency"))
+    recency = compaction_seconds(LLAMA_8B, H200, CompactionSettings(1024, 128, "recency"))
     assert rkv - recency == pytest.approx(256 * (1152**2 - 1024**2) * 128 / 790e12)
 
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from rkv_vllm.bench.command import choose
 from rkv_vllm.bench.rows import Group, Row, read_groups
-from rkv_vllm.settings.config import RequestBudget
+from rkv_vllm.settings.config import CompactionSettings
 from rkv_vllm.settings.error_text import explain
 
 PUBLISHED = Path(__file__).parents[3] / "benchmarks" / "throughput.yaml"
@@ -46,7 +46,7 @@ def test_a_wrong_field_is_named(fields: dict[str, Any], said: str) -> None:
 def test_budgets_are_rkv_s_alone() -> None:
     """Proves that only R-KV's engines have a row's budget, and its way of entering."""
     row = Row(name="row", budget=64, buffer=16, policy="recency", rkv_entry="compacted")
-    assert row.budget_for("rkv") == RequestBudget(64, 16, "recency")
+    assert row.budget_for("rkv") == CompactionSettings(64, 16, "recency")
     assert row.budget_for("stock") is None and row.budget_for("off") is None
     assert [row.entry_for(kind) for kind in ("rkv", "stock", "off")] == [
         "compacted",

@@ -7,38 +7,42 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rkv_vllm.decisions.lengths import PageLengths, RequestLengths
-from rkv_vllm.settings.config import WINDOW, RequestBudget
+from rkv_vllm.settings.config import WINDOW, CompactionSettings
 
 prompts = st.integers(1, 300)
 page_sizes = st.sampled_from([1, 4, 8, 16, 32, 128])
-budgets = st.builds(RequestBudget, st.integers(WINDOW + 1, 200), st.integers(WINDOW, 100), st.just("rkv"))
+compaction_settings = st.builds(
+    CompactionSettings, st.integers(WINDOW + 1, 200), st.integers(WINDOW, 100), st.just("rkv")
+)
 
 
 @pytest.mark.parametrize(("prompt", "due"), [(1, 96), (95, 96), (96, 96), (97, 97), (500, 500)])
 def test_first_compaction(prompt: int, due: int) -> None:
     """Proves that the first compaction comes at budget + buffer, and never before the prompt is computed."""
-    lengths = RequestLengths(prompt, RequestBudget(64, 32, "rkv"))
+    lengths = RequestLengths(prompt, CompactionSettings(64, 32, "rkv"))
     assert lengths.next_due == due
     assert not lengths.is_due(due - 1) and lengths.is_due(due)
 
 
-@given(prompts, budgets)
-def test_later_compactions(prompt: int, budget: RequestBudget) -> None:
+@given(prompts, compaction_settings)
+def test_later_compactions(prompt: int, settings: CompactionSettings) -> None:
     """Proves that a compaction leaves budget slots, and that the next one comes a buffer of tokens later."""
-    lengths = RequestLengths(prompt, budget)
+    lengths = RequestLengths(prompt, settings)
     first = lengths.next_due
     for round_ in range(4):
-        logical = first + round_ * budget.buffer
+        logical = first + round_ * settings.buffer
         assert lengths.next_due == logical
-        assert lengths.physical(logical) <= lengths.most_slots
+        assert lengths.physical(logical) <= lengths.max_slots
         lengths.compact(logical)
-        assert lengths.physical(logical) == budget.budget
+        assert lengths.physical(logical) == settings.budget
         assert not lengths.is_due(logical)
 
 
-@given(prompts, budgets, st.lists(st.integers(1, 64), min_size=1, max_size=40), st.integers(0, 30))
+@given(
+    prompts, compaction_settings, st.lists(st.integers(1, 64), min_size=1, max_size=40), st.integers(0, 30)
+)
 def test_replay_stops_where_the_first_run_did(
-    prompt: int, budget: RequestBudget, wishes: list[int], decoded: int
+    prompt: int, settings: CompactionSettings, wishes: list[int], decoded: int
 ) -> None:
     """Proves that in chunks of any size a restarted request is compacted at the lengths of the first run."""
 
@@ -53,43 +57,43 @@ def test_replay_stops_where_the_first_run_did(
             logical, turn = logical + chunk, turn + 1
         return points
 
-    lengths = RequestLengths(prompt, budget)
-    total = prompt + decoded * budget.buffer
+    lengths = RequestLengths(prompt, settings)
+    total = prompt + decoded * settings.buffer
     first_run = run([1], total)
     lengths.restart()
     assert lengths.evicted == 0
     assert run(wishes, total) == first_run
 
 
-@given(prompts, budgets)
-def test_window_is_computed_here(prompt: int, budget: RequestBudget) -> None:
+@given(prompts, compaction_settings)
+def test_window_is_computed_here(prompt: int, settings: CompactionSettings) -> None:
     """Proves that what may come from the prefix cache ends before the queries that a compaction looks at."""
-    lengths = RequestLengths(prompt, budget)
+    lengths = RequestLengths(prompt, settings)
     assert lengths.next_due - lengths.recorded_from == WINDOW
     lengths.compact(lengths.next_due)
     assert lengths.next_due - lengths.recorded_from == WINDOW
     assert lengths.recorded_from >= 0
 
 
-@given(prompts, budgets, page_sizes, st.integers(0, 400), st.integers(1, 400))
+@given(prompts, compaction_settings, page_sizes, st.integers(0, 400), st.integers(1, 400))
 def test_a_free_chunk_is_left_alone(
-    prompt: int, budget: RequestBudget, page: int, logical: int, num_new_tokens: int
+    prompt: int, settings: CompactionSettings, page: int, logical: int, num_new_tokens: int
 ) -> None:
-    """Proves that a chunk which ends by `free_until` is not cut, and ends before the window to record."""
-    by_page = PageLengths(prompt, budget, page_size=page)
-    leaving = PageLengths(prompt, budget, page_size=page)
+    """Proves that a chunk up to `unconstrained_until` is not cut, and ends before the window."""
+    by_page = PageLengths(prompt, settings, page_size=page)
+    leaving = PageLengths(prompt, settings, page_size=page)
     leaving.compact(leaving.next_due)
-    for lengths in (RequestLengths(prompt, budget), by_page, leaving):
-        logical = min(logical, lengths.free_until - 1)
-        chunk = min(num_new_tokens, lengths.free_until - logical)
+    for lengths in (RequestLengths(prompt, settings), by_page, leaving):
+        logical = min(logical, lengths.unconstrained_until - 1)
+        chunk = min(num_new_tokens, lengths.unconstrained_until - logical)
         assert lengths.end_of_chunk(logical, chunk) == chunk
         assert logical + chunk <= lengths.recorded_from < lengths.next_due
 
 
 @pytest.mark.parametrize(("prompt", "slots"), [(10, 96), (96, 96), (500, 500)])
-def test_most_slots(prompt: int, slots: int) -> None:
+def test_max_slots(prompt: int, slots: int) -> None:
     """Proves the bound that admission reckons with."""
-    assert RequestLengths(prompt, RequestBudget(64, 32, "rkv")).most_slots == slots
+    assert RequestLengths(prompt, CompactionSettings(64, 32, "rkv")).max_slots == slots
 
 
 @pytest.mark.parametrize(
@@ -104,38 +108,38 @@ def test_most_slots(prompt: int, slots: int) -> None:
 )
 def test_pages_of_a_budget(budget: int, buffer: int, page: int, kept: int, due: int) -> None:
     """Proves that a budget is rounded up to whole pages, to the window's at least, and that one can leave."""
-    lengths = PageLengths(1, RequestBudget(budget, buffer, "rkv"), page_size=page)
+    lengths = PageLengths(1, CompactionSettings(budget, buffer, "rkv"), page_size=page)
     assert (lengths.kept_pages, lengths.due_slots) == (kept, due)
 
 
-@given(prompts, budgets, page_sizes)
-def test_whole_pages_leave(prompt: int, budget: RequestBudget, page: int) -> None:
+@given(prompts, compaction_settings, page_sizes)
+def test_whole_pages_leave(prompt: int, settings: CompactionSettings, page: int) -> None:
     """Proves that a round leaves the budget's pages, none of the window's go, and what is held is bounded."""
-    lengths = PageLengths(prompt, budget, page_size=page)
+    lengths = PageLengths(prompt, settings, page_size=page)
     logical = lengths.next_due
     for _ in range(4):
         assert lengths.next_due == logical and lengths.is_due(logical)
         before = lengths.physical(logical)
-        assert lengths.held(logical) == before
+        assert lengths.allocated_slots(logical) == before
         lengths.compact(logical)
         after = lengths.physical(logical)
         assert lengths.leaving * page == before - after > 0
         assert (lengths.kept_pages - 1) * page < after <= lengths.kept_pages * page
         assert lengths.leaving <= (before - WINDOW) // page  # pages that hold no token of the window
-        assert lengths.held(logical) == before <= lengths.most_slots - page
+        assert lengths.allocated_slots(logical) == before <= lengths.max_slots - page
         chunk = lengths.end_of_chunk(logical, 10_000)
-        assert chunk >= 1 and lengths.held(logical + chunk) <= lengths.most_slots
+        assert chunk >= 1 and lengths.allocated_slots(logical + chunk) <= lengths.max_slots
         assert not lengths.is_due(lengths.next_due)  # before the report
-        lengths.learn()
-        assert lengths.held(logical) == after
+        lengths.confirm_freed()
+        assert lengths.allocated_slots(logical) == after
         assert not lengths.is_due(logical)
         logical += lengths.end_of_chunk(logical, 10_000)
 
 
-@given(prompts, budgets, page_sizes)
-def test_a_restart_forgets_leaving_pages(prompt: int, budget: RequestBudget, page: int) -> None:
+@given(prompts, compaction_settings, page_sizes)
+def test_a_restart_forgets_leaving_pages(prompt: int, settings: CompactionSettings, page: int) -> None:
     """Proves that a preempted request waits for no report, and is due where it first was."""
-    lengths = PageLengths(prompt, budget, page_size=page)
+    lengths = PageLengths(prompt, settings, page_size=page)
     first = lengths.next_due
     lengths.compact(first)
     lengths.restart()

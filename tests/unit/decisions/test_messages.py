@@ -6,7 +6,7 @@ import pickle
 
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
-from rkv_vllm.decisions.page_report import PageReport, reports_of, with_reports
+from rkv_vllm.decisions.messages import PageReport, reports_of, with_reports
 
 REPORT = PageReport("one", 7, (3, 5))
 

@@ -7,10 +7,10 @@ import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from rkv_vllm.decisions.lengths import RequestLengths
-from rkv_vllm.decisions.sizing import KvShape, Pool, most_slots
-from rkv_vllm.settings.config import RequestBudget
+from rkv_vllm.decisions.sizing import KvShape, Pool, peak_slots
+from rkv_vllm.settings.config import CompactionSettings
 
-BUDGET = RequestBudget(budget=512, buffer=128, policy="rkv")
+BUDGET = CompactionSettings(budget=512, buffer=128, policy="rkv")
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 2), (torch.float32, 4)])
@@ -39,7 +39,7 @@ def test_requests_that_fit(slots: int, pages: int, requests: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("length", "budget", "prompt", "slots"),
+    ("length", "settings", "prompt", "slots"),
     [
         (4096, None, 0, 4096),
         (4096, BUDGET, 0, 640),
@@ -48,7 +48,7 @@ def test_requests_that_fit(slots: int, pages: int, requests: int) -> None:
         (4096, BUDGET, 1000, 1000),
     ],
 )
-def test_most_slots(length: int, budget: RequestBudget | None, prompt: int, slots: int) -> None:
+def test_peak_slots(length: int, settings: CompactionSettings | None, prompt: int, slots: int) -> None:
     """Proves that a request holds its length, its budget and buffer, or its prompt, whichever bounds it."""
-    lengths = None if budget is None else RequestLengths(prompt, budget)
-    assert most_slots(length, lengths) == slots
+    lengths = None if settings is None else RequestLengths(prompt, settings)
+    assert peak_slots(length, lengths) == slots

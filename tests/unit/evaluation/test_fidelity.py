@@ -34,7 +34,7 @@ from rkv_vllm.evaluation.fidelity import (
     show,
 )
 from rkv_vllm.evaluation.forced_decoder import MODEL_STUDENT, STUDENT, Lesson, TeacherForcing, compare
-from rkv_vllm.settings.config import RequestBudget, RkvConfig
+from rkv_vllm.settings.config import CompactionSettings, RkvConfig
 
 
 def test_predictions_are_compared_by_their_definition() -> None:
@@ -59,17 +59,17 @@ def test_equal_logits_differ_by_exactly_nothing() -> None:
     ("prompt", "forced", "budget", "first", "evicted"),
     [
         (20, 60, None, (), 0),
-        (20, 60, RequestBudget(80, 16, "rkv"), (), 0),
-        (20, 60, RequestBudget(30, 10, "rkv"), (21, 31, 41, 51), 40),
+        (20, 60, CompactionSettings(80, 16, "rkv"), (), 0),
+        (20, 60, CompactionSettings(30, 10, "rkv"), (21, 31, 41, 51), 40),
         # The step that is compacted feeds the token at that length; the last token is never fed.
-        (20, 21, RequestBudget(30, 10, "rkv"), (), 0),
-        (20, 22, RequestBudget(30, 10, "rkv"), (21,), 10),
+        (20, 21, CompactionSettings(30, 10, "rkv"), (), 0),
+        (20, 22, CompactionSettings(30, 10, "rkv"), (21,), 10),
         # A prompt that is longer is read whole, gives the first token, and is then compacted.
-        (64, 30, RequestBudget(30, 10, "rkv"), (1, 11, 21), 54),
+        (64, 30, CompactionSettings(30, 10, "rkv"), (1, 11, 21), 54),
     ],
 )
 def test_compactions_follow_from_counts(
-    prompt: int, forced: int, budget: RequestBudget | None, first: tuple[int, ...], evicted: int
+    prompt: int, forced: int, budget: CompactionSettings | None, first: tuple[int, ...], evicted: int
 ) -> None:
     """Proves which prediction is the first without the evicted tokens, up to the ends of prompt and text."""
     assert schedule("token", prompt, forced, budget, 16) == Schedule(first, evicted)
@@ -77,7 +77,7 @@ def test_compactions_follow_from_counts(
 
 def test_whole_pages_are_counted_too() -> None:
     """Proves the schedule by page, where a round waits for nothing but its pages."""
-    planned = schedule("page", 20, 60, RequestBudget(32, 16, "rkv"), 16)
+    planned = schedule("page", 20, 60, CompactionSettings(32, 16, "rkv"), 16)
     assert planned == Schedule((29, 45), 32)
 
 
@@ -139,8 +139,8 @@ def test_settings_are_every_combination_behind_the_control() -> None:
     settings = settings_of(config, [64, 32], [16], ["rkv", "recency"])
     assert settings == [
         None,
-        *(RequestBudget(budget, 16, "rkv") for budget in (64, 32)),
-        *(RequestBudget(budget, 16, "recency") for budget in (64, 32)),
+        *(CompactionSettings(budget, 16, "rkv") for budget in (64, 32)),
+        *(CompactionSettings(budget, 16, "recency") for budget in (64, 32)),
     ]
     for budgets, policies, named in (([8], ["rkv"], "rkv_budget"), ([64], ["best"], "rkv_policy")):
         with pytest.raises(ValueError, match=named):
@@ -238,8 +238,8 @@ def test_the_table_shows_controls_and_losses() -> None:
     measured[..., 0] = 0.25
     rows = [
         row_of(None, Schedule((), 0), 0 * measured, 0),
-        row_of(RequestBudget(64, 16, "rkv"), Schedule((0,), 16), measured, 0),
-        row_of(RequestBudget(80, 16, "rkv"), Schedule((2,), 16), measured, 0),
+        row_of(CompactionSettings(64, 16, "rkv"), Schedule((0,), 16), measured, 0),
+        row_of(CompactionSettings(80, 16, "rkv"), Schedule((2,), 16), measured, 0),
     ]
     report = Report(
         command="rkv-vllm fidelity", model="m", device="cpu", dtype="float32", texts=["t"], windows=2,

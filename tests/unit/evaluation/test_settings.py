@@ -13,7 +13,7 @@ from rkv_vllm.evaluation.settings import (
     parse_buffers,
     parse_policies,
 )
-from rkv_vllm.settings.config import BudgetRequest
+from rkv_vllm.settings.config import RequestedSettings
 
 
 def test_the_grid_has_the_full_cache_first_and_each_setting_once() -> None:
@@ -59,6 +59,6 @@ def test_wrong_policies_and_buffers_are_named() -> None:
 
 def test_the_engine_reads_what_a_setting_says() -> None:
     """Proves that a setting's keys are those of a request, the full cache's too."""
-    asked = BudgetRequest.from_extra_args(Setting("snapkv", 512, 64).extra_args)
+    asked = RequestedSettings.from_extra_args(Setting("snapkv", 512, 64).extra_args)
     assert (asked.rkv_policy, asked.rkv_budget, asked.rkv_buffer) == ("snapkv", 512, 64)
-    assert BudgetRequest.from_extra_args(FULL_CACHE.extra_args).rkv_budget == 0
+    assert RequestedSettings.from_extra_args(FULL_CACHE.extra_args).rkv_budget == 0

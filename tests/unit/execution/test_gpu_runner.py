@@ -10,15 +10,14 @@ import pytest
 import torch
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
-from rkv_vllm.decisions.messages import PageEviction
-from rkv_vllm.decisions.page_report import PageReport, reports_of
+from rkv_vllm.decisions.messages import PageCompaction, PageReport, reports_of
 from rkv_vllm.execution.gpu import runner as runner_v2
 from rkv_vllm.execution.gpu.runner import CompactingRunnerV2, ReportingOutput
 from rkv_vllm.host.contract import CONTRACT_V2_RUNNER, contract_problems
 
 EVICTIONS = [
-    PageEviction(
-        request_id=name, length=70, keep=keep, evicted=evicted, policy="rkv", query_row=0, sequence=number
+    PageCompaction(
+        request_id=name, length=70, keep=keep, evicted=evicted, policy="rkv", query_row=0, eviction_id=number
     )
     for number, (name, keep, evicted) in enumerate([("a", 38, 32), ("b", 54, 160)])
 ]
@@ -27,7 +26,7 @@ EVICTIONS = [
 class Left:
     """Stands for `LeftPages`, whose copy needs a GPU."""
 
-    def __init__(self, evictions: list[PageEviction], left: list[torch.Tensor]) -> None:
+    def __init__(self, evictions: list[PageCompaction], left: list[torch.Tensor]) -> None:
         self.left = {eviction.request_id: ids.tolist() for eviction, ids in zip(evictions, left, strict=True)}
 
     def reports(self) -> list[PageReport]:
@@ -45,7 +44,7 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> Any:
     table = torch.arange(40, dtype=torch.int32).view(4, 10)
     given: list[list[int]] = []
 
-    def evict_pages(evictions: list[PageEviction], rows: list[torch.Tensor]) -> list[torch.Tensor]:
+    def evict_pages(evictions: list[PageCompaction], rows: list[torch.Tensor]) -> list[torch.Tensor]:
         given.extend(row.tolist() for row in rows)
         for row in rows:
             row[0] = 99

@@ -15,8 +15,9 @@ from vllm.v1.metrics.stats import KV_FETCH_STAGES, SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from rkv_vllm.execution.stopwatch import CpuStopwatch, attach_laps, laps_of
-from rkv_vllm.observability.prometheus import RkvStatLogger, put_tally, take_tally
+from rkv_vllm.decisions.messages import attach_durations, durations_of, put_tally, take_tally
+from rkv_vllm.execution.stopwatch import CpuStopwatch
+from rkv_vllm.observability.prometheus import RkvStatLogger
 
 
 def test_a_tally_survives_the_way_and_leaves_no_trace() -> None:
@@ -81,11 +82,11 @@ def test_a_server_without_rkv_shows_nothing() -> None:
 
 
 def test_laps_survive_the_way_from_a_worker() -> None:
-    """Workers pickle their outputs; one without laps reads as none."""
+    """Workers pickle their outputs; one without durations reads as none."""
     output = ModelRunnerOutput(req_ids=["a"], req_id_to_index={"a": 0})
-    assert laps_of(output) == []
-    attach_laps(output, [1500, 20])
-    assert laps_of(pickle.loads(pickle.dumps(output))) == [1500, 20]
+    assert durations_of(output) == []
+    attach_durations(output, [1500, 20])
+    assert durations_of(pickle.loads(pickle.dumps(output))) == [1500, 20]
 
 
 def test_a_lap_is_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +94,7 @@ def test_a_lap_is_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([1_000_000, 4_500_000])
     monkeypatch.setattr(time, "perf_counter_ns", lambda: next(clock))
     stopwatch = CpuStopwatch()
-    with stopwatch.lap():
+    with stopwatch.timed():
         pass
     assert stopwatch.take() == [3500]
     assert stopwatch.take() == []

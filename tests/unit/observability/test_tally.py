@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from rkv_vllm.decisions.messages import Compaction
-from rkv_vllm.decisions.result import CompactionResult
+from rkv_vllm.decisions.messages import CompactionResult, TokenCompaction
 from rkv_vllm.observability.tally import TALLIED, Counters, budget_class, read
-from rkv_vllm.settings.config import RequestBudget
+from rkv_vllm.settings.config import CompactionSettings
 
 PAGE = 32
-BUDGET = RequestBudget(budget=64, buffer=32, policy="rkv")
+BUDGET = CompactionSettings(budget=64, buffer=32, policy="rkv")
 
 
-def compaction(request_id: str, *, sources: tuple[int, ...], targets: tuple[int, ...]) -> Compaction:
+def compaction(request_id: str, *, sources: tuple[int, ...], targets: tuple[int, ...]) -> TokenCompaction:
     """96 slots down to 64."""
-    return Compaction(
+    return TokenCompaction(
         request_id=request_id,
         source_pages=sources,
         target_pages=targets,
@@ -117,7 +116,9 @@ def test_an_ended_request_says_what_it_kept(counters: Counters) -> None:
 
 
 @pytest.mark.parametrize(("budget", "reason"), [(None, "full_cache"), (BUDGET, "short")])
-def test_uncompacted_requests_say_why(counters: Counters, budget: RequestBudget | None, reason: str) -> None:
+def test_uncompacted_requests_say_why(
+    counters: Counters, budget: CompactionSettings | None, reason: str
+) -> None:
     """No budget, or not long enough for it."""
     counters.arrived(budget)
     counters.ended("a", budget, result(), 40)
@@ -136,7 +137,7 @@ def test_idle_time_is_no_step_time(counters: Counters) -> None:
 
 def test_durations_are_observed_one_by_one(counters: Counters) -> None:
     """Equal ones too."""
-    counters.took([1500, 1500, 20])
+    counters.record_durations([1500, 1500, 20])
     [again] = [reading for reading in read(counters.take()) if reading.value == pytest.approx(0.0015)]
     assert again.times == 2
 
@@ -152,7 +153,7 @@ def test_a_step_without_news_sends_nothing(counters: Counters) -> None:
 @pytest.mark.parametrize(("tokens", "expected"), [(9, "le_256"), (257, "le_512"), (5000, "gt_4096")])
 def test_budget_classes(tokens: int, expected: str) -> None:
     """The bound belongs to its class."""
-    assert budget_class(RequestBudget(budget=tokens, buffer=32, policy="rkv")) == expected
+    assert budget_class(CompactionSettings(budget=tokens, buffer=32, policy="rkv")) == expected
 
 
 def test_names_follow_prometheus() -> None:

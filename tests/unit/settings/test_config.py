@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from rkv_vllm.settings.config import POLICY_NAMES, WINDOW, BudgetRequest, RequestBudget, RkvConfig, extra_args
+from rkv_vllm.settings.config import (
+    POLICY_NAMES,
+    WINDOW,
+    CompactionSettings,
+    RequestedSettings,
+    RkvConfig,
+    extra_args,
+)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +57,7 @@ def test_server_accepts_its_bounds() -> None:
     """Proves that the smallest budget and buffer are accepted, and that the defaults compact nothing."""
     config = RkvConfig(budget=WINDOW + 1, buffer=WINDOW)
     assert (config.budget, config.buffer) == (WINDOW + 1, WINDOW)
-    assert RkvConfig().resolve(BudgetRequest()) is None
+    assert RkvConfig().resolve(RequestedSettings()) is None
 
 
 def test_a_pool_below_max_model_len_needs_a_budget() -> None:
@@ -97,7 +104,7 @@ def test_additional_config() -> None:
 def test_request_budget_refused(value: Any) -> None:
     """Proves that a wrong budget is refused with the field, what it takes and what it was."""
     with pytest.raises(ValueError) as refused:
-        BudgetRequest.from_extra_args({"rkv_budget": value})
+        RequestedSettings.from_extra_args({"rkv_budget": value})
     assert str(refused.value) == (
         f"rkv_budget takes 0 (full cache) or an integer above {WINDOW}, not {value!r}"
     )
@@ -107,7 +114,7 @@ def test_request_budget_refused(value: Any) -> None:
 def test_request_buffer_refused(value: Any) -> None:
     """Proves that a wrong buffer is refused by name and value."""
     with pytest.raises(ValueError) as refused:
-        BudgetRequest.from_extra_args({"rkv_buffer": value})
+        RequestedSettings.from_extra_args({"rkv_buffer": value})
     assert str(refused.value) == f"rkv_buffer takes an integer of at least {WINDOW}, not {value!r}"
 
 
@@ -115,19 +122,19 @@ def test_request_buffer_refused(value: Any) -> None:
 def test_request_policy_refused(value: Any) -> None:
     """Proves that a wrong policy is refused with all names that there are."""
     with pytest.raises(ValueError, match=f"rkv_policy takes one of {', '.join(POLICY_NAMES)}, not "):
-        BudgetRequest.from_extra_args({"rkv_policy": value})
+        RequestedSettings.from_extra_args({"rkv_policy": value})
 
 
 def test_unknown_request_field_refused() -> None:
     """Proves that a misspelt field of ours is refused together with the names that there are."""
     with pytest.raises(ValueError, match=r"rkv_bugdet is unknown .*rkv_budget, rkv_buffer, rkv_policy"):
-        BudgetRequest.from_extra_args({"rkv_bugdet": 64})
+        RequestedSettings.from_extra_args({"rkv_bugdet": 64})
 
 
 def test_all_wrong_fields_in_one_line() -> None:
     """Proves that one error names each wrong field once."""
     with pytest.raises(ValueError) as refused:
-        BudgetRequest.from_extra_args({"rkv_budget": 1, "rkv_buffer": 1, "rkv_policy": 1, "rkv_x": 1})
+        RequestedSettings.from_extra_args({"rkv_budget": 1, "rkv_buffer": 1, "rkv_policy": 1, "rkv_x": 1})
     message = str(refused.value)
     assert "\n" not in message
     assert [part.split()[0] for part in message.split("; ")] == [
@@ -141,7 +148,7 @@ def test_all_wrong_fields_in_one_line() -> None:
 @pytest.mark.parametrize("extra_args", [None, {}, {"temperature_of_tea": "hot"}, {"rkv": 5}])
 def test_foreign_arguments_are_left_alone(extra_args: dict[str, Any] | None) -> None:
     """Proves that arguments of others ask for nothing and are not refused."""
-    assert BudgetRequest.from_extra_args(extra_args) == BudgetRequest()
+    assert RequestedSettings.from_extra_args(extra_args) == RequestedSettings()
 
 
 SERVER = RkvConfig(budget=64, buffer=32, policy="keydiff")
@@ -150,32 +157,34 @@ SERVER = RkvConfig(budget=64, buffer=32, policy="keydiff")
 @pytest.mark.parametrize(
     ("server", "asked", "in_force"),
     [
-        (SERVER, {}, RequestBudget(64, 32, "keydiff")),
-        (SERVER, {"rkv_budget": None}, RequestBudget(64, 32, "keydiff")),
+        (SERVER, {}, CompactionSettings(64, 32, "keydiff")),
+        (SERVER, {"rkv_budget": None}, CompactionSettings(64, 32, "keydiff")),
         (SERVER, {"rkv_budget": 0}, None),
         (SERVER, {"rkv_budget": 0, "rkv_buffer": 16}, None),
-        (SERVER, {"rkv_budget": 9}, RequestBudget(9, 32, "keydiff")),
-        (SERVER, {"rkv_buffer": 8}, RequestBudget(64, 8, "keydiff")),
-        (SERVER, {"rkv_policy": "rkv"}, RequestBudget(64, 32, "rkv")),
+        (SERVER, {"rkv_budget": 9}, CompactionSettings(9, 32, "keydiff")),
+        (SERVER, {"rkv_buffer": 8}, CompactionSettings(64, 8, "keydiff")),
+        (SERVER, {"rkv_policy": "rkv"}, CompactionSettings(64, 32, "rkv")),
         (RkvConfig(), {}, None),
         (RkvConfig(), {"rkv_buffer": 8, "rkv_policy": "random"}, None),
-        (RkvConfig(), {"rkv_budget": 50}, RequestBudget(50, 128, "rkv")),
+        (RkvConfig(), {"rkv_budget": 50}, CompactionSettings(50, 128, "rkv")),
     ],
 )
-def test_settings_in_force(server: RkvConfig, asked: dict[str, Any], in_force: RequestBudget | None) -> None:
+def test_settings_in_force(
+    server: RkvConfig, asked: dict[str, Any], in_force: CompactionSettings | None
+) -> None:
     """Proves that what a request names wins, the rest is the server's, and 0 is the full cache."""
-    assert server.resolve(BudgetRequest.from_extra_args(asked)) == in_force
+    assert server.resolve(RequestedSettings.from_extra_args(asked)) == in_force
 
 
-@pytest.mark.parametrize("settings", [None, RequestBudget(9, 8, "snapkv")])
-def test_what_is_sent_is_what_is_read(settings: RequestBudget | None) -> None:
+@pytest.mark.parametrize("settings", [None, CompactionSettings(9, 8, "snapkv")])
+def test_what_is_sent_is_what_is_read(settings: CompactionSettings | None) -> None:
     """Proves that a request that names its settings gets them, the full cache too, whatever the defaults."""
-    assert SERVER.resolve(BudgetRequest.from_extra_args(extra_args(settings))) == settings
+    assert SERVER.resolve(RequestedSettings.from_extra_args(extra_args(settings))) == settings
 
 
 @pytest.mark.parametrize("policy", POLICY_NAMES)
 def test_request_budget_derives(policy: Any) -> None:
     """Proves the threshold, and that exactly the attention-based policies need queries."""
-    budget = RequestBudget(64, 32, policy)
+    budget = CompactionSettings(64, 32, policy)
     assert budget.threshold == 96
     assert budget.needs_queries == (policy in ("rkv", "snapkv"))
