@@ -26,7 +26,8 @@ from rkv_vllm.bench.roofline import ModelShape
 from rkv_vllm.bench.rows import Kind, Row
 from rkv_vllm.bench.window import Step
 from rkv_vllm.decisions.messages import take_tally
-from rkv_vllm.observability.tally import COMPACTION_DURATION, COMPACTIONS, EVICTED_TOKENS, read
+from rkv_vllm.observability.metric_table import COMPACTION_DURATION, COMPACTIONS, EVICTED_TOKENS
+from rkv_vllm.observability.tally import read
 from rkv_vllm.settings.config import extra_args
 from rkv_vllm.settings.engine_args import rkv_engine_args
 

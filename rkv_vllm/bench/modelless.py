@@ -24,7 +24,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from rkv_vllm.scheduling.block_manager import CompactingSpec
+from rkv_vllm.host.kv_cache_spec import CompactingSpec
 from rkv_vllm.scheduling.scheduler import CompactingAsyncScheduler, CompactingScheduler
 
 VOCABULARY = 32_000

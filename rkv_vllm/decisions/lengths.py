@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from rkv_vllm.decisions.pages import num_pages
 from rkv_vllm.settings.config import WINDOW, CompactionSettings, Granularity
 
 
@@ -77,6 +78,12 @@ class RequestLengths:
         """Records that a compaction at this length brought the request down to its budget."""
         self.evicted = logical - self.settings.budget
 
+    def confirm_freed(self) -> None:
+        """Records that the pages evicted by the last compaction are back in the pool.
+
+        By token they are so at once.
+        """
+
     def restart(self) -> None:
         """Records that all pages are gone and everything is computed again."""
         self.evicted = 0
@@ -84,7 +91,7 @@ class RequestLengths:
 
 @dataclass(slots=True)
 class PageLengths(RequestLengths):
-    """Of a request that loses whole pages.
+    """The counts of a request that loses whole pages.
 
     Which pages left is known only on the device, and reported some steps later. Until then they are
     `leaving`: the request does without them already, and the pool still counts them as its own. The next
@@ -126,12 +133,11 @@ class PageLengths(RequestLengths):
         return self.page_size  # one page more to go on with while others are leaving
 
     def compact(self, logical: int) -> None:
-        """Records that so many pages of lowest score are to leave that `kept_pages` stay."""
+        """Records that the pages of lowest score are to leave, and `kept_pages` to stay."""
         self.leaving = self._pages(self.physical(logical)) - self.kept_pages
         self.evicted += self.leaving * self.page_size
 
     def confirm_freed(self) -> None:
-        """Records that the pages that were leaving are back in the pool."""
         self.leaving = 0
 
     def restart(self) -> None:
@@ -139,7 +145,7 @@ class PageLengths(RequestLengths):
         self.leaving = 0
 
     def _pages(self, slots: int) -> int:
-        return -(-slots // self.page_size)
+        return num_pages(slots, self.page_size)
 
 
 def make_request_lengths(

@@ -48,7 +48,7 @@ class Compaction:
         evicted: tokens evicted from the request so far, this round included (absolute, so that running a
             compaction's bookkeeping twice does no harm).
         policy: what scores the tokens.
-        query_row: row of the query window that holds its last queries; -1: the policy needs none.
+        query_row: row of the query window that holds its last queries, or `NO_QUERY_ROW`.
     """
 
     request_id: str
@@ -68,6 +68,11 @@ class Compaction:
         """Slots, from the first on, that the round before this one has filled; 0 for the first round."""
         return self.keep if self.evicted > self.length - self.keep else 0
 
+    @property
+    def num_copied_pages(self) -> int:
+        """Pages that survivors are copied out of because others hold them too; 0 where nothing moves."""
+        return 0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenCompaction(Compaction):
@@ -81,6 +86,11 @@ class TokenCompaction(Compaction):
 
     source_pages: tuple[int, ...]
     target_pages: tuple[int, ...]
+
+    @property
+    def num_copied_pages(self) -> int:
+        pages = zip(self.source_pages, self.target_pages, strict=False)
+        return sum(source != target for source, target in pages)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 #: Bound on the window's memory, 2 MiB a row for an 8B model. Of 1,024 running requests 64 hold
 #: one on average. A request that finds no row waits for one, some steps before its compaction.
-MOST_ROWS = 128
+MAX_ROWS = 128
+#: `query_row` of a round whose policy needs no queries.
+NO_QUERY_ROW = -1
 
 
 def num_query_rows(max_num_seqs: int) -> int:
     """Rows that scheduler and workers both reckon with."""
-    return min(max_num_seqs, MOST_ROWS)
+    return min(max_num_seqs, MAX_ROWS)
 
 
 class QueryRows:

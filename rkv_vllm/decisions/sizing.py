@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rkv_vllm.decisions.lengths import RequestLengths
+from rkv_vllm.decisions.pages import num_pages
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Pool:
         return max(self.pages - 1, 0)
 
     def pages_for(self, tokens: int) -> int:
-        return -(-tokens // self.page_size)
+        return num_pages(tokens, self.page_size)
 
     def requests_that_fit(self, slots: int) -> int:
         """Requests that can hold `slots` tokens each at the same time, sharing no page."""

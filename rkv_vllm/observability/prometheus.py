@@ -32,7 +32,8 @@ from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, Schedule
 from rkv_vllm import __version__
 from rkv_vllm.decisions.messages import take_tally
 from rkv_vllm.decisions.query_rows import num_query_rows
-from rkv_vllm.observability.tally import TALLIED, Metric, read
+from rkv_vllm.observability.metric_table import TALLIED, Metric
+from rkv_vllm.observability.tally import read
 from rkv_vllm.settings.config import WINDOW, RkvConfig
 
 COMMON_LABELS = ("model_name", "engine")

@@ -3,47 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
-from rkv_vllm.decisions.lengths import make_request_lengths
-from rkv_vllm.settings.config import RequestedSettings, RkvConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompactingSpec(FullAttentionSpec):
-    """A full-attention layer whose pages are managed by `CompactingManager`; no field of its own."""
-
-    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        """Bytes of this layer that the pool has to hold, or vLLM refuses to start.
-
-        That is a request of max_model_len, unless the server lets max_model_len exceed the pool: then it is
-        a request at its default budget, and the scheduler refuses those that do not fit.
-        """
-        whole = super().max_memory_usage_bytes(vllm_config)
-        config = RkvConfig.from_additional_config(vllm_config.additional_config)
-        default = config.resolve(RequestedSettings())
-        if not config.beyond_pool or default is None:
-            return whole
-        slots = make_request_lengths(config.granularity, 0, default, self.block_size).max_slots
-        return min(whole, cdiv(slots, self.block_size) * self.page_size_bytes)
+from rkv_vllm.host.kv_cache_spec import CompactingSpec
 
 
 @dataclass(frozen=True, slots=True)
 class PageMove:
-    """Ids of a request's pages before and after a compaction, in order."""
+    """What a compaction does to a request's pages.
+
+    Attributes:
+        source_pages, target_pages: ids of its pages before and afterwards, in order.
+        freed: source pages that are no targets, still to be released.
+    """
 
     source_pages: tuple[int, ...]
     target_pages: tuple[int, ...]
-    leaving: tuple[KVCacheBlock, ...]  # source pages that are no targets, still to be released
+    freed: tuple[KVCacheBlock, ...]
 
 
 class CompactingManager(FullAttentionManager):
@@ -59,17 +43,17 @@ class CompactingManager(FullAttentionManager):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._evicted: dict[str, int] = {}
-        self._most_slots: dict[str, int] = {}
+        self._max_slots: dict[str, int] = {}
 
     # -- the request's pages -------------------------------------------------------------------------------
 
-    def bound(self, request_id: str, most_slots: int) -> None:
-        """Tells admission how many slots, in tokens, the request can ever hold."""
-        self._most_slots[request_id] = most_slots
+    def set_max_slots(self, request_id: str, max_slots: int) -> None:
+        """Tells vLLM's admission how many slots, in tokens, the request can ever hold."""
+        self._max_slots[request_id] = max_slots
 
-    def unbound(self, request_id: str) -> None:
-        """Forgets what `bound` said, when the request is gone."""
-        self._most_slots.pop(request_id, None)
+    def forget_max_slots(self, request_id: str) -> None:
+        """Forgets them, when the request is gone."""
+        self._max_slots.pop(request_id, None)
 
     def num_pages(self, request_id: str) -> int:
         return len(self.req_to_blocks.get(request_id, ()))
@@ -96,11 +80,13 @@ class CompactingManager(FullAttentionManager):
             evicted: tokens evicted so far, this round included.
         """
         pool = self.block_pool
+        # before:  [ 0, ceil(keep / page) )            head: will hold the survivors
+        #          [ ceil(keep / page), len(before) )  tail: emptied; the private ones of it are spare
         before = self.req_to_blocks[request_id]
         head = before[: cdiv(keep, self.block_size)]
         spare = self._own_tail(request_id, keep)
         in_pool = pool.get_num_free_blocks()
-        shared_left = self._num_shared(head)
+        shared_to_come = self._num_shared(head)
 
         after: list[KVCacheBlock] = []
         for page in head:
@@ -108,9 +94,9 @@ class CompactingManager(FullAttentionManager):
                 after.append(page)
                 continue
             is_shared = page.ref_cnt > 1
-            shared_left -= is_shared
-            # What is left after this one must still do for the shared pages to come.
-            if is_shared or len(spare) + in_pool > shared_left:
+            shared_to_come -= is_shared
+            # What remains after this page must still do for the shared pages to come.
+            if is_shared or len(spare) + in_pool > shared_to_come:
                 if spare:
                     after.append(spare.pop(0))
                 else:
@@ -126,7 +112,7 @@ class CompactingManager(FullAttentionManager):
         return PageMove(
             source_pages=tuple(page.block_id for page in before),
             target_pages=tuple(page.block_id for page in after),
-            leaving=tuple(page for page in before if page.block_id not in kept),
+            freed=tuple(page for page in before if page.block_id not in kept),
         )
 
     def release(self, moves: Iterable[PageMove]) -> None:
@@ -136,7 +122,7 @@ class CompactingManager(FullAttentionManager):
         target of another.
         """
         for move in moves:
-            self.block_pool.free_blocks(reversed(move.leaving))
+            self.block_pool.free_blocks(reversed(move.freed))
 
     def stop_caching(self, request_id: str) -> None:
         """Keeps the request's further pages out of the prefix cache: pages before them are about to leave."""
@@ -147,15 +133,29 @@ class CompactingManager(FullAttentionManager):
 
         Args:
             request_id: a running request for which `stop_caching` was called.
-            page_ids: of whole pages that it holds, and that no step reads as its own any more.
+            page_ids: ids of whole pages that it holds, and that no step reads as its own any more.
         """
-        leaving_ids = set(page_ids)
+        freed_ids = set(page_ids)
         before = self.req_to_blocks[request_id]
-        leaving = [page for page in before if page.block_id in leaving_ids]
-        assert len(leaving) == len(page_ids), f"{request_id} does not hold all of pages {page_ids}"
-        self.req_to_blocks[request_id] = [page for page in before if page.block_id not in leaving_ids]
-        self._evicted[request_id] += len(leaving) * self.block_size
-        self.block_pool.free_blocks(reversed(leaving))
+        freed = [page for page in before if page.block_id in freed_ids]
+        assert len(freed) == len(page_ids), f"request {request_id} does not hold all of pages {page_ids}"
+        self.req_to_blocks[request_id] = [page for page in before if page.block_id not in freed_ids]
+        self._evicted[request_id] += len(freed) * self.block_size
+        self.block_pool.free_blocks(reversed(freed))
+
+    def check_pages(self, request_id: str, expected: int) -> None:
+        """Raises: AssertionError where a request does not hold the expected number of pages."""
+        held = self.num_pages(request_id)
+        assert held == expected, f"{request_id} holds {held} pages, not {expected}"
+
+    def check_integrity(self) -> None:
+        """Raises: AssertionError where a page of the pool is neither free nor owned, or both."""
+        pool = self.block_pool
+        owned = {page.block_id for pages in self.req_to_blocks.values() for page in pages}
+        free = pool.get_num_free_blocks()
+        assert free + len(owned) + 1 == pool.num_gpu_blocks, (  # vLLM's null block is the one
+            f"{free} free + {len(owned)} owned + 1 null is not {pool.num_gpu_blocks}"
+        )
 
     def _own_tail(self, request_id: str, keep: int) -> list[KVCacheBlock]:
         tail = self.req_to_blocks[request_id][cdiv(keep, self.block_size) :]
@@ -184,8 +184,8 @@ class CompactingManager(FullAttentionManager):
     ) -> int:
         evicted = self._evicted.get(request_id, 0)
         num_slots = num_tokens - evicted
-        if apply_admission_cap and request_id in self._most_slots:
-            num_slots = min(num_slots, self._most_slots[request_id])
+        if apply_admission_cap and request_id in self._max_slots:
+            num_slots = min(num_slots, self._max_slots[request_id])
         return super().get_num_blocks_to_allocate(
             request_id,
             num_slots,
@@ -230,19 +230,3 @@ def register_compacting_spec() -> None:
     # Registering ours first would make the registry believe that its built-ins are there already.
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(CompactingSpec, CompactingManager, uniform_type_base_spec=FullAttentionSpec)
-
-
-def to_compacting_specs(specs: dict[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:
-    """The same layers under `CompactingSpec`.
-
-    Raises: ValueError for a layer that is not plain full attention.
-    """
-    for layer, spec in specs.items():
-        if type(spec) is not FullAttentionSpec:
-            raise ValueError(
-                f"rkv-vllm works with full attention only; layer {layer} has a {type(spec).__name__}"
-            )
-    return {
-        layer: CompactingSpec(**{f.name: getattr(spec, f.name) for f in fields(spec) if f.init})
-        for layer, spec in specs.items()
-    }

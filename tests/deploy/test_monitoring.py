@@ -14,8 +14,8 @@ from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 from roundtrip import lost
 
+from rkv_vllm.observability.metric_table import TALLIED
 from rkv_vllm.observability.prometheus import BUILD_INFO, QUERY_WINDOW_BYTES
-from rkv_vllm.observability.tally import TALLIED
 
 ROOT = Path(__file__).resolve().parents[2]
 DASHBOARDS = sorted((ROOT / "deploy" / "grafana").glob("*.json"))

@@ -115,7 +115,7 @@ def make_scheduler(setup: Setup) -> CompactingScheduler | CompactingAsyncSchedul
         v2_runner=setup.v2_runner,
     )
     if not setup.keeps_room:
-        scheduler._keep_room = lambda request, tracked: None  # type: ignore[method-assign]
+        scheduler._admission.set_watermark = lambda request: None  # type: ignore[method-assign]
     return scheduler
 
 
@@ -335,7 +335,7 @@ class Engine:
         pool = self.scheduler.kv_cache_manager.block_pool
         assert pool.get_num_free_blocks() == self.setup.num_pages - 1, "the pool is not whole again"
         assert not self.scheduler.requests and not self.scheduler._tracked
-        assert not self.scheduler._manager._evicted and not self.scheduler._manager._most_slots
+        assert not self.scheduler._manager._evicted and not self.scheduler._manager._max_slots
         rows = self.scheduler._query_rows
         assert len(rows._free) == rows.num_rows, "a query row was not given back"
         for model in self.models.values():

@@ -18,7 +18,9 @@ from workload import by_page, random_arrivals, random_setup
 from rkv_vllm.decisions.lengths import PageLengths, RequestLengths
 from rkv_vllm.decisions.query_rows import QueryRows
 from rkv_vllm.scheduling.block_manager import CompactingManager
-from rkv_vllm.scheduling.scheduler import CompactingSchedulerMixin, TrackedRequest
+from rkv_vllm.scheduling.round_planner import RoundPlanner
+from rkv_vllm.scheduling.scheduler import CompactingSchedulerMixin
+from rkv_vllm.scheduling.tracked_request import TrackedRequest
 from rkv_vllm.settings.config import WINDOW
 
 Break = Callable[[pytest.MonkeyPatch], None]
@@ -100,21 +102,21 @@ def _believe_a_resumed_request_far_from_its_compaction(patch: pytest.MonkeyPatch
 
 
 def _overlook_a_request_that_is_due(patch: pytest.MonkeyPatch) -> None:
-    end_of_chunk = CompactingSchedulerMixin._end_of_chunk
+    end_of_chunk = RoundPlanner.end_of_chunk
 
-    def overlook(scheduler: CompactingSchedulerMixin, *args: Any) -> int:
-        num_new_tokens = end_of_chunk(scheduler, *args)
-        del scheduler._may_be_due[1:]
+    def overlook(planner: RoundPlanner, *args: Any) -> int:
+        num_new_tokens = end_of_chunk(planner, *args)
+        del planner._may_be_due[1:]
         return num_new_tokens
 
-    patch.setattr(CompactingSchedulerMixin, "_end_of_chunk", overlook)
+    patch.setattr(RoundPlanner, "end_of_chunk", overlook)
 
 
 def _give_up_where_no_page_is_free(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
-        CompactingSchedulerMixin,
-        "_make_room",
-        lambda scheduler, request, tracked: scheduler._manager.can_compact(
+        RoundPlanner,
+        "_preempt_until_compactable",
+        lambda planner, request, tracked: planner._manager.can_compact(
             request.request_id, tracked.settings.budget
         ),
     )
@@ -129,13 +131,13 @@ def _share_query_rows(patch: pytest.MonkeyPatch) -> None:
 
 
 def _plan_with_a_stale_length(patch: pytest.MonkeyPatch) -> None:
-    compact = CompactingSchedulerMixin._compact
+    begin_round = RoundPlanner._begin_round
 
-    def compact_with_a_stale_length(scheduler: Any, request: Any, tracked: Any) -> Any:
-        compaction, move = compact(scheduler, request, tracked)
-        return replace(compaction, length=compaction.length - 1), move
+    def begin_with_a_stale_length(planner: Any, request: Any, tracked: Any) -> Any:
+        compaction = begin_round(planner, request, tracked)
+        return replace(compaction, length=compaction.length - 1)
 
-    patch.setattr(CompactingSchedulerMixin, "_compact", compact_with_a_stale_length)
+    patch.setattr(RoundPlanner, "_begin_round", begin_with_a_stale_length)
 
 
 def _record_the_wrong_tokens(patch: pytest.MonkeyPatch) -> None:
@@ -182,7 +184,7 @@ def by_page_guess_which_pages_left(patch: pytest.MonkeyPatch) -> None:
 
 
 def by_page_forget_reports(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(CompactingSchedulerMixin, "_learn", lambda scheduler, report: None)
+    patch.setattr(RoundPlanner, "apply_page_report", lambda planner, report: 0)
 
 
 def by_page_keep_the_pages_that_left(patch: pytest.MonkeyPatch) -> None:

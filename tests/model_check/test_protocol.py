@@ -160,8 +160,8 @@ def test_a_report_of_an_earlier_life_is_ignored() -> None:
     (eviction,) = plan_of(output).rounds
     held = list(engine._manager.req_to_blocks["one"])
     oldest = tuple(page.block_id for page in held[:2])
-    engine.scheduler._learn(PageReport("one", eviction.eviction_id - 1, oldest))
-    engine.scheduler._learn(PageReport("another", eviction.eviction_id, oldest))
+    engine.scheduler._planner.apply_page_report(PageReport("one", eviction.eviction_id - 1, oldest))
+    engine.scheduler._planner.apply_page_report(PageReport("another", eviction.eviction_id, oldest))
     assert engine._manager.req_to_blocks["one"] == held
     engine._update(output, engine.runner.execute(output))
     assert len(engine._manager.req_to_blocks["one"]) == len(held) - 2
@@ -261,4 +261,4 @@ def test_a_client_that_leaves_says_nothing_of_how_long_answers_are(leaves: bool)
     engine = Engine(Setup(num_pages=60), arrivals)
     outcome = engine.run()
     assert all(len(said) < 400 for said in outcome.tokens.values())
-    assert (engine.scheduler._endings.rate(running_tokens=0) == 0.0) is leaves
+    assert (engine.scheduler._admission.early_stop_rate.per_token(running_tokens=0) == 0.0) is leaves

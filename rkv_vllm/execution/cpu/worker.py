@@ -1,4 +1,4 @@
-"""vLLM's workers with compaction."""
+"""vLLM's CPU worker with compaction."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from rkv_vllm import plugin
 from rkv_vllm.execution.cpu.runner import CompactingCpuRunner
 from rkv_vllm.execution.layers import attention_layers
 from rkv_vllm.host.compatibility import NEEDS_V1_RUNNER, refuse_unsupported
 from rkv_vllm.host.contract import CONTRACT_V1_RUNNER
-from rkv_vllm.scheduling.block_manager import register_compacting_spec, to_compacting_specs
+from rkv_vllm.host.kv_cache_spec import to_compacting_specs
 
 
 class CompactingCpuWorker(CPUWorker):
@@ -21,7 +22,7 @@ class CompactingCpuWorker(CPUWorker):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         refuse_unsupported(self.vllm_config, CONTRACT_V1_RUNNER)
-        register_compacting_spec()
+        plugin.register()
 
     def init_device(self) -> None:
         super().init_device()

@@ -7,11 +7,12 @@ from typing import Any
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.worker.gpu_worker import Worker
 
+from rkv_vllm import plugin
 from rkv_vllm.execution.gpu.runner import CompactingRunnerV2
 from rkv_vllm.execution.layers import attention_layers
 from rkv_vllm.host.compatibility import NEEDS_V2_RUNNER, refuse_unsupported
 from rkv_vllm.host.contract import CONTRACT_V2_RUNNER
-from rkv_vllm.scheduling.block_manager import register_compacting_spec, to_compacting_specs
+from rkv_vllm.host.kv_cache_spec import to_compacting_specs
 
 
 class CompactingGpuWorker(Worker):
@@ -22,7 +23,7 @@ class CompactingGpuWorker(Worker):
         refuse_unsupported(self.vllm_config, CONTRACT_V2_RUNNER)
         if not self.use_v2_model_runner:
             raise ValueError(NEEDS_V2_RUNNER)
-        register_compacting_spec()
+        plugin.register()
 
     def _make_model_runner(self) -> CompactingRunnerV2:
         return CompactingRunnerV2(self.vllm_config, self.device)

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rkv_vllm.decisions.query_rows import MOST_ROWS, QueryRows, num_query_rows
+from rkv_vllm.decisions.query_rows import MAX_ROWS, QueryRows, num_query_rows
 
 
-@pytest.mark.parametrize(("seqs", "rows"), [(1, 1), (MOST_ROWS, MOST_ROWS), (MOST_ROWS + 1, MOST_ROWS)])
+@pytest.mark.parametrize(("seqs", "rows"), [(1, 1), (MAX_ROWS, MAX_ROWS), (MAX_ROWS + 1, MAX_ROWS)])
 def test_number_of_rows(seqs: int, rows: int) -> None:
     """Proves that there is a row for each request, up to a bound."""
     assert num_query_rows(seqs) == rows

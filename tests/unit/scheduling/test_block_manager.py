@@ -20,12 +20,11 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
+from rkv_vllm.host.kv_cache_spec import CompactingSpec, to_compacting_specs
 from rkv_vllm.scheduling.block_manager import (
     CompactingManager,
-    CompactingSpec,
     PageMove,
     register_compacting_spec,
-    to_compacting_specs,
 )
 from rkv_vllm.settings.engine_args import rkv_engine_args
 
@@ -118,7 +117,7 @@ def test_private_pages_are_reused_in_place() -> None:
     move = house.compact("a", 9)
     assert move.source_pages == tuple(before)
     assert move.target_pages == tuple(before[:3]) == tuple(house.pages("a"))
-    assert [page.block_id for page in move.leaving] == before[3:]
+    assert [page.block_id for page in move.freed] == before[3:]
     house.check()
 
 
@@ -268,10 +267,10 @@ def test_admission_reckons_with_the_most_slots() -> None:
         )
 
     assert admission(400) == 100
-    house.manager.bound("a", 13)
+    house.manager.set_max_slots("a", 13)
     assert admission(400) == 4 and admission(5) == 2
     assert house.missing("a", 400) == 100
-    house.manager.unbound("a")
+    house.manager.forget_max_slots("a")
     assert admission(400) == 100
 
 

@@ -1,0 +1,47 @@
+"""The KV cache spec that puts a model's full-attention layers under rkv-vllm's block manager."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from vllm.config import VllmConfig
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+
+from rkv_vllm.decisions.lengths import make_request_lengths
+from rkv_vllm.decisions.pages import num_pages
+from rkv_vllm.settings.config import RequestedSettings, RkvConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompactingSpec(FullAttentionSpec):
+    """A full-attention layer whose pages are managed by `CompactingManager`; no field of its own."""
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        """Bytes of this layer that the pool has to hold, or vLLM refuses to start.
+
+        That is a request of max_model_len, unless the server lets max_model_len exceed the pool: then it is
+        a request at its default budget, and the scheduler refuses those that do not fit.
+        """
+        whole = super().max_memory_usage_bytes(vllm_config)
+        config = RkvConfig.from_additional_config(vllm_config.additional_config)
+        default = config.resolve(RequestedSettings())
+        if not config.beyond_pool or default is None:
+            return whole
+        slots = make_request_lengths(config.granularity, 0, default, self.block_size).max_slots
+        return min(whole, num_pages(slots, self.block_size) * self.page_size_bytes)
+
+
+def to_compacting_specs(specs: dict[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:
+    """The same layers under `CompactingSpec`.
+
+    Raises: ValueError for a layer that is not plain full attention.
+    """
+    for layer, spec in specs.items():
+        if type(spec) is not FullAttentionSpec:
+            raise ValueError(
+                f"rkv-vllm works with full attention only; layer {layer} has a {type(spec).__name__}"
+            )
+    return {
+        layer: CompactingSpec(**{f.name: getattr(spec, f.name) for f in fields(spec) if f.init})
+        for layer, spec in specs.items()
+    }

@@ -1,0 +1,241 @@
+"""Which requests are compacted in a step, and where chunks end so that rounds come when they are due."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from itertools import count
+from typing import Protocol
+
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.request import Request, RequestStatus
+
+from rkv_vllm.decisions.messages import Compaction, PageCompaction, PageReport, TokenCompaction
+from rkv_vllm.decisions.query_rows import NO_QUERY_ROW, QueryRows
+from rkv_vllm.observability.tally import MetricTally
+from rkv_vllm.scheduling.block_manager import CompactingManager, PageMove
+from rkv_vllm.scheduling.tracked_request import TrackedRequest
+from rkv_vllm.settings.config import Granularity
+
+
+class RoundPlanner:
+    """Plans rounds from counts alone: never from a request's neighbours or from sampled tokens.
+
+    Owns the query rows and the list of requests that may be due. Changes a request's lengths, and its pages
+    through the block manager.
+    """
+
+    def __init__(
+        self,
+        *,
+        granularity: Granularity,
+        requests: Mapping[str, Request],
+        tracked: Mapping[str, TrackedRequest],
+        manager: CompactingManager,
+        query_rows: QueryRows,
+        tally: MetricTally,
+        preempt_one: Callable[[], Request],
+    ) -> None:
+        """
+        Args:
+            granularity: what leaves a request in a round.
+            requests: the scheduler's requests by id, kept up to date by vLLM.
+            tracked: those of them with a budget, kept up to date by the scheduler.
+            manager: holds their pages.
+            query_rows: the rows of the query window.
+            tally: told what was planned, deferred and cancelled.
+            preempt_one: preempts the request that vLLM would preempt next, and returns it.
+        """
+        self._requests = requests
+        self._tracked = tracked
+        self._manager = manager
+        self._query_rows = query_rows
+        self._tally = tally
+        self._preempt_one = preempt_one
+        self._page_changes: _PageChanges = (
+            _WholePages(manager, tracked) if granularity == "page" else _MovedTokens(manager)
+        )
+        self._may_be_due: list[Request] = []  # every request that is due, and some that are not
+
+    # -- a step --------------------------------------------------------------------------------------------
+
+    def plan_rounds(self) -> list[Compaction]:
+        """Shortens every running request that is due, before vLLM decides anything about the step.
+
+        Pages that left are still to be released.
+        """
+        candidates, self._may_be_due = self._may_be_due, []
+        rounds = []
+        for request in candidates:
+            tracked = self._tracked.get(request.request_id)
+            if tracked is None or not self._is_due(request, tracked):
+                continue
+            if self._preempt_until_compactable(request, tracked):
+                rounds.append(self._begin_round(request, tracked))
+        return rounds
+
+    def release_pages(self) -> int:
+        """Returns the pages that left to the pool, once all rounds of the step have theirs; their number."""
+        return self._page_changes.release()
+
+    def drop_preempted(self, rounds: list[Compaction], preempted: set[str]) -> list[Compaction]:
+        """The rounds of requests that vLLM has not preempted after they were planned.
+
+        The pages of the others may have a new owner in this very step.
+        """
+        for planned in rounds:
+            if planned.request_id in preempted:
+                self._tally.cancelled(planned)
+        return [planned for planned in rounds if planned.request_id not in preempted]
+
+    def commit(self, rounds: list[Compaction]) -> None:
+        """Records that the workers are told to run these rounds."""
+        for planned in rounds:
+            self._tracked[planned.request_id].count(planned)
+            self._tally.executed(planned)
+
+    def recordings(self, output: SchedulerOutput) -> dict[str, int]:
+        """Whose queries to record in this step, and in which row: the scheduled requests that hold one."""
+        recordings = {}
+        for request_id, row in self._query_rows.held():
+            if request_id in output.num_scheduled_tokens:
+                recordings[request_id] = row
+            elif self._requests[request_id].status != RequestStatus.RUNNING:
+                # Tried, and not admitted for want of pages: those that run must not wait for its row.
+                self._query_rows.release(request_id)
+        return recordings
+
+    def apply_page_report(self, report: PageReport) -> int:
+        """Returns reported pages to the pool; every step that read them has run. Gives their number."""
+        tracked = self._tracked.get(report.request_id)
+        if tracked is None or tracked.eviction_id != report.eviction_id:
+            return 0  # finished, or started again: it has nothing of what is reported
+        tracked.update_peak_pages(self._manager.num_pages(report.request_id))
+        self._manager.remove_pages(report.request_id, report.pages)
+        tracked.lengths.confirm_freed()
+        self._may_be_due.append(self._requests[report.request_id])
+        return len(report.pages)
+
+    # -- a request -----------------------------------------------------------------------------------------
+
+    def forget(self, request_id: str) -> None:
+        """Takes the query row of a request that was preempted or has ended."""
+        self._query_rows.release(request_id)
+
+    def end_of_chunk(
+        self, request: Request, tracked: TrackedRequest, num_computed_tokens: int, num_new_tokens: int
+    ) -> int:
+        """How many of `num_new_tokens` the request may compute in this step.
+
+        A chunk ends where the next round is due, and before the window while no query row is free.
+        """
+        # Most steps of a request are far from its next round.
+        if num_computed_tokens + num_new_tokens <= tracked.unconstrained_until:
+            return num_new_tokens
+        lengths = tracked.lengths
+        tracked.unconstrained_until = lengths.unconstrained_until
+        num_new_tokens = lengths.end_of_chunk(num_computed_tokens, num_new_tokens)
+        first = lengths.recorded_from
+        if (
+            tracked.settings.needs_queries
+            and num_computed_tokens + num_new_tokens > first
+            and not self._query_rows.hold(request.request_id)
+        ):
+            # Without a row it stays before the window, and waits there for one.
+            self._tally.deferred("no_query_row")
+            num_new_tokens = max(first - num_computed_tokens, 0)
+        if num_computed_tokens + num_new_tokens >= lengths.next_due:
+            self._may_be_due.append(request)
+        return num_new_tokens
+
+    @staticmethod
+    def _is_due(request: Request, tracked: TrackedRequest) -> bool:
+        # Logical; the steps that compute these tokens are all enqueued, whether their output is known or not.
+        return request.status == RequestStatus.RUNNING and tracked.lengths.is_due(request.num_computed_tokens)
+
+    def _preempt_until_compactable(self, request: Request, tracked: TrackedRequest) -> bool:
+        """Preempts, as vLLM does where slots run out, until there are pages to compact into.
+
+        Waiting for pages instead would move this round, and all later ones, to other tokens. It ends: a
+        request that runs alone shares no page. Returns False where the request itself had to go.
+        """
+        while not self._page_changes.can_begin(request.request_id, tracked.lengths.kept_slots):
+            self._tally.preempted_for_room()
+            if self._preempt_one() is request:
+                self._tally.deferred("no_pages")
+                return False
+        return True
+
+    def _begin_round(self, request: Request, tracked: TrackedRequest) -> Compaction:
+        request_id, logical, lengths = request.request_id, request.num_computed_tokens, tracked.lengths
+        tracked.update_peak_pages(self._manager.num_pages(request_id))
+        length = lengths.physical(logical)
+        query_row = self._query_rows.row_of(request_id) if tracked.settings.needs_queries else NO_QUERY_ROW
+        self._query_rows.release(request_id)
+        lengths.compact(logical)
+        counts = Compaction(
+            request_id=request_id,
+            length=length,
+            keep=lengths.physical(logical),
+            evicted=lengths.evicted,
+            policy=tracked.settings.policy,
+            query_row=query_row,
+        )
+        return self._page_changes.begin(counts)
+
+
+class _PageChanges(Protocol):
+    """How a round takes pages from a request: one class a granularity."""
+
+    def can_begin(self, request_id: str, keep: int) -> bool:
+        """Whether a round that keeps `keep` tokens finds the pages it needs."""
+
+    def begin(self, counts: Compaction) -> Compaction:
+        """Shortens the request's pages, or sees to it that they can be; the message for the workers."""
+
+    def release(self) -> int:
+        """Returns the pages that left in this step's rounds to the pool; their number."""
+
+
+class _MovedTokens:
+    """Survivors move to the front, and the emptied pages leave in the same step."""
+
+    def __init__(self, manager: CompactingManager) -> None:
+        self._manager = manager
+        self._moves: list[PageMove] = []
+
+    def can_begin(self, request_id: str, keep: int) -> bool:
+        return self._manager.can_compact(request_id, keep)
+
+    def begin(self, counts: Compaction) -> Compaction:
+        move = self._manager.compact(counts.request_id, counts.keep, counts.evicted)
+        self._moves.append(move)
+        return TokenCompaction(
+            **asdict(counts), source_pages=move.source_pages, target_pages=move.target_pages
+        )
+
+    def release(self) -> int:
+        moves, self._moves = self._moves, []
+        self._manager.release(moves)
+        return sum(len(move.freed) for move in moves)
+
+
+class _WholePages:
+    """Pages leave whole. Only the device knows which: they are counted as the request's until its report."""
+
+    def __init__(self, manager: CompactingManager, tracked: Mapping[str, TrackedRequest]) -> None:
+        self._manager = manager
+        self._tracked = tracked
+        self._eviction_ids = count()
+
+    def can_begin(self, request_id: str, keep: int) -> bool:
+        return True
+
+    def begin(self, counts: Compaction) -> Compaction:
+        self._manager.stop_caching(counts.request_id)
+        tracked = self._tracked[counts.request_id]
+        tracked.eviction_id = next(self._eviction_ids)
+        return PageCompaction(**asdict(counts), eviction_id=tracked.eviction_id)
+
+    def release(self) -> int:
+        return 0

@@ -1,0 +1,92 @@
+"""What the scheduler remembers of a request that is compacted, and what its result says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rkv_vllm.decisions.lengths import RequestLengths
+from rkv_vllm.decisions.messages import Compaction, CompactionResult
+from rkv_vllm.decisions.pages import num_pages
+from rkv_vllm.settings.config import CompactionSettings
+
+
+@dataclass(slots=True)
+class TrackedRequest:
+    """A request that is compacted.
+
+    Attributes:
+        lengths: its counts, which decide when it is compacted.
+        unconstrained_until: that of `lengths`, or lower.
+        rounds: compactions since it last started from nothing.
+        compactions, evicted_tokens, peak_pages: the highest that each ever was, so that a request which ends
+            while preempted still says what happened to it.
+        eviction_id: of its last `PageCompaction` since then; -1: none.
+    """
+
+    lengths: RequestLengths
+    unconstrained_until: int = 0
+    rounds: int = 0
+    compactions: int = 0
+    evicted_tokens: int = 0
+    peak_pages: int = 0
+    eviction_id: int = -1
+
+    @property
+    def settings(self) -> CompactionSettings:
+        return self.lengths.settings
+
+    def count(self, compaction: Compaction) -> None:
+        """Records that the workers are told to run a round."""
+        self.rounds += 1
+        self.compactions = max(self.compactions, self.rounds)
+        self.evicted_tokens = max(self.evicted_tokens, compaction.evicted)
+
+    def update_peak_pages(self, pages_held: int) -> None:
+        """To be called before pages leave: between two compactions a request's pages only grow."""
+        self.peak_pages = max(self.peak_pages, pages_held)
+
+    def restart(self) -> None:
+        """Records that the request was preempted and computes everything again."""
+        self.lengths.restart()
+        self.unconstrained_until = 0
+        self.rounds = 0
+        self.eviction_id = -1
+
+    def result(self, num_tokens: int, page_size: int) -> CompactionResult:
+        """What compaction did to the request, which has `num_tokens` by now."""
+        return CompactionResult(
+            budget=self.settings.budget,
+            buffer=self.settings.buffer,
+            policy=self.settings.policy,
+            compactions=self.compactions,
+            evicted_tokens=self.evicted_tokens,
+            peak_pages=self.peak_pages,
+            # A step that was scheduled ahead may have taken one page more.
+            pages_without_compaction=max(_computed_pages(num_tokens, page_size), self.peak_pages),
+            page_size=page_size,
+            reason=None if self.compactions else "shorter than budget + buffer",
+        )
+
+
+def full_cache_result(num_tokens: int, page_size: int) -> CompactionResult:
+    """The result of a request of `num_tokens` that keeps its full cache."""
+    pages = _computed_pages(num_tokens, page_size)
+    return CompactionResult(
+        budget=None,
+        buffer=None,
+        policy=None,
+        compactions=0,
+        evicted_tokens=0,
+        peak_pages=pages,
+        pages_without_compaction=pages,
+        page_size=page_size,
+        reason="full cache",
+    )
+
+
+def _computed_pages(num_tokens: int, page_size: int) -> int:
+    """Pages of a full cache; the newest token has none yet.
+
+    vLLM's `num_computed_tokens` would not do: it is 0 for a request that ends while preempted.
+    """
+    return num_pages(num_tokens - 1, page_size)
