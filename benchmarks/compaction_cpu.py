@@ -11,6 +11,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,9 +22,9 @@ from rich.table import Table
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from rkv_vllm.decisions.messages import TokenCompaction
-from rkv_vllm.execution.cpu.compactor import CpuCompactor
+from rkv_vllm.execution.cpu.compactor import CpuTokenCompactor
 from rkv_vllm.execution.cpu.layer_cache import CpuLayerCache
-from rkv_vllm.execution.query_window import CpuQueryWindow
+from rkv_vllm.execution.cpu.query_window import CpuQueryWindow
 from rkv_vllm.policies import make_policies
 from rkv_vllm.settings.config import POLICY_NAMES, WINDOW, PolicyName, RkvConfig
 
@@ -51,11 +52,21 @@ class Queries(CpuQueryWindow):
         return self._window
 
 
+class NoTables:
+    """A block table that nobody reads."""
+
+    def pages_of(self, request_id: str) -> list[int]:
+        return []
+
+    def replace_pages(self, request_id: str, pages: Sequence[int]) -> None:
+        pass
+
+
 def milliseconds(arguments: argparse.Namespace, policy: PolicyName, length: int, keep: int) -> float:
     source, target = -(-length // arguments.page_size), -(-keep // arguments.page_size)
     cache = CpuLayerCache(layer(arguments, source + target))
     config = RkvConfig()
-    compactor = CpuCompactor([cache], Queries(arguments), config, make_policies(config))
+    compactor = CpuTokenCompactor([cache], Queries(arguments), config, make_policies(config))
     compaction = TokenCompaction(
         request_id="",
         source_pages=tuple(range(source)),
@@ -66,11 +77,11 @@ def milliseconds(arguments: argparse.Namespace, policy: PolicyName, length: int,
         policy=policy,
         query_row=0,
     )
-    compactor.run([compaction])  # warm-up
+    compactor.run([compaction], NoTables())  # warm-up
     times = []
     for _ in range(arguments.repetitions):
         started = time.perf_counter()
-        compactor.run([compaction])
+        compactor.run([compaction], NoTables())
         times.append(time.perf_counter() - started)
     return 1000 * statistics.median(times)
 

@@ -108,8 +108,9 @@ class PoolForecast:
         growth = (growing.peak_slots - growing.slots_now).ravel()  # [R growing], in steps as well as slots
         if newcomer is not None:
             growth = np.append(growth, newcomer.peak_slots - newcomer.slots_now)
-        next_cycle = np.arange(stride, self._longest_cycle + stride, stride)  # [I1], last step of each
-        self._ends = np.concatenate((next_cycle, self._ends_after(int(next_cycle[-1]), growth))).astype(np.int32)
+        next_cycle = np.arange(stride, self._longest_cycle + stride, stride)  # [I1]
+        after = self._ends_after(int(next_cycle[-1]), growth)
+        self._ends = np.concatenate((next_cycle, after)).astype(np.int32)  # [I], last step of each
         self._begins = np.concatenate(([0], self._ends[:-1])).astype(np.int32)  # [I], in steps from now
 
         low = cycling.peak_slots - cycling.cycle_steps  # [R, 1], right after a compaction

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 
 from rkv_vllm.decisions.messages import TokenCompaction
-from rkv_vllm.execution.cpu.compactor import CpuCompactor
-from rkv_vllm.execution.gpu.compactor import GpuCompactor
+from rkv_vllm.execution.cpu.compactor import CpuTokenCompactor
+from rkv_vllm.execution.gpu.compactor import GpuTokenCompactor
 from rkv_vllm.execution.stopwatch import CpuStopwatch
 from rkv_vllm.kernels import naive
 from rkv_vllm.policies import ScoreInputs, make_policies
@@ -50,6 +51,25 @@ class PlainQueries:
 
     def of(self, layer: int, row: int) -> torch.Tensor:
         return self.ring[layer, row].transpose(0, 1)
+
+
+@dataclass
+class Tables:
+    """The block table of a runner, as compactors of either device write it."""
+
+    pages: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def replace_pages(self, request_id: str, pages: Sequence[int]) -> None:
+        self.pages[request_id] = tuple(pages)
+
+    def pages_of(self, request_id: str) -> list[int]:
+        raise AssertionError("the scheduler names all pages")
+
+    def page_row(self, request_id: str) -> torch.Tensor:
+        raise AssertionError("the scheduler names all pages")
+
+    def set_num_pages(self, request_id: str, pages: int) -> None:
+        raise AssertionError("the scheduler names all pages")
 
 
 class Setup:
@@ -118,8 +138,10 @@ def test_the_cpu_keeps_what_the_reference_keeps(scope: Scope, order: Order) -> N
     setup = Setup(scope, order)
     caches: Any = [PlainCache(layer.clone()) for layer in setup.layers]
     queries: Any = PlainQueries(setup.queries)
-    CpuCompactor(caches, queries, setup.config, setup.policies).run(setup.compactions)
+    tables = Tables()
+    CpuTokenCompactor(caches, queries, setup.config, setup.policies).run(setup.compactions, tables)
     setup.check(torch.stack([cache.data for cache in caches]))
+    assert tables.pages == {c.request_id: c.target_pages for c in setup.compactions}
 
 
 @pytest.mark.parametrize(
@@ -131,10 +153,12 @@ def test_the_gpu_keeps_what_the_reference_keeps(
     """Proves the same of the kernels, for policies with scores of their own and those scored in torch."""
     setup = Setup(scope, order)
     layers = [layer.to(DEVICE) for layer in setup.layers.clone()]
-    compactor = GpuCompactor(layers, setup.queries.to(DEVICE), SCALE, setup.config, setup.policies)
+    compactor = GpuTokenCompactor(layers, setup.queries.to(DEVICE), SCALE, setup.config, setup.policies)
     if DEVICE.type == "cpu":
         monkeypatch.setattr(compactor, "stopwatch", CpuStopwatch())
+    tables = Tables()
     chosen = [c for c in setup.compactions if DEVICE.type == "cpu" or c.policy != "random"]
-    compactor.run(chosen)  # random draws otherwise on a GPU than the CPU's reference
+    compactor.run(chosen, tables)  # random draws otherwise on a GPU than the CPU's reference
     setup.compactions = chosen
     setup.check(torch.stack(layers).cpu())
+    assert tables.pages == {c.request_id: c.target_pages for c in chosen}

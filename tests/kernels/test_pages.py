@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
 
-from rkv_vllm.decisions.messages import PageCompaction
-from rkv_vllm.execution.gpu.compactor import GpuCompactor
+from rkv_vllm.decisions.messages import PageCompaction, PageReport
+from rkv_vllm.execution.gpu.compactor import GpuPageCompactor
+from rkv_vllm.execution.stopwatch import CpuStopwatch
 from rkv_vllm.kernels import naive
 from rkv_vllm.kernels.page_eviction import choose_pages, drop_pages
 from rkv_vllm.policies import ScoreInputs, make_policies
@@ -50,14 +52,31 @@ def test_a_row_closes_its_gaps() -> None:
     assert row[5] == 99
 
 
-def test_the_gpu_compactor_drops_the_pages_of_the_definition() -> None:
+class Tables:
+    """The rows of a block table on the device."""
+
+    def __init__(self, rows: dict[str, torch.Tensor]) -> None:
+        self._rows = rows
+        self.num_pages: dict[str, int] = {}
+
+    def page_row(self, request_id: str) -> torch.Tensor:
+        return self._rows[request_id]
+
+    def replace_pages(self, request_id: str, pages: Sequence[int]) -> None:
+        raise AssertionError("which pages stay is known on the device alone")
+
+    def set_num_pages(self, request_id: str, pages: int) -> None:
+        self.num_pages[request_id] = pages
+
+
+def test_the_gpu_compactor_drops_the_pages_of_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
     """Proves for every policy, in one batch, that the lowest means over tokens, heads and layers leave."""
     generator = torch.Generator().manual_seed(3)
     layers = [torch.randn(40, 2, PAGE, 64, generator=generator).to(DEVICE) for _ in range(2)]
     queries = torch.randn(2, 5, WINDOW, 4, 32, generator=generator).to(DEVICE)
     config, scale = RkvConfig(granularity="page", mix_lambda=0.3), 32**-0.5
     policies = make_policies(config)
-    compactor = GpuCompactor(layers, queries, scale, config, policies)
+    compactor = GpuPageCompactor(layers, queries, scale, config, policies)
     rounds: list[tuple[PolicyName, int, int]] = [
         ("rkv", 121, 3),  # policy, length, pages that stay; the window lies on two pages
         ("keydiff", 80, 2),
@@ -86,7 +105,13 @@ def test_the_gpu_compactor_drops_the_pages_of_the_definition() -> None:
             )
         )
 
-    left = compactor.evict_pages(evictions, [table[index + 2] for index in range(len(rounds))])
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(compactor, "stopwatch", CpuStopwatch())
+    tables = Tables({str(index): table[index + 2] for index in range(len(rounds))})
+    compactor.run(evictions, tables)
+    (step,) = compactor.take_evicted()
+    reports = step.reports()
+    assert compactor.take_evicted() == []
 
     for index, eviction in enumerate(evictions):
         pages, candidates = before[index], (eviction.length - WINDOW) // PAGE
@@ -104,7 +129,8 @@ def test_the_gpu_compactor_drops_the_pages_of_the_definition() -> None:
             means += naive.page_scores(scores, PAGE)[:candidates] / (2 * 2 * PAGE)
         dropped = (eviction.length - eviction.keep) // PAGE
         leave = sorted(sorted(range(candidates), key=lambda page: (means[page].item(), -page))[:dropped])
-        assert left[index].tolist() == [pages[page] for page in leave]
+        assert reports[index] == PageReport(str(index), index, tuple(pages[page] for page in leave))
         stay = [page for number, page in enumerate(pages) if number not in leave]
         assert table[index + 2, : len(stay)].tolist() == stay
+        assert tables.num_pages[str(index)] == len(stay)
     assert (table[:2] == 39).all() and (table[len(rounds) + 2 :] == 39).all()

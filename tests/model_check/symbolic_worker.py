@@ -16,7 +16,8 @@ from request_model import RequestModel, leaving_pages, sampled_token, survivors
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
-from rkv_vllm.decisions.messages import Compaction, PageCompaction, TokenCompaction
+from rkv_vllm.decisions.messages import Compaction, PageCompaction, PageReport, TokenCompaction
+from rkv_vllm.execution.cpu.compactor import CpuTables
 from rkv_vllm.execution.cpu.runner import CompactingCpuRunner
 from rkv_vllm.execution.stopwatch import CpuStopwatch
 from rkv_vllm.settings.config import WINDOW
@@ -64,31 +65,47 @@ class SymbolicQueryWindow:
 
 
 class SymbolicCompactor:
-    """Stands for the compactor, and compares what it finds with the request's model."""
+    """Stands for the compactors, and compares what it finds with the request's model."""
 
     def __init__(self, memory: Memory, models: dict[str, RequestModel]) -> None:
         self._memory = memory
         self._models = models
         self.stopwatch = CpuStopwatch()
+        self._evicted: list[PageReport] = []
 
-    def run(self, compactions: list[TokenCompaction]) -> None:
+    def run(self, rounds: list[Compaction], tables: CpuTables) -> None:
         """Newest first, to show that the order does not matter: a device runs them side by side."""
-        self._check_apart(compactions)
-        for compaction in reversed(compactions):
-            symbols, queries = self._find(compaction, compaction.source_pages)
-            kept = survivors(symbols, queries, compaction.keep)
-            self._memory.write(compaction.target_pages, [symbols[slot] for slot in kept])
-            self._models[compaction.request_id].compact()
+        self._check_apart([round_ for round_ in rounds if isinstance(round_, TokenCompaction)])
+        for round_ in reversed(rounds):
+            if isinstance(round_, TokenCompaction):
+                self._move(round_)
+                tables.replace_pages(round_.request_id, round_.target_pages)
+            else:
+                assert isinstance(round_, PageCompaction)
+                self._evict(round_, tables)
 
-    def evict_pages(self, eviction: PageCompaction, pages: list[int]) -> tuple[list[int], list[int]]:
-        symbols, queries = self._find(eviction, tuple(pages))
-        size, model = self._memory.page_size, self._models[eviction.request_id]
-        left = leaving_pages(symbols, queries, -(-eviction.keep // size), size)
+    def take_evicted(self) -> list[PageReport]:
+        evicted, self._evicted = self._evicted, []
+        return evicted
+
+    def _move(self, compaction: TokenCompaction) -> None:
+        symbols, queries = self._find(compaction, compaction.source_pages)
+        kept = survivors(symbols, queries, compaction.keep)
+        self._memory.write(compaction.target_pages, [symbols[slot] for slot in kept])
+        self._models[compaction.request_id].compact()
+
+    def _evict(self, compaction: PageCompaction, tables: CpuTables) -> None:
+        pages = tables.pages_of(compaction.request_id)
+        symbols, queries = self._find(compaction, tuple(pages))
+        size, model = self._memory.page_size, self._models[compaction.request_id]
+        evicted = leaving_pages(symbols, queries, -(-compaction.keep // size), size)
         model.compact()
-        assert len(model.symbols) == eviction.keep
-        model.awaited = eviction.eviction_id
-        stay = [page for index, page in enumerate(pages) if index not in left]
-        return stay, [pages[index] for index in left]
+        assert len(model.symbols) == compaction.keep
+        model.awaited = compaction.eviction_id
+        stay = [page for index, page in enumerate(pages) if index not in evicted]
+        tables.replace_pages(compaction.request_id, stay)
+        ids = tuple(pages[index] for index in evicted)
+        self._evicted.append(PageReport(compaction.request_id, compaction.eviction_id, ids))
 
     def _find(self, round_: Compaction, pages: tuple[int, ...]) -> tuple[list[int], list[int] | None]:
         """Contents and queries of the request, which are what its model has."""
@@ -269,7 +286,6 @@ class SymbolicRunner(over(HostRunner, CompactingCpuRunner)):  # type: ignore[mis
     def __init__(self, memory: Memory, models: dict[str, RequestModel], runs_ahead: bool) -> None:
         HostRunner.__init__(self, memory.page_size, runs_ahead)
         self._evicted = {}
-        self._page_reports = []
         self._memory = memory
         self._models = models
         self._query_window: Any = SymbolicQueryWindow(memory)

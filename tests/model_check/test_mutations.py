@@ -153,21 +153,22 @@ def _write_slots_by_logical_position(patch: pytest.MonkeyPatch) -> None:
 
 
 def _leave_the_batch_row_as_it_was(patch: pytest.MonkeyPatch) -> None:
-    def shorten(runner: Any, compaction: Any) -> None:
-        runner._evicted[compaction.request_id] = compaction.evicted
+    def replace_pages(runner: Any, request_id: str, pages: Any) -> None:
+        runner.requests[request_id].block_ids[0][:] = pages
 
-    patch.setattr(symbolic_worker.SymbolicRunner, "_shorten", shorten)
+    patch.setattr(symbolic_worker.SymbolicRunner, "replace_pages", replace_pages)
 
 
 def _compact_after_the_pages_were_given_away(patch: pytest.MonkeyPatch) -> None:
     execute = symbolic_worker.SymbolicRunner.execute
 
     def execute_late(runner: Any, scheduler_output: Any) -> Any:
-        run, held = runner._compactor.run, []
-        runner._compactor.run = held.extend
+        move, held = runner._compactor._move, []
+        runner._compactor._move = held.append
         answer = execute(runner, scheduler_output)
-        runner._compactor.run = run
-        run(held)
+        runner._compactor._move = move
+        for compaction in held:
+            move(compaction)
         return answer
 
     patch.setattr(symbolic_worker.SymbolicRunner, "execute", execute_late)
@@ -225,10 +226,10 @@ def by_page_drop_a_page_of_the_window(patch: pytest.MonkeyPatch) -> None:
 
 
 def by_page_leave_the_batch_row_as_it_was(patch: pytest.MonkeyPatch) -> None:
-    def set_pages(runner: Any, request_id: str, pages: Any) -> None:
+    def replace_pages(runner: Any, request_id: str, pages: Any) -> None:
         runner.requests[request_id].block_ids[0][:] = pages
 
-    patch.setattr(symbolic_worker.SymbolicRunner, "_set_pages", set_pages)
+    patch.setattr(symbolic_worker.SymbolicRunner, "replace_pages", replace_pages)
 
 
 BREAKS: tuple[Break, ...] = tuple(

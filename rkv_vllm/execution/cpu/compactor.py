@@ -1,23 +1,37 @@
-"""Runs the rounds of a step over all layers: score, select, move; or score, and drop whole pages."""
+"""Compactors for a CPU: layer by layer in torch, on copies of one layer's tokens."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 
-from rkv_vllm.decisions.messages import Compaction, PageCompaction, TokenCompaction
+from rkv_vllm.decisions.messages import Compaction, PageCompaction, PageReport, TokenCompaction
+from rkv_vllm.decisions.query_rows import NO_QUERY_ROW
+from rkv_vllm.execution.compactor import Compactor, Round
 from rkv_vllm.execution.cpu.layer_cache import CpuLayerCache
-from rkv_vllm.execution.query_window import CpuQueryWindow
+from rkv_vllm.execution.cpu.query_window import CpuQueryWindow
 from rkv_vllm.execution.stopwatch import CpuStopwatch
 from rkv_vllm.kernels import naive, tiled
 from rkv_vllm.kernels.page_eviction import choose_pages
 from rkv_vllm.policies import Policy, ScoreInputs
-from rkv_vllm.settings.config import WINDOW, PolicyName, RkvConfig
+from rkv_vllm.settings.config import WINDOW, Granularity, PolicyName, RkvConfig
 
 
-class CpuCompactor:
-    """Layer by layer in torch: each layer's tokens are copied out, and the survivors written back."""
+class CpuTables(Protocol):
+    """The runner's block table: lists of page ids on the host."""
+
+    def pages_of(self, request_id: str) -> list[int]:
+        """Ids of the request's pages, in order."""
+
+    def replace_pages(self, request_id: str, pages: Sequence[int]) -> None:
+        """Makes `pages` all that the request holds."""
+
+
+class CpuCompactor(Compactor[Round, CpuTables, PageReport]):
+    """What both granularities share: scores of one layer, timing, reports."""
 
     def __init__(
         self,
@@ -26,54 +40,69 @@ class CpuCompactor:
         config: RkvConfig,
         policies: dict[PolicyName, Policy],
     ) -> None:
+        """
+        Args:
+            caches: each layer's, in the order of the model.
+            queries: the query ring.
+            config: the server's settings.
+            policies: by name.
+        """
         self._caches = caches
         self._queries = queries
         self._scope = config.scope
         self._order = config.order
         self._policies = policies
+        self._evicted: list[PageReport] = []
         self.stopwatch = CpuStopwatch()
 
-    def run(self, compactions: Sequence[TokenCompaction]) -> None:
-        if compactions:
+    def run(self, rounds: Sequence[Round], tables: CpuTables) -> None:
+        """See `Compactor.run`."""
+        if rounds:
             with self.stopwatch.timed():
-                self._run(compactions)
+                for compaction in rounds:
+                    self._run(compaction, tables)
 
-    def _run(self, compactions: Sequence[TokenCompaction]) -> None:
-        for compaction in compactions:
-            sources = torch.tensor(compaction.source_pages)
-            targets = torch.tensor(compaction.target_pages)
-            shared = self._shared_by_all(compaction, sources) if self._scope == "global" else None
-            for layer, cache in enumerate(self._caches):
-                keys, values = cache.read(sources, compaction.length)
-                scores = self._scores(compaction, layer, cache.scale, keys) if shared is None else shared
-                if self._scope == "layer":
-                    scores = scores.mean(dim=0, keepdim=True)
-                kept = self._survivors(compaction, scores.expand(keys.shape[0], -1))
-                index = kept.unsqueeze(-1).expand(-1, -1, keys.shape[-1])
-                cache.write(targets, keys.gather(1, index), values.gather(1, index))
+    def take_evicted(self) -> list[PageReport]:
+        """See `Compactor.take_evicted`."""
+        evicted, self._evicted = self._evicted, []
+        return evicted
 
-    def evict_pages(self, eviction: PageCompaction, pages: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Chooses the pages that leave: those of lowest score over all layers and KV heads.
+    @abstractmethod
+    def _run(self, compaction: Round, tables: CpuTables) -> None:
+        """Runs one round."""
 
-        Args:
-            eviction: how many, and by which policy.
-            pages: ids of the request's pages, in order.
+    def _scores(self, compaction: Compaction, layer: int, scale: float, keys: torch.Tensor) -> torch.Tensor:
+        """float32 [H, N - WINDOW], of keys [H, N, D]."""
+        has_queries = compaction.query_row != NO_QUERY_ROW
+        inputs = ScoreInputs(
+            keys=keys,
+            queries=self._queries.of(layer, compaction.query_row) if has_queries else None,
+            scale=scale,
+            layer=layer,
+            logical_length=compaction.logical_length,
+            num_previous_survivors=compaction.num_previous_survivors,
+        )
+        return self._policies[compaction.policy].scores(inputs)
 
-        Returns: ids of the pages that stay, and of those that leave, each in order.
-        """
-        page_size = self._caches[0].page_size
-        # The window's pages are no candidates, and all others are full of candidate tokens: pages may be
-        # compared by their sums as well as by their means.
-        num_candidates = (eviction.length - WINDOW) // page_size
-        sources, total = torch.tensor(pages), torch.zeros(num_candidates)
+
+class CpuTokenCompactor(CpuCompactor[TokenCompaction]):
+    """Copies each layer's tokens out, and writes the survivors back."""
+
+    def _run(self, compaction: TokenCompaction, tables: CpuTables) -> None:
+        sources = torch.tensor(compaction.source_pages)
+        targets = torch.tensor(compaction.target_pages)
+        shared = self._scores_of_all_layers(compaction, sources) if self._scope == "global" else None
         for layer, cache in enumerate(self._caches):
-            keys, _ = cache.read(sources, eviction.length)
-            scores = self._scores(eviction, layer, cache.scale, keys)
-            total += naive.page_scores(scores, page_size)[:num_candidates]
-        stay, leave = choose_pages(total, (eviction.length - eviction.keep) // page_size)
-        return [pages[i] for i in stay] + list(pages[num_candidates:]), [pages[i] for i in leave]
+            keys, values = cache.read(sources, compaction.length)
+            scores = self._scores(compaction, layer, cache.scale, keys) if shared is None else shared
+            if self._scope == "layer":
+                scores = scores.mean(dim=0, keepdim=True)
+            kept = self._survivors(compaction, scores.expand(keys.shape[0], -1))
+            index = kept.unsqueeze(-1).expand(-1, -1, keys.shape[-1])
+            cache.write(targets, keys.gather(1, index), values.gather(1, index))
+        tables.replace_pages(compaction.request_id, compaction.target_pages)
 
-    def _shared_by_all(self, compaction: TokenCompaction, sources: torch.Tensor) -> torch.Tensor:
+    def _scores_of_all_layers(self, compaction: TokenCompaction, sources: torch.Tensor) -> torch.Tensor:
         """float32 [1, N - WINDOW]: the sum over the layers of the mean over their heads."""
         total = torch.zeros(1, compaction.length - WINDOW)
         for layer, cache in enumerate(self._caches):
@@ -88,14 +117,36 @@ class CpuCompactor:
         window = torch.arange(length - WINDOW, length).expand(scores.shape[0], -1)
         return torch.cat((chosen, window), dim=1)
 
-    def _scores(self, round_: Compaction, layer: int, scale: float, keys: torch.Tensor) -> torch.Tensor:
-        """float32 [H, N - WINDOW]."""
-        inputs = ScoreInputs(
-            keys=keys,
-            queries=self._queries.of(layer, round_.query_row) if round_.query_row >= 0 else None,
-            scale=scale,
-            layer=layer,
-            logical_length=round_.logical_length,
-            num_previous_survivors=round_.num_previous_survivors,
-        )
-        return self._policies[round_.policy].scores(inputs)
+
+class CpuPageCompactor(CpuCompactor[PageCompaction]):
+    """Drops the pages of lowest score over all layers and KV heads; nothing is moved."""
+
+    def _run(self, compaction: PageCompaction, tables: CpuTables) -> None:
+        pages = tables.pages_of(compaction.request_id)
+        page_size = self._caches[0].page_size
+        # The window's pages are no candidates, and all others are full of candidate tokens: pages may be
+        # compared by their sums as well as by their means.
+        num_candidates = (compaction.length - WINDOW) // page_size
+        sources, total = torch.tensor(pages), torch.zeros(num_candidates)
+        for layer, cache in enumerate(self._caches):
+            keys, _ = cache.read(sources, compaction.length)
+            scores = self._scores(compaction, layer, cache.scale, keys)
+            total += naive.page_scores(scores, page_size)[:num_candidates]
+        stay, leave = choose_pages(total, (compaction.length - compaction.keep) // page_size)
+        tables.replace_pages(compaction.request_id, [pages[i] for i in stay] + pages[num_candidates:])
+        evicted = tuple(pages[i] for i in leave)
+        self._evicted.append(PageReport(compaction.request_id, compaction.eviction_id, evicted))
+
+
+def make_cpu_compactor(
+    caches: Sequence[CpuLayerCache],
+    queries: CpuQueryWindow,
+    config: RkvConfig,
+    policies: dict[PolicyName, Policy],
+) -> CpuCompactor[Any]:
+    """The compactor for the server's granularity."""
+    by_granularity: dict[Granularity, type[CpuCompactor[Any]]] = {
+        "token": CpuTokenCompactor,
+        "page": CpuPageCompactor,
+    }
+    return by_granularity[config.granularity](caches, queries, config, policies)

@@ -16,41 +16,17 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from rkv_vllm.decisions.messages import (
     CompactionPlan,
-    PageCompaction,
-    PageReport,
-    TokenCompaction,
     attach_durations,
     plan_of,
     with_reports,
 )
 from rkv_vllm.decisions.query_rows import num_query_rows
-from rkv_vllm.execution.cpu.compactor import CpuCompactor
+from rkv_vllm.execution.cpu.compactor import CpuCompactor, make_cpu_compactor
+from rkv_vllm.execution.cpu.generator import RewindableGenerator
 from rkv_vllm.execution.cpu.layer_cache import CpuLayerCache
-from rkv_vllm.execution.query_window import CpuQueryWindow, window_positions
+from rkv_vllm.execution.cpu.query_window import CpuQueryWindow, window_positions
 from rkv_vllm.policies import make_policies
 from rkv_vllm.settings.config import WINDOW, RkvConfig
-
-
-class RewindableGenerator(torch.Generator):
-    """Of a request with a seed, so that the engine survives a split prompt.
-
-    vLLM samples for every request of a step, and takes the draw back where the prompt is not complete. It
-    does so by the offset of a CUDA generator, which a CPU generator has not: asking for it would end the
-    engine.
-    """
-
-    _before: torch.Tensor
-
-    def remember(self) -> None:
-        """To be called before each draw."""
-        self._before = self.get_state()
-
-    def get_offset(self) -> int:
-        return 0
-
-    def set_offset(self, offset: int) -> None:
-        """Takes back the last draw, whatever the offset."""
-        self.set_state(self._before)
 
 
 class CompactingCpuRunner(CPUModelRunner):
@@ -61,9 +37,8 @@ class CompactingCpuRunner(CPUModelRunner):
     """
 
     _evicted: dict[str, int]
-    _page_reports: list[PageReport]
     _query_window: CpuQueryWindow
-    _compactor: CpuCompactor
+    _compactor: CpuCompactor[Any]
     _rkv_layers: list[Attention]
 
     def watch_queries(self, layers: list[Attention]) -> None:
@@ -71,7 +46,6 @@ class CompactingCpuRunner(CPUModelRunner):
         vllm_config: VllmConfig = self.vllm_config
         num_rows = num_query_rows(vllm_config.scheduler_config.max_num_seqs)
         self._evicted = {}
-        self._page_reports = []
         self._rkv_layers = layers
         self._query_window = CpuQueryWindow(layers, num_rows, self.device)
 
@@ -82,14 +56,14 @@ class CompactingCpuRunner(CPUModelRunner):
         if not is_profiling:
             config = RkvConfig.from_additional_config(self.vllm_config.additional_config)
             caches = [CpuLayerCache(layer) for layer in self._rkv_layers]
-            self._compactor = CpuCompactor(caches, self._query_window, config, make_policies(config))
+            self._compactor = make_cpu_compactor(caches, self._query_window, config, make_policies(config))
+
+    # -- a step --------------------------------------------------------------------------------------------
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         plan = plan_of(scheduler_output)
         # Before vLLM writes anything: a page freed by this plan may have a new owner in this very step.
-        compactions = [c for c in plan.rounds if isinstance(c, TokenCompaction)]
-        evictions = [e for e in plan.rounds if isinstance(e, PageCompaction)]
-        self._compactor.run(compactions)
+        self._compactor.run(plan.rounds, self)
         gone = (
             *scheduler_output.finished_req_ids,
             *(request.req_id for request in scheduler_output.scheduled_new_reqs),
@@ -97,12 +71,8 @@ class CompactingCpuRunner(CPUModelRunner):
         )
         for request_id in gone:
             self._evicted.pop(request_id, None)
-        for compaction in compactions:
-            self._shorten(compaction)
-        if evictions:
-            with self._compactor.stopwatch.timed():
-                for eviction in evictions:
-                    self._drop_pages(eviction)
+        for compaction in plan.rounds:
+            self._evicted[compaction.request_id] = compaction.evicted
         updated = super()._update_states(scheduler_output)
         for request in scheduler_output.scheduled_new_reqs:
             self._make_rewindable(request.req_id)
@@ -116,21 +86,15 @@ class CompactingCpuRunner(CPUModelRunner):
             state.generator = generator
             self.input_batch.generators[self.input_batch.req_id_to_index[request_id]] = generator
 
-    def _shorten(self, compaction: TokenCompaction) -> None:
-        self._evicted[compaction.request_id] = compaction.evicted
-        self._set_pages(compaction.request_id, compaction.target_pages)
+    def pages_of(self, request_id: str) -> list[int]:
+        """See `CpuTables`."""
+        return list(self.requests[request_id].block_ids[0])
 
-    def _drop_pages(self, eviction: PageCompaction) -> None:
-        request_id = eviction.request_id
-        stay, left = self._compactor.evict_pages(eviction, list(self.requests[request_id].block_ids[0]))
-        self._evicted[request_id] = eviction.evicted
-        self._set_pages(request_id, stay)
-        self._page_reports.append(PageReport(request_id, eviction.eviction_id, tuple(left)))
-
-    def _set_pages(self, request_id: str, pages: Sequence[int]) -> None:
+    def replace_pages(self, request_id: str, pages: Sequence[int]) -> None:
+        """See `CpuTables`."""
         pages = list(pages)
         self.requests[request_id].block_ids[0][:] = pages
-        # A request that sat out the last step has no row; its state above is what brings it back.
+        # A request not scheduled in the last step has no batch row; vLLM rebuilds it from `requests`.
         row = self.input_batch.req_id_to_index.get(request_id)
         if row is not None:
             self.input_batch.block_table.add_row((pages,), row)
@@ -147,11 +111,11 @@ class CompactingCpuRunner(CPUModelRunner):
         return self._report(output)
 
     def _report(self, model_output: Any) -> Any:
-        """Sends along which pages left, with the step's output; None stands for one still to come."""
-        if model_output is None or not self._page_reports:
-            return model_output
-        reports, self._page_reports = self._page_reports, []
-        return with_reports(model_output, reports)
+        """Sends along which pages were evicted, with the step's output; None stands for one still to come."""
+        if model_output is None:
+            return None
+        reports = self._compactor.take_evicted()
+        return with_reports(model_output, reports) if reports else model_output
 
     def _prepare_inputs(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray) -> Any:
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)

@@ -14,6 +14,7 @@ from rkv_vllm.execution.layers import attention_layers
 from rkv_vllm.host.compatibility import NEEDS_V1_RUNNER, refuse_unsupported
 from rkv_vllm.host.contract import CONTRACT_V1_RUNNER
 from rkv_vllm.host.kv_cache_spec import to_compacting_specs
+from rkv_vllm.host.retype import retype
 
 
 class CompactingCpuWorker(CPUWorker):
@@ -28,8 +29,8 @@ class CompactingCpuWorker(CPUWorker):
         super().init_device()
         if type(self.model_runner) is not CPUModelRunner:
             raise ValueError(NEEDS_V1_RUNNER)
-        # vLLM has no factory for its CPU runner, so that the instance is re-typed.
-        self.model_runner.__class__ = CompactingCpuRunner
+        # vLLM has no factory for its CPU runner.
+        retype(self.model_runner, CompactingCpuRunner)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)

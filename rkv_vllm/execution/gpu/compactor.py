@@ -1,27 +1,53 @@
-"""Runs the compactions of a step with the Triton kernels: all requests and layers of a policy together."""
+"""Compactors for a GPU: with the Triton kernels, all requests and layers of a policy together.
+
+They only enqueue work on the current stream; the host never waits. Policies that the kernels score walk the
+pages there. The others are small torch expressions over a copy of one layer's keys, and share the kernels
+that select and move.
+"""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 
 from rkv_vllm.decisions.messages import Compaction, PageCompaction, TokenCompaction
+from rkv_vllm.decisions.pages import num_pages
+from rkv_vllm.execution.compactor import Compactor, Round
+from rkv_vllm.execution.gpu.page_reports import EvictedPageIds
 from rkv_vllm.execution.stopwatch import CudaStopwatch
 from rkv_vllm.kernels import naive
 from rkv_vllm.kernels.cache_layout import CompactionBatch, PagedKV
 from rkv_vllm.kernels.compaction_round import RkvRound
 from rkv_vllm.kernels.page_eviction import choose_pages, drop_pages
 from rkv_vllm.policies import Policy, ScoreInputs
-from rkv_vllm.settings.config import POOL_KERNEL, SIMILARITY_THRESHOLD, WINDOW, PolicyName, RkvConfig
+from rkv_vllm.settings.config import (
+    POOL_KERNEL,
+    SIMILARITY_THRESHOLD,
+    WINDOW,
+    Granularity,
+    PolicyName,
+    RkvConfig,
+)
 
 
-class GpuCompactor:
-    """Only enqueues work on the current stream; the host never waits.
+class GpuTables(Protocol):
+    """The runner's block table, on the device, and how many of each row's entries count, on the host."""
 
-    Policies `rkv` and `snapkv` are scored by kernels that walk the pages. The others are small torch
-    expressions over a copy of one layer's keys, and share the kernels that select and move.
-    """
+    def page_row(self, request_id: str) -> torch.Tensor:
+        """int32 [max pages], on the device: ids of the request's pages, and stale ones behind them."""
+
+    def replace_pages(self, request_id: str, pages: Sequence[int]) -> None:
+        """Makes `pages` all that the request holds."""
+
+    def set_num_pages(self, request_id: str, pages: int) -> None:
+        """Says how many entries of a row that was rewritten on the device count."""
+
+
+class GpuCompactor(Compactor[Round, GpuTables, EvictedPageIds]):
+    """What both granularities share: the cache, who scores which round, timing, what was evicted."""
 
     def __init__(
         self,
@@ -55,83 +81,73 @@ class GpuCompactor:
         self._order = config.order
         self._scale = scale
         self._policies = policies
+        #: Weight of importance with which the kernels score a policy; the others are scored in torch.
+        self._kernel_weights: dict[PolicyName, float] = {"rkv": config.mix_lambda, "snapkv": 1.0}
+        self._evicted: list[EvictedPageIds] = []
         self.stopwatch = CudaStopwatch()
-        self._lambdas: dict[PolicyName, float] = {"rkv": config.mix_lambda, "snapkv": 1.0}
 
     def warm_up(self) -> None:
         """Compiles every kernel; page 0, which vLLM keeps as its null page, lends its slots."""
         self._round.warm_up(self._queries, self._order)
 
-    def run(self, compactions: Sequence[TokenCompaction]) -> None:
-        if compactions:
+    def run(self, rounds: Sequence[Round], tables: GpuTables) -> None:
+        """See `Compactor.run`."""
+        if rounds:
             with self.stopwatch.timed():
-                self._run(compactions)
+                self._run(rounds, tables)
 
-    def _run(self, compactions: Sequence[TokenCompaction]) -> None:
-        by_attention = [c for c in compactions if c.policy in self._lambdas]
-        if by_attention:
-            self._round.run(self._queries, self._batch(by_attention), self._weights(by_attention))
-        for compaction in compactions:
-            if compaction.policy not in self._lambdas:
-                batch = self._batch([compaction])
-                self._round.select_and_move(self._scores(compaction, batch.source_pages[0]), batch)
+    def take_evicted(self) -> list[EvictedPageIds]:
+        """See `Compactor.take_evicted`."""
+        evicted, self._evicted = self._evicted, []
+        return evicted
 
-    def evict_pages(
-        self, evictions: Sequence[PageCompaction], rows: Sequence[torch.Tensor]
-    ) -> list[torch.Tensor]:
-        """Drops each request's pages of lowest score over all layers and KV heads from its block table.
+    @abstractmethod
+    def _run(self, rounds: Sequence[Round], tables: GpuTables) -> None:
+        """Runs at least one round."""
 
-        Args:
-            evictions: how many pages of which requests.
-            rows: for each, its row of the block table, int32 on the device; rewritten in place.
-
-        Returns: for each, ids of the pages that left, int32 on the device, in order.
-        """
-        masses = self._page_masses(evictions, rows)
-        left = []
-        for eviction, row, mass in zip(evictions, rows, masses, strict=True):
-            # The window's pages are no candidates, and all others are full of candidate tokens: pages may be
-            # compared by their sums as well as by their means.
-            num_candidates = (eviction.length - WINDOW) // self._kv.page_size
-            num_pages = self._num_pages(eviction)
-            drop = (eviction.length - eviction.keep) // self._kv.page_size
-            stay, leave = choose_pages(mass[:num_candidates], drop)
-            rest = torch.arange(num_candidates, num_pages, device=stay.device)
-            left.append(drop_pages(row[:num_pages], leave, torch.cat((stay, rest))))
-        return left
-
-    def _page_masses(
-        self, evictions: Sequence[PageCompaction], rows: Sequence[torch.Tensor]
-    ) -> list[torch.Tensor]:
-        """Score of each page, float32 [>= candidate pages]."""
-        masses: dict[int, torch.Tensor] = {}
-        by_attention = [i for i, eviction in enumerate(evictions) if eviction.policy in self._lambdas]
-        if by_attention:
-            chosen = [evictions[i] for i in by_attention]
-            width = max(self._num_pages(eviction) for eviction in chosen)
-            batch = CompactionBatch.to_score(
-                lengths=[eviction.length for eviction in chosen],
-                source_pages=torch.stack([rows[i][:width] for i in by_attention]),
-                query_rows=[eviction.query_row for eviction in chosen],
-            )
-            lam = self._weights(chosen)
-            important, redundant = self._round.page_scores(self._queries, batch, lam).unbind(-1)
-            weight = lam.unsqueeze(1)
-            masses.update(zip(by_attention, weight * important - (1.0 - weight) * redundant, strict=True))
-        for index, eviction in enumerate(evictions):
-            if index not in masses:
-                scores = self._scores(eviction, rows[index][: self._num_pages(eviction)])
-                masses[index] = naive.page_scores(scores.flatten(0, 2), self._kv.page_size)
-        return [masses[index] for index in range(len(evictions))]
-
-    def _num_pages(self, round_: Compaction) -> int:
-        return -(-round_.length // self._kv.page_size)
+    def _by_scorer(self, rounds: Sequence[Compaction]) -> tuple[list[int], list[int]]:
+        """Indices of the rounds that the kernels score, and of those that are scored in torch."""
+        in_kernels = [i for i, round_ in enumerate(rounds) if round_.policy in self._kernel_weights]
+        in_torch = [i for i, round_ in enumerate(rounds) if round_.policy not in self._kernel_weights]
+        return in_kernels, in_torch
 
     def _weights(self, rounds: Sequence[Compaction]) -> torch.Tensor:
-        """float32 [R], each round's weight of importance."""
-        weights = [self._lambdas[round_.policy] for round_ in rounds]
+        """float32 [R], each round's weight of importance in the kernels."""
+        weights = [self._kernel_weights[round_.policy] for round_ in rounds]
         pinned = torch.tensor(weights, pin_memory=self._kv.device.type == "cuda")
         return pinned.to(self._kv.device, non_blocking=True)
+
+    def _torch_scores(self, compaction: Compaction, source_pages: torch.Tensor) -> torch.Tensor:
+        """float32 [layers, 1, H, length - WINDOW], by the policy's own class."""
+        scores = []
+        for index, layer in enumerate(self._kv.layers):
+            pages = layer[source_pages]  # [pages, H, page size, 2 D], a copy
+            tokens = pages.transpose(0, 1).flatten(1, 2)[:, : compaction.length]
+            inputs = ScoreInputs(
+                keys=tokens[..., : self._kv.head_size],
+                queries=None,
+                scale=self._scale,
+                layer=index,
+                logical_length=compaction.logical_length,
+                num_previous_survivors=compaction.num_previous_survivors,
+            )
+            scores.append(self._policies[compaction.policy].scores(inputs))
+        return torch.stack(scores).unsqueeze(1).contiguous()
+
+
+class GpuTokenCompactor(GpuCompactor[TokenCompaction]):
+    """Scores, selects and moves the survivors of each layer and KV head."""
+
+    def _run(self, rounds: Sequence[TokenCompaction], tables: GpuTables) -> None:
+        in_kernels, in_torch = self._by_scorer(rounds)
+        if in_kernels:
+            chosen = [rounds[i] for i in in_kernels]
+            self._round.run(self._queries, self._batch(chosen), self._weights(chosen))
+        for compaction in (rounds[i] for i in in_torch):
+            batch = self._batch([compaction])
+            self._round.select_and_move(self._torch_scores(compaction, batch.source_pages[0]), batch)
+        for compaction in rounds:
+            tables.replace_pages(compaction.request_id, compaction.target_pages)
 
     def _batch(self, compactions: Sequence[TokenCompaction]) -> CompactionBatch:
         return CompactionBatch.build(
@@ -145,19 +161,69 @@ class GpuCompactor:
             order=self._order,
         )
 
-    def _scores(self, round_: Compaction, source_pages: torch.Tensor) -> torch.Tensor:
-        """float32 [layers, 1, H, length - WINDOW]."""
-        scores = []
-        for index, layer in enumerate(self._kv.layers):
-            pages = layer[source_pages]  # [pages, H, page size, 2 D], a copy
-            tokens = pages.transpose(0, 1).flatten(1, 2)[:, : round_.length]
-            inputs = ScoreInputs(
-                keys=tokens[..., : self._kv.head_size],
-                queries=None,
-                scale=self._scale,
-                layer=index,
-                logical_length=round_.logical_length,
-                num_previous_survivors=round_.num_previous_survivors,
+
+class GpuPageCompactor(GpuCompactor[PageCompaction]):
+    """Drops the pages of lowest score over all layers and KV heads from the block table's rows."""
+
+    def _run(self, rounds: Sequence[PageCompaction], tables: GpuTables) -> None:
+        rows = [tables.page_row(round_.request_id) for round_ in rounds]
+        evicted = []
+        for compaction, row, scores in zip(rounds, rows, self._page_scores(rounds, rows), strict=True):
+            # The window's pages are no candidates, and all others are full of candidate tokens: pages may be
+            # compared by their sums as well as by their means.
+            num_candidates = (compaction.length - WINDOW) // self._kv.page_size
+            pages = self._num_pages(compaction.length)
+            drop = (compaction.length - compaction.keep) // self._kv.page_size
+            stay, leave = choose_pages(scores[:num_candidates], drop)
+            rest = torch.arange(num_candidates, pages, device=stay.device)
+            evicted.append(drop_pages(row[:pages], leave, torch.cat((stay, rest))))
+            # How many pages stay follows from counts; vLLM appends this step's pages behind them.
+            tables.set_num_pages(compaction.request_id, self._num_pages(compaction.keep))
+        self._evicted.append(EvictedPageIds(rounds, evicted))
+
+    def _page_scores(
+        self, rounds: Sequence[PageCompaction], rows: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Score of each page, float32 [>= candidate pages], for each round.
+
+        Args:
+            rows: each round's row of the block table.
+        """
+        scores: dict[int, torch.Tensor] = {}
+        in_kernels, in_torch = self._by_scorer(rounds)
+        if in_kernels:
+            chosen = [rounds[i] for i in in_kernels]
+            width = max(self._num_pages(compaction.length) for compaction in chosen)
+            batch = CompactionBatch.to_score(
+                lengths=[compaction.length for compaction in chosen],
+                source_pages=torch.stack([rows[i][:width] for i in in_kernels]),
+                query_rows=[compaction.query_row for compaction in chosen],
             )
-            scores.append(self._policies[round_.policy].scores(inputs))
-        return torch.stack(scores).unsqueeze(1).contiguous()
+            weights = self._weights(chosen)
+            important, redundant = self._round.page_scores(self._queries, batch, weights).unbind(-1)
+            weight = weights.unsqueeze(1)
+            scores.update(zip(in_kernels, weight * important - (1.0 - weight) * redundant, strict=True))
+        for index in in_torch:
+            compaction = rounds[index]
+            pages = rows[index][: self._num_pages(compaction.length)]
+            by_token = self._torch_scores(compaction, pages)
+            scores[index] = naive.page_scores(by_token.flatten(0, 2), self._kv.page_size)
+        return [scores[index] for index in range(len(rounds))]
+
+    def _num_pages(self, slots: int) -> int:
+        return num_pages(slots, self._kv.page_size)
+
+
+def make_gpu_compactor(
+    layers: Sequence[torch.Tensor],
+    queries: torch.Tensor,
+    scale: float,
+    config: RkvConfig,
+    policies: dict[PolicyName, Policy],
+) -> GpuCompactor[Any]:
+    """The compactor for the server's granularity; arguments and errors as of `GpuCompactor`."""
+    by_granularity: dict[Granularity, type[GpuCompactor[Any]]] = {
+        "token": GpuTokenCompactor,
+        "page": GpuPageCompactor,
+    }
+    return by_granularity[config.granularity](layers, queries, scale, config, policies)

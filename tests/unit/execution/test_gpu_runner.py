@@ -11,11 +11,11 @@ import torch
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from rkv_vllm.decisions.messages import PageCompaction, PageReport, reports_of
-from rkv_vllm.execution.gpu import runner as runner_v2
-from rkv_vllm.execution.gpu.runner import CompactingRunnerV2, ReportingOutput
+from rkv_vllm.execution.gpu.page_reports import EvictedPageIds, ReportingOutput
+from rkv_vllm.execution.gpu.runner import CompactingRunnerV2
 from rkv_vllm.host.contract import CONTRACT_V2_RUNNER, contract_problems
 
-EVICTIONS = [
+ROUNDS = [
     PageCompaction(
         request_id=name, length=70, keep=keep, evicted=evicted, policy="rkv", query_row=0, eviction_id=number
     )
@@ -23,47 +23,36 @@ EVICTIONS = [
 ]
 
 
-class Left:
-    """Stands for `LeftPages`, whose copy needs a GPU."""
-
-    def __init__(self, evictions: list[PageCompaction], left: list[torch.Tensor]) -> None:
-        self.left = {eviction.request_id: ids.tolist() for eviction, ids in zip(evictions, left, strict=True)}
-
-    def reports(self) -> list[PageReport]:
-        return [PageReport(name, 7, tuple(ids)) for name, ids in self.left.items()]
-
-
 class Pending(AsyncModelRunnerOutput):
     def get_output(self) -> ModelRunnerOutput:
         return ModelRunnerOutput(req_ids=["a"], req_id_to_index={"a": 0}, sampled_token_ids=[[5]])
 
 
+class Evicting:
+    """Stands for a compactor that has evicted pages of two requests."""
+
+    def __init__(self) -> None:
+        self._evicted = [EvictedPageIds(ROUNDS, [torch.tensor([31, 32]), torch.tensor([11])])]
+
+    def take_evicted(self) -> list[EvictedPageIds]:
+        evicted, self._evicted = self._evicted, []
+        return evicted
+
+
 @pytest.fixture
-def runner(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(runner_v2, "LeftPages", Left)
-    table = torch.arange(40, dtype=torch.int32).view(4, 10)
-    given: list[list[int]] = []
-
-    def evict_pages(evictions: list[PageCompaction], rows: list[torch.Tensor]) -> list[torch.Tensor]:
-        given.extend(row.tolist() for row in rows)
-        for row in rows:
-            row[0] = 99
-        return [row[1 : 1 + (e.length - e.keep) // 16] for e, row in zip(evictions, rows, strict=True)]
-
-    fake = SimpleNamespace(
+def runner() -> Any:
+    """The adapter's methods on vLLM's block table in small: two requests in slots 3 and 1."""
+    written: list[tuple[int, tuple[list[int], ...], bool]] = []
+    return SimpleNamespace(
         req_states=SimpleNamespace(req_id_to_index={"a": 3, "b": 1}),
         block_tables=SimpleNamespace(
-            block_tables=[SimpleNamespace(gpu=table)],
-            block_sizes=[16],
+            block_tables=[SimpleNamespace(gpu=torch.arange(40, dtype=torch.int32).view(4, 10))],
             num_blocks=SimpleNamespace(np=np.full((1, 4), 5, dtype=np.int32)),
+            append_block_ids=lambda slot, ids, overwrite: written.append((slot, ids, overwrite)),
         ),
-        _compactor=SimpleNamespace(evict_pages=evict_pages),
-        _lengths=SimpleNamespace(evicted=SimpleNamespace(np=np.zeros(4, dtype=np.int32))),
-        _left_pages=[],
-        given=given,
+        _compactor=Evicting(),
+        written=written,
     )
-    CompactingRunnerV2._drop_pages(fake, EVICTIONS)  # type: ignore[arg-type]
-    return fake
 
 
 def test_vllm_is_what_the_adapter_was_written_against() -> None:
@@ -71,12 +60,23 @@ def test_vllm_is_what_the_adapter_was_written_against() -> None:
     assert contract_problems(CONTRACT_V2_RUNNER) == []
 
 
-def test_rows_lengths_and_counts_are_those_of_the_request(runner: Any) -> None:
-    """Proves that each request's own row is rewritten in place, and that new pages go behind what stays."""
-    assert runner.given == [list(range(30, 40)), list(range(10, 20))]
-    assert runner.block_tables.block_tables[0].gpu[:, 0].tolist() == [0, 99, 20, 99]
+def test_a_row_is_rewritten_in_place(runner: Any) -> None:
+    """Proves that the row of a request is a view of its own entries of vLLM's table on the device."""
+    CompactingRunnerV2.page_row(runner, "b")[0] = 99
+    assert runner.block_tables.block_tables[0].gpu[:, 0].tolist() == [0, 99, 20, 30]
+
+
+def test_new_pages_go_behind_what_stays(runner: Any) -> None:
+    """Proves that the count of the request's own row alone is set."""
+    CompactingRunnerV2.set_num_pages(runner, "a", 3)
+    CompactingRunnerV2.set_num_pages(runner, "b", 4)
     assert runner.block_tables.num_blocks.np.tolist() == [[5, 4, 5, 3]]
-    assert runner._lengths.evicted.np.tolist() == [0, 160, 0, 32]
+
+
+def test_named_pages_replace_all_that_the_request_had(runner: Any) -> None:
+    """Proves that pages which the scheduler names overwrite the request's own row."""
+    CompactingRunnerV2.replace_pages(runner, "a", (7, 8))
+    assert runner.written == [(3, ([7, 8],), True)]
 
 
 @pytest.mark.parametrize("output", [Pending(), Pending().get_output()])
@@ -88,5 +88,5 @@ def test_reports_leave_with_the_next_output(runner: Any, output: Any) -> None:
     assert isinstance(reporting, ReportingOutput)
     received = reporting.get_output()
     assert received.sampled_token_ids == [[5]]
-    assert reports_of(received) == (PageReport("a", 7, (31, 32)), PageReport("b", 7, (11,)))
+    assert reports_of(received) == (PageReport("a", 0, (31, 32)), PageReport("b", 1, (11,)))
     assert CompactingRunnerV2._report(runner, output) is output
