@@ -1,9 +1,8 @@
-"""One Triton for the whole test run, and helpers that tests of several folders import by name."""
+"""One Triton for the whole test run, and examples that may take their time."""
 
 import logging
 import os
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +15,6 @@ settings.load_profile("untimed")
 # Triton reads this while it is imported, and vLLM, which the engine's tests use, imports it.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # the engine without a model, and what uses it
 
 
 @pytest.fixture(autouse=True)

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-
-# The engine's process imports the modules beside this file by name.
-sys.path.insert(0, str(Path(__file__).parent))
-
 import texts
 import torch
 from engine_process import Ask, Engine, Run, Settings

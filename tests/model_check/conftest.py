@@ -1,17 +1,10 @@
-"""Makes the modules of this folder importable by its tests, and prints what the runs went through.
-
-pytest's importlib mode leaves sys.path alone.
-"""
+"""Prints what the runs went through."""
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).parent))
 
 _totals: Counter[str] = Counter()
 

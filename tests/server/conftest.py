@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
 from contextlib import AbstractContextManager
-from pathlib import Path
 
 import pytest
-
-# Tests import the module beside this file by name.
-sys.path.insert(0, str(Path(__file__).parent))
-
 from live_server import MODEL, OPTIONS, StartServer
 
 from rkv_vllm.demo.model import prepare
