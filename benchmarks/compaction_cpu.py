@@ -24,7 +24,7 @@ from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 from rkv_vllm.decisions.messages import TokenCompaction
 from rkv_vllm.execution.cpu.compactor import CpuTokenCompactor
 from rkv_vllm.execution.cpu.layer_cache import CpuLayerCache
-from rkv_vllm.execution.cpu.query_window import CpuQueryWindow
+from rkv_vllm.execution.cpu.query_ring import CpuQueryRing
 from rkv_vllm.policies import make_policies
 from rkv_vllm.settings.config import POLICY_NAMES, WINDOW, PolicyName, RkvConfig
 
@@ -42,7 +42,7 @@ def layer(arguments: argparse.Namespace, pages: int) -> Any:
     )
 
 
-class Queries(CpuQueryWindow):
+class Queries(CpuQueryRing):
     """A window that no attention layer wrote."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:

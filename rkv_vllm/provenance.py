@@ -21,7 +21,7 @@ def command_line(*program: str) -> str:
 
 
 def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
-    """Of this package, Python, and those of `packages` that are installed."""
+    """Versions of this package, Python, and those of `packages` that are installed."""
     found = {"rkv-vllm": __version__, "python": platform.python_version()}
     for package in packages:
         try:

@@ -42,14 +42,14 @@ class RequestLengths:
         return logical >= self.next_due
 
     @property
-    def recorded_from(self) -> int:
+    def capture_from(self) -> int:
         """Position of the first token whose query the next compaction looks at."""
         return max(self.next_due - WINDOW, 0)
 
     @property
     def unconstrained_until(self) -> int:
-        """Logical length up to which a chunk may end without being cut or recorded."""
-        return self.recorded_from
+        """Logical length up to which a chunk may end without being cut or captured."""
+        return self.capture_from
 
     def end_of_chunk(self, logical: int, num_new_tokens: int) -> int:
         """How many of `num_new_tokens` may be computed before the next compaction has to come.
@@ -119,7 +119,7 @@ class PageLengths(RequestLengths):
 
     @property
     def unconstrained_until(self) -> int:
-        return min(self.recorded_from, self.max_slots - self.allocated_slots(0))
+        return min(self.capture_from, self.max_slots - self.allocated_slots(0))
 
     def end_of_chunk(self, logical: int, num_new_tokens: int) -> int:
         return min(num_new_tokens, self.next_due - logical, self.max_slots - self.allocated_slots(logical))

@@ -48,7 +48,7 @@ class Compaction:
         evicted: tokens evicted from the request so far, this round included (absolute, so that running a
             compaction's bookkeeping twice does no harm).
         policy: what scores the tokens.
-        query_row: row of the query window that holds its last queries, or `NO_QUERY_ROW`.
+        query_row: row of the query ring that holds its last queries, or `NO_QUERY_ROW`.
     """
 
     request_id: str
@@ -114,12 +114,12 @@ class CompactionPlan:
     Attributes:
         rounds: to run before the forward pass; all `TokenCompaction`s or all `PageCompaction`s, by the
             server's granularity.
-        recordings: request -> its row of the query window, where the queries of its last `WINDOW` tokens of
+        captures: request -> its row of the query ring, where the queries of its last `WINDOW` tokens of
             the step are written during the forward pass.
     """
 
     rounds: list[Compaction] = field(default_factory=list)
-    recordings: dict[str, int] = field(default_factory=dict)
+    captures: dict[str, int] = field(default_factory=dict)
 
 
 _NOTHING_TO_DO = CompactionPlan()
@@ -145,7 +145,7 @@ class PageReport:
 
     Attributes:
         request_id: vLLM's id of the request.
-        eviction_id: of the round.
+        eviction_id: names the round.
         pages: ids of the evicted pages, in the order in which the request held them.
     """
 

@@ -71,7 +71,7 @@ class EarlyStopRate:
     def per_token(self, running_tokens: int) -> float:
         """Early stops per generated token, where the running requests have generated `running_tokens`.
 
-        A low estimate: of n stops two standard deviations less, and so 0 for the first four.
+        A low estimate: two standard deviations below the n stops seen, and so 0 for the first four.
         """
         return max(self._early - 2.0 * self._early**0.5, 0.0) / max(self._tokens + running_tokens, 1.0)
 

@@ -1,4 +1,4 @@
-"""Which request owns which row of the query window (pure).
+"""Which request owns which row of the query ring (pure).
 
 A row holds the last queries of one request in every layer. Requests need one only in the few steps before a
 compaction, so that rows are lent then and taken back when the compaction ran.

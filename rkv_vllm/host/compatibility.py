@@ -32,7 +32,7 @@ def _works(name: str, remark: str) -> Feature:
     return Feature(name, works=True, remark=remark)
 
 
-def _decides_for_all(vllm_config: VllmConfig) -> bool:
+def _needs_one_decision_for_all_ranks(vllm_config: VllmConfig) -> bool:
     """Whether one decision covers several heads or layers, which may lie on other ranks."""
     config = RkvConfig.from_additional_config(vllm_config.additional_config)
     return config.granularity == "page" or config.scope != "head"
@@ -96,7 +96,7 @@ FEATURES: tuple[Feature, ...] = (
     _refused(
         "page granularity or a shared scope with tensor or pipeline parallelism",
         "each rank would score its own heads and layers, and keep other tokens",
-        lambda c: c.parallel_config.world_size > 1 and _decides_for_all(c),
+        lambda c: c.parallel_config.world_size > 1 and _needs_one_decision_for_all_ranks(c),
     ),
     _refused("sliding-window or chunked attention", "the mask is cut by distance between slots"),
     _refused("ALiBi", "the bias is a distance between slots"),

@@ -38,7 +38,7 @@ from rkv_vllm.settings.config import WINDOW, RkvConfig
 
 COMMON_LABELS = ("model_name", "engine")
 
-QUERY_WINDOW_BYTES = Metric(
+QUERY_RING_BYTES = Metric(
     "gauge", "rkv_query_window_bytes", "Memory of the query window in each worker, all layers together."
 )
 BUILD_INFO = Metric(
@@ -62,7 +62,7 @@ class RkvStatLogger(AggregateStatLoggerBase):
                 for labels in metric.label_values():
                     collectors[metric.name].labels(self._model_name, engine, *labels)
             common = (self._model_name, engine)
-            collectors[QUERY_WINDOW_BYTES.name].labels(*common).set(query_window_bytes(vllm_config))
+            collectors[QUERY_RING_BYTES.name].labels(*common).set(query_ring_bytes(vllm_config))
             collectors[BUILD_INFO.name].labels(*common, *_build_labels(config)).set(1)
 
     def record(
@@ -91,7 +91,7 @@ class RkvStatLogger(AggregateStatLoggerBase):
         pass
 
 
-def query_window_bytes(vllm_config: VllmConfig) -> int:
+def query_ring_bytes(vllm_config: VllmConfig) -> int:
     """Bytes of the ring of queries in each worker: [layers, rows, WINDOW, query heads, head size]."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     rows = num_query_rows(vllm_config.scheduler_config.max_num_seqs)
@@ -120,7 +120,7 @@ def _collectors() -> dict[str, Any]:
                 made[metric.name] = Gauge(metric.name, metric.help, labels, multiprocess_mode="mostrecent")
             case "histogram":
                 made[metric.name] = Histogram(metric.name, metric.help, labels, buckets=metric.buckets)
-    for metric, more in ((QUERY_WINDOW_BYTES, ()), (BUILD_INFO, _BUILD_LABELS)):
+    for metric, more in ((QUERY_RING_BYTES, ()), (BUILD_INFO, _BUILD_LABELS)):
         labels = (*COMMON_LABELS, *more)
         made[metric.name] = Gauge(metric.name, metric.help, labels, multiprocess_mode="mostrecent")
     return made

@@ -42,7 +42,7 @@ class RoundPlanner:
             requests: the scheduler's requests by id, kept up to date by vLLM.
             tracked: those of them with a budget, kept up to date by the scheduler.
             manager: holds their pages.
-            query_rows: the rows of the query window.
+            query_rows: the rows of the query ring.
             tally: told what was planned, deferred and cancelled.
             preempt_one: preempts the request that vLLM would preempt next, and returns it.
         """
@@ -94,16 +94,16 @@ class RoundPlanner:
             self._tracked[planned.request_id].count(planned)
             self._tally.executed(planned)
 
-    def recordings(self, output: SchedulerOutput) -> dict[str, int]:
-        """Whose queries to record in this step, and in which row: the scheduled requests that hold one."""
-        recordings = {}
+    def captures(self, output: SchedulerOutput) -> dict[str, int]:
+        """Whose queries to capture in this step, and in which row: the scheduled requests that hold one."""
+        captures = {}
         for request_id, row in self._query_rows.held():
             if request_id in output.num_scheduled_tokens:
-                recordings[request_id] = row
+                captures[request_id] = row
             elif self._requests[request_id].status != RequestStatus.RUNNING:
                 # Tried, and not admitted for want of pages: those that run must not wait for its row.
                 self._query_rows.release(request_id)
-        return recordings
+        return captures
 
     def apply_page_report(self, report: PageReport) -> int:
         """Returns reported pages to the pool; every step that read them has run. Gives their number."""
@@ -135,7 +135,7 @@ class RoundPlanner:
         lengths = tracked.lengths
         tracked.unconstrained_until = lengths.unconstrained_until
         num_new_tokens = lengths.end_of_chunk(num_computed_tokens, num_new_tokens)
-        first = lengths.recorded_from
+        first = lengths.capture_from
         if (
             tracked.settings.needs_queries
             and num_computed_tokens + num_new_tokens > first

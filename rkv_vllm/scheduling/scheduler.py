@@ -206,7 +206,7 @@ class CompactingSchedulerMixin(_Scheduler):
         for request_id in self._tally.replaying & output.num_scheduled_tokens.keys():
             end = self.requests[request_id].num_computed_tokens
             self._tally.computed(request_id, end - output.num_scheduled_tokens[request_id], end)
-        attach_plan(output, CompactionPlan(rounds, self._planner.recordings(output)))
+        attach_plan(output, CompactionPlan(rounds, self._planner.captures(output)))
         return output
 
     def _reserve_prefill_lookahead(
@@ -224,8 +224,8 @@ class CompactingSchedulerMixin(_Scheduler):
         blocks, num_hit_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
         tracked = self._tracked.get(request.request_id)
         if tracked is not None:
-            # The queries of the window are to be recorded, so that its tokens have to be computed here.
-            most = tracked.lengths.recorded_from // self._page_size * self._page_size
+            # The queries of the window are to be captured, so that its tokens have to be computed here.
+            most = tracked.lengths.capture_from // self._page_size * self._page_size
             if num_hit_tokens > most:
                 blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, most)
                 num_hit_tokens = most

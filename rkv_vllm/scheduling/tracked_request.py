@@ -20,7 +20,7 @@ class TrackedRequest:
         rounds: compactions since it last started from nothing.
         compactions, evicted_tokens, peak_pages: the highest that each ever was, so that a request which ends
             while preempted still says what happened to it.
-        eviction_id: of its last `PageCompaction` since then; -1: none.
+        eviction_id: names its last `PageCompaction` since then; -1: none.
     """
 
     lengths: RequestLengths

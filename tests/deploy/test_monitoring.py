@@ -15,12 +15,12 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 from roundtrip import lost
 
 from rkv_vllm.observability.metric_table import TALLIED
-from rkv_vllm.observability.prometheus import BUILD_INFO, QUERY_WINDOW_BYTES
+from rkv_vllm.observability.prometheus import BUILD_INFO, QUERY_RING_BYTES
 
 ROOT = Path(__file__).resolve().parents[2]
 DASHBOARDS = sorted((ROOT / "deploy" / "grafana").glob("*.json"))
 RULES = yaml.safe_load((ROOT / "deploy" / "prometheus" / "rules.yml").read_text())
-METRICS = {metric.name: metric for metric in (*TALLIED, BUILD_INFO, QUERY_WINDOW_BYTES)}
+METRICS = {metric.name: metric for metric in (*TALLIED, BUILD_INFO, QUERY_RING_BYTES)}
 
 
 def rules() -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ class IdentityScheduler(CompactingSchedulerMixin, Scheduler):
         output = super().schedule(throttle_prefills)
         plan = plan_of(output)
         assert not plan.rounds, "an identity run evicts nothing"
-        attach_plan(output, CompactionPlan(moved, plan.recordings))
+        attach_plan(output, CompactionPlan(moved, plan.captures))
         return output
 
     def move(self, requests: list[Request]) -> list[Compaction]:

@@ -22,12 +22,12 @@ from rkv_vllm.execution.cpu.runner import CompactingCpuRunner
 from rkv_vllm.execution.stopwatch import CpuStopwatch
 from rkv_vllm.settings.config import WINDOW
 
-#: In a slot or query place that nobody wrote.
+#: In a slot, or at an index of a query ring, that nobody wrote.
 UNWRITTEN = -1
 
 
 class Memory:
-    """The pages of one layer, and the rows of the query window."""
+    """The pages of one layer, and the rows of the query ring."""
 
     def __init__(self, num_pages: int, page_size: int, num_query_rows: int) -> None:
         self.page_size = page_size
@@ -46,22 +46,22 @@ class Memory:
             self.slots[pages[index // self.page_size] * self.page_size + index % self.page_size] = symbol
 
 
-class SymbolicQueryWindow:
-    """Stands for `QueryWindow`: a token's query is its symbol."""
+class SymbolicQueryRing:
+    """Stands for `QueryRing`: a token's query is its symbol."""
 
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
         self._tokens: list[int] = []
-        self._places: list[int] = []
+        self._ring_indices: list[int] = []
 
-    def begin_step(self, tokens: list[int], places: list[int]) -> None:
-        assert len(set(places)) == len(places), "two queries for one place"
-        self._tokens, self._places = tokens, places
+    def begin_step(self, tokens: list[int], ring_indices: list[int]) -> None:
+        assert len(set(ring_indices)) == len(ring_indices), "two queries at one index"
+        self._tokens, self._ring_indices = tokens, ring_indices
 
-    def record(self, queries: list[int]) -> None:
-        for token, place in zip(self._tokens, self._places, strict=True):
-            self._memory.queries[place] = queries[token]
-        self._tokens, self._places = [], []
+    def capture(self, queries: list[int]) -> None:
+        for token, index in zip(self._tokens, self._ring_indices, strict=True):
+            self._memory.queries[index] = queries[token]
+        self._tokens, self._ring_indices = [], []
 
 
 class SymbolicCompactor:
@@ -288,7 +288,7 @@ class SymbolicRunner(over(HostRunner, CompactingCpuRunner)):  # type: ignore[mis
         self._evicted = {}
         self._memory = memory
         self._models = models
-        self._query_window: Any = SymbolicQueryWindow(memory)
+        self._query_ring: Any = SymbolicQueryRing(memory)
         self._compactor: Any = SymbolicCompactor(memory, models)
 
     def execute(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput:
@@ -330,7 +330,7 @@ class SymbolicRunner(over(HostRunner, CompactingCpuRunner)):  # type: ignore[mis
                 assert slot != UNWRITTEN, f"{request_id}: a token lies behind its pages"
                 self._memory.slots[slot] = symbol
             queries += new
-        self._query_window.record(queries)
+        self._query_ring.capture(queries)
 
         sampled: list[list[int]] = []
         lengths, tables = self.seq_lens.tolist(), self.input_batch.block_table.rows

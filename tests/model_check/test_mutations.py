@@ -122,9 +122,9 @@ def adopt_a_prefix_into_the_window(patch: pytest.MonkeyPatch) -> None:
 
 
 @mutation()
-def record_one_query_too_few(patch: pytest.MonkeyPatch) -> None:
+def capture_one_query_too_few(patch: pytest.MonkeyPatch) -> None:
     late = property(lambda lengths: max(lengths.next_due - WINDOW + 1, 0))
-    patch.setattr(RequestLengths, "recorded_from", late)
+    patch.setattr(RequestLengths, "capture_from", late)
 
 
 @mutation()
@@ -194,10 +194,10 @@ def plan_with_a_stale_length(patch: pytest.MonkeyPatch) -> None:
 
 
 @mutation()
-def record_the_wrong_tokens(patch: pytest.MonkeyPatch) -> None:
+def capture_the_wrong_tokens(patch: pytest.MonkeyPatch) -> None:
     patch.setitem(
-        symbolic_worker.SymbolicRunner._record_queries.__globals__,
-        "window_positions",
+        symbolic_worker.SymbolicRunner._set_captures.__globals__,
+        "captured_positions",
         lambda first, count: range(first, min(first + count, first + 8)),
     )
 

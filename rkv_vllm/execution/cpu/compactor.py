@@ -12,7 +12,7 @@ from rkv_vllm.decisions.messages import Compaction, PageCompaction, PageReport, 
 from rkv_vllm.decisions.query_rows import NO_QUERY_ROW
 from rkv_vllm.execution.compactor import Compactor, Round
 from rkv_vllm.execution.cpu.layer_cache import CpuLayerCache
-from rkv_vllm.execution.cpu.query_window import CpuQueryWindow
+from rkv_vllm.execution.cpu.query_ring import CpuQueryRing
 from rkv_vllm.execution.stopwatch import CpuStopwatch
 from rkv_vllm.kernels import naive, tiled
 from rkv_vllm.kernels.page_eviction import choose_pages
@@ -36,7 +36,7 @@ class CpuCompactor(Compactor[Round, CpuTables, PageReport]):
     def __init__(
         self,
         caches: Sequence[CpuLayerCache],
-        queries: CpuQueryWindow,
+        queries: CpuQueryRing,
         config: RkvConfig,
         policies: dict[PolicyName, Policy],
     ) -> None:
@@ -140,7 +140,7 @@ class CpuPageCompactor(CpuCompactor[PageCompaction]):
 
 def make_cpu_compactor(
     caches: Sequence[CpuLayerCache],
-    queries: CpuQueryWindow,
+    queries: CpuQueryRing,
     config: RkvConfig,
     policies: dict[PolicyName, Policy],
 ) -> CpuCompactor[Any]:

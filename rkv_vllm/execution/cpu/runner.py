@@ -24,7 +24,7 @@ from rkv_vllm.decisions.query_rows import num_query_rows
 from rkv_vllm.execution.cpu.compactor import CpuCompactor, make_cpu_compactor
 from rkv_vllm.execution.cpu.generator import RewindableGenerator
 from rkv_vllm.execution.cpu.layer_cache import CpuLayerCache
-from rkv_vllm.execution.cpu.query_window import CpuQueryWindow, window_positions
+from rkv_vllm.execution.cpu.query_ring import CpuQueryRing, captured_positions
 from rkv_vllm.policies import make_policies
 from rkv_vllm.settings.config import WINDOW, RkvConfig
 
@@ -37,17 +37,17 @@ class CompactingCpuRunner(CPUModelRunner):
     """
 
     _evicted: dict[str, int]
-    _query_window: CpuQueryWindow
+    _query_ring: CpuQueryRing
     _compactor: CpuCompactor[Any]
     _rkv_layers: list[Attention]
 
-    def watch_queries(self, layers: list[Attention]) -> None:
+    def install_query_capture(self, layers: list[Attention]) -> None:
         """To be called once, when the model is loaded and before memory is profiled."""
         vllm_config: VllmConfig = self.vllm_config
         num_rows = num_query_rows(vllm_config.scheduler_config.max_num_seqs)
         self._evicted = {}
         self._rkv_layers = layers
-        self._query_window = CpuQueryWindow(layers, num_rows, self.device)
+        self._query_ring = CpuQueryRing(layers, num_rows, self.device)
 
     def initialize_kv_cache(
         self, kv_cache_config: KVCacheConfig, is_profiling: bool = False, **kwargs: Any
@@ -56,7 +56,7 @@ class CompactingCpuRunner(CPUModelRunner):
         if not is_profiling:
             config = RkvConfig.from_additional_config(self.vllm_config.additional_config)
             caches = [CpuLayerCache(layer) for layer in self._rkv_layers]
-            self._compactor = make_cpu_compactor(caches, self._query_window, config, make_policies(config))
+            self._compactor = make_cpu_compactor(caches, self._query_ring, config, make_policies(config))
 
     # -- a step --------------------------------------------------------------------------------------------
 
@@ -119,7 +119,7 @@ class CompactingCpuRunner(CPUModelRunner):
 
     def _prepare_inputs(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray) -> Any:
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
-        self._record_queries(plan_of(scheduler_output), num_scheduled_tokens)
+        self._set_captures(plan_of(scheduler_output), num_scheduled_tokens)
         evicted = [self._evicted.get(request_id, 0) for request_id in self.input_batch.req_ids]
         if any(evicted):
             self._make_physical(torch.tensor(evicted, dtype=torch.int32), num_scheduled_tokens)
@@ -136,14 +136,14 @@ class CompactingCpuRunner(CPUModelRunner):
             self.positions[:num_tokens] - by_token,
         )
 
-    def _record_queries(self, plan: CompactionPlan, num_scheduled_tokens: np.ndarray) -> None:
+    def _set_captures(self, plan: CompactionPlan, num_scheduled_tokens: np.ndarray) -> None:
         tokens: list[int] = []
-        places: list[int] = []
-        for request_id, query_row in plan.recordings.items():
+        ring_indices: list[int] = []
+        for request_id, query_row in plan.captures.items():
             row = self.input_batch.req_id_to_index[request_id]
             first, count = self.input_batch.num_computed_tokens_cpu[row], num_scheduled_tokens[row]
             batch_start = self.query_start_loc.np[row]
-            for position in window_positions(int(first), int(count)):
+            for position in captured_positions(int(first), int(count)):
                 tokens.append(int(batch_start) + position - int(first))
-                places.append(query_row * WINDOW + position % WINDOW)
-        self._query_window.begin_step(tokens, places)
+                ring_indices.append(query_row * WINDOW + position % WINDOW)
+        self._query_ring.begin_step(tokens, ring_indices)

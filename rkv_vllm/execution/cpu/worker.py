@@ -34,7 +34,7 @@ class CompactingCpuWorker(CPUWorker):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
-        self.model_runner.watch_queries(attention_layers(self.vllm_config))
+        self.model_runner.install_query_capture(attention_layers(self.vllm_config))
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         return to_compacting_specs(super().get_kv_cache_spec())

@@ -10,7 +10,7 @@ from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
-from rkv_vllm.execution.gpu.query_window import GpuQueryWindow
+from rkv_vllm.execution.gpu.query_ring import GpuQueryRing
 from rkv_vllm.host.retype import override
 
 #: `query_rows` of a request whose queries are not captured.
@@ -36,9 +36,7 @@ class PhysicalLengths:
         self.is_real = False
 
 
-def make_attention_physical(
-    model_state: ModelState, lengths: PhysicalLengths, window: GpuQueryWindow
-) -> None:
+def make_attention_physical(model_state: ModelState, lengths: PhysicalLengths, ring: GpuQueryRing) -> None:
     """Makes the model's attention metadata physical; the batch itself stays logical for everything else.
 
     vLLM picks the class of `model_state` by model and has no hook on its way to attention.
@@ -56,7 +54,7 @@ def make_attention_physical(
             )
         else:
             lengths.seq_lens[:count].copy_(input_batch.seq_lens)
-            window.places.fill_(NOT_CAPTURED)
+            ring.ring_indices.fill_(NOT_CAPTURED)
         physical = dataclasses.replace(
             input_batch, seq_lens=lengths.seq_lens[:count], seq_lens_cpu_upper_bound=upper_bound
         )

@@ -1,7 +1,7 @@
 """Adapter for vLLM's Model Runner V2: physical lengths for attention, logical ones for all else.
 
-CUDA graphs bake addresses, not contents. What attention reads (sequence lengths, slot mapping, places in the
-query ring) therefore lives in buffers of fixed address, which are filled anew before each step.
+CUDA graphs bake addresses, not contents. What attention reads (sequence lengths, slot mapping, indices into
+the query ring) therefore lives in buffers of fixed address, which are filled anew before each step.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from rkv_vllm.execution.gpu.compactor import GpuCompactor, make_gpu_compactor
 from rkv_vllm.execution.gpu.graph_choice import prefer_fastest
 from rkv_vllm.execution.gpu.page_reports import ReportingOutput
 from rkv_vllm.execution.gpu.physical_lengths import NOT_CAPTURED, PhysicalLengths, make_attention_physical
-from rkv_vllm.execution.gpu.query_window import GpuQueryWindow
+from rkv_vllm.execution.gpu.query_ring import GpuQueryRing
 from rkv_vllm.kernels.step_inputs import prepare_physical
 from rkv_vllm.policies import make_policies
 from rkv_vllm.settings.config import WINDOW, RkvConfig
@@ -39,20 +39,20 @@ class CompactingRunnerV2(GPUModelRunner):
     """Model Runner V2 with compaction."""
 
     _lengths: PhysicalLengths
-    _query_window: GpuQueryWindow
+    _query_ring: GpuQueryRing
     _compactor: GpuCompactor[Any]
     _rkv_layers: list[Attention]
 
     # -- set-up --------------------------------------------------------------------------------------------
 
-    def watch_queries(self, layers: list[Attention]) -> None:
+    def install_query_capture(self, layers: list[Attention]) -> None:
         """To be called once, when the model is loaded and before memory is profiled."""
         vllm_config: VllmConfig = self.vllm_config
         num_rows = num_query_rows(vllm_config.scheduler_config.max_num_seqs)
         self._rkv_layers = layers
-        self._query_window = GpuQueryWindow(layers, num_rows, self.max_num_tokens, self.device)
+        self._query_ring = GpuQueryRing(layers, num_rows, self.max_num_tokens, self.device)
         self._lengths = PhysicalLengths(self.max_num_reqs, self.max_num_tokens, self.device)
-        make_attention_physical(self.model_state, self._lengths, self._query_window)
+        make_attention_physical(self.model_state, self._lengths, self._query_ring)
 
     def initialize_kv_cache(
         self, kv_cache_config: KVCacheConfig, is_profiling: bool = False, **kwargs: Any
@@ -69,7 +69,7 @@ class CompactingRunnerV2(GPUModelRunner):
             )
         self._compactor = make_gpu_compactor(
             caches,
-            self._query_window.queries,
+            self._query_ring.queries,
             self._rkv_layers[0].impl.scale,
             config,
             make_policies(config),
@@ -78,7 +78,7 @@ class CompactingRunnerV2(GPUModelRunner):
     def warm_up_compaction(self) -> None:
         """Compiles the kernels, which would otherwise stall the first request that is due."""
         self._compactor.warm_up()
-        self._query_window.warm_up()
+        self._query_ring.warm_up()
 
     def capture_model(self, *, profile_only: bool = False) -> int:
         num_bytes: int = super().capture_model(profile_only=profile_only)
@@ -102,9 +102,9 @@ class CompactingRunnerV2(GPUModelRunner):
         self._compactor.run(plan.rounds, self)
         for compaction in plan.rounds:
             lengths.evicted.np[slot_of[compaction.request_id]] = compaction.evicted
-        self._query_window.active = bool(plan.recordings)
+        self._query_ring.active = bool(plan.captures)
         lengths.query_rows.np.fill(NOT_CAPTURED)
-        for request_id, row in plan.recordings.items():
+        for request_id, row in plan.captures.items():
             lengths.query_rows.np[slot_of[request_id]] = row
         lengths.evicted.copy_to_uva()
         lengths.query_rows.copy_to_uva()
@@ -152,7 +152,7 @@ class CompactingRunnerV2(GPUModelRunner):
             lengths.query_rows.gpu,
             physical_seq_lens=lengths.seq_lens,
             physical_positions=lengths.positions,
-            places=self._query_window.places,
+            places=self._query_ring.ring_indices,
             window=WINDOW,
         )
         lengths.is_real = True

@@ -69,10 +69,10 @@ def test_replay_stops_where_the_first_run_did(
 def test_window_is_computed_here(prompt: int, settings: CompactionSettings) -> None:
     """Proves that what may come from the prefix cache ends before the queries that a compaction looks at."""
     lengths = RequestLengths(prompt, settings)
-    assert lengths.next_due - lengths.recorded_from == WINDOW
+    assert lengths.next_due - lengths.capture_from == WINDOW
     lengths.compact(lengths.next_due)
-    assert lengths.next_due - lengths.recorded_from == WINDOW
-    assert lengths.recorded_from >= 0
+    assert lengths.next_due - lengths.capture_from == WINDOW
+    assert lengths.capture_from >= 0
 
 
 @given(prompts, compaction_settings, page_sizes, st.integers(0, 400), st.integers(1, 400))
@@ -87,7 +87,7 @@ def test_a_free_chunk_is_left_alone(
         logical = min(logical, lengths.unconstrained_until - 1)
         chunk = min(num_new_tokens, lengths.unconstrained_until - logical)
         assert lengths.end_of_chunk(logical, chunk) == chunk
-        assert logical + chunk <= lengths.recorded_from < lengths.next_due
+        assert logical + chunk <= lengths.capture_from < lengths.next_due
 
 
 @pytest.mark.parametrize(("prompt", "slots"), [(10, 96), (96, 96), (500, 500)])

@@ -94,7 +94,7 @@ def test_pages_return_to_what_is_held_when_requests_leave(tally: MetricTally) ->
 
 
 def test_only_tokens_computed_before_are_replayed(tally: MetricTally) -> None:
-    """Of a request preempted at 100 tokens: a hit on the first 32 and tokens from the 100th on do not count,
+    """A request is preempted at 100 tokens: a hit on the first 32 and tokens from the 100th on do not count,
     and a second preemption half way counts again what is computed again."""
     tally.preempted("a", 100)
     tally.computed("a", 32, 80)

@@ -12,11 +12,11 @@ from rkv_vllm.host.retype import override
 from rkv_vllm.settings.config import WINDOW
 
 
-class QueryWindow:
+class QueryRing:
     """One ring of `WINDOW` queries per layer and row; the scheduler lends rows to requests.
 
-    A token at logical position p is written at ring place p mod `WINDOW`: a row whose request computed at
-    least `WINDOW` tokens since it was lent holds exactly the newest ones.
+    A token at logical position p is written at index p mod `WINDOW` of its ring: a row whose request computed
+    at least `WINDOW` tokens since it was lent holds exactly the newest ones.
 
     Attributes:
         queries: [layers, rows, WINDOW, query heads, head size] in the model's dtype.
@@ -30,14 +30,14 @@ class QueryWindow:
             device=device,
         )
         for index, layer in enumerate(layers):
-            _record_in(layer, self, index)
+            _hook_attention(layer, self, index)
 
-    def record(self, layer: int, query: torch.Tensor) -> None:
+    def capture(self, layer: int, query: torch.Tensor) -> None:
         """Called by each layer's attention with [tokens, query heads, head size]."""
         raise NotImplementedError
 
 
-def _record_in(layer: Attention, window: QueryWindow, index: int) -> None:
+def _hook_attention(layer: Attention, ring: QueryRing, index: int) -> None:
     """Makes a layer's attention implementation hand its queries over.
 
     vLLM calls `forward` by name, outside compiled code.
@@ -45,7 +45,7 @@ def _record_in(layer: Attention, window: QueryWindow, index: int) -> None:
     impl_class = type(layer.impl)
 
     def forward(impl: Any, attention: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        window.record(index, query)
+        ring.capture(index, query)
         return impl_class.forward(impl, attention, query, *args, **kwargs)
 
     override(layer.impl, "Capturing", forward=forward)

@@ -4,35 +4,35 @@ from __future__ import annotations
 
 import torch
 
-from rkv_vllm.execution.query_window import QueryWindow
+from rkv_vllm.execution.query_ring import QueryRing
 from rkv_vllm.settings.config import WINDOW
 
 
-class CpuQueryWindow(QueryWindow):
-    """Told before each step which tokens to record."""
+class CpuQueryRing(QueryRing):
+    """Told before each step which tokens to capture."""
 
     _tokens = torch.empty(0, dtype=torch.int64)
-    _places = torch.empty(0, dtype=torch.int64)
+    _ring_indices = torch.empty(0, dtype=torch.int64)
 
-    def begin_step(self, tokens: list[int], places: list[int]) -> None:
+    def begin_step(self, tokens: list[int], ring_indices: list[int]) -> None:
         """Says which tokens of the coming forward pass to record, and where.
 
         Args:
             tokens: indices into the batch's tokens.
-            places: for each, `row * WINDOW + position % WINDOW`.
+            ring_indices: for each, `row * WINDOW + position % WINDOW`.
         """
         self._tokens = torch.tensor(tokens, dtype=torch.int64)
-        self._places = torch.tensor(places, dtype=torch.int64)
+        self._ring_indices = torch.tensor(ring_indices, dtype=torch.int64)
 
-    def record(self, layer: int, query: torch.Tensor) -> None:
+    def capture(self, layer: int, query: torch.Tensor) -> None:
         if self._tokens.numel():
-            self.queries[layer].flatten(0, 1)[self._places] = query[self._tokens]
+            self.queries[layer].flatten(0, 1)[self._ring_indices] = query[self._tokens]
 
     def of(self, layer: int, row: int) -> torch.Tensor:
         """[query heads, WINDOW, head size] of one row, in ring order."""
         return self.queries[layer, row].transpose(0, 1)
 
 
-def window_positions(first: int, count: int) -> range:
-    """Logical positions to record of a step that computes `count` tokens from position `first` on."""
+def captured_positions(first: int, count: int) -> range:
+    """Logical positions to capture of a step that computes `count` tokens from position `first` on."""
     return range(max(first, first + count - WINDOW), first + count)

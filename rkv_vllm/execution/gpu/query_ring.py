@@ -1,0 +1,40 @@
+"""The query ring on a GPU: what to capture is in a buffer, so that captured graphs replay right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from vllm.model_executor.layers.attention import Attention
+
+from rkv_vllm.execution.query_ring import QueryRing
+from rkv_vllm.kernels.query_capture import record
+
+
+class GpuQueryRing(QueryRing):
+    """Captures what `ring_indices` says, from inside a captured graph too.
+
+    Attributes:
+        ring_indices: int32 [max tokens], for each token of the batch where its query goes, or -1.
+        active: whether the coming step captures anything at all; saves a launch a layer where attention runs
+            outside a captured graph.
+    """
+
+    def __init__(
+        self, layers: Sequence[Attention], num_rows: int, max_num_tokens: int, device: torch.device
+    ) -> None:
+        super().__init__(layers, num_rows, device)
+        self.ring_indices = torch.full((max_num_tokens,), -1, dtype=torch.int32, device=device)
+        self.active = False
+        self._rings = list(self.queries)
+
+    def capture(self, layer: int, query: torch.Tensor) -> None:
+        if self.active or torch.cuda.is_current_stream_capturing():
+            record(query, self.ring_indices, self._rings[layer])
+
+    def warm_up(self) -> None:
+        """Compiles the kernel, which must not happen while a graph is captured."""
+        _, _, _, heads, size = self.queries.shape
+        record(
+            self.queries.new_zeros(1, heads, size), torch.full_like(self.ring_indices[:1], -1), self._rings[0]
+        )
