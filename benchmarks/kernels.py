@@ -32,13 +32,15 @@ import triton
 from rkv_vllm.bench.hardware_limits import measure_device
 from rkv_vllm.bench.roofline import Ceilings
 from rkv_vllm.kernels import tiled
-from rkv_vllm.kernels.cache_layout import CompactionBatch, PagedKV
+from rkv_vllm.kernels.batch import CompactionBatch
+from rkv_vllm.kernels.cache_layout import PagedKV
 from rkv_vllm.kernels.compaction_round import RkvRound
-from rkv_vllm.kernels.importance import survey
+from rkv_vllm.kernels.importance import window_statistics
 from rkv_vllm.kernels.joint_scores import combine
-from rkv_vllm.kernels.matches import newest_matches, sums
+from rkv_vllm.kernels.matches import newest_matches
 from rkv_vllm.kernels.move import compact
 from rkv_vllm.kernels.select import select
+from rkv_vllm.kernels.window_sums import attention_and_link_sums
 from rkv_vllm.provenance import command_line
 
 STAGES = ("survey", "matches", "sums", "combine", "select", "move")
@@ -83,17 +85,17 @@ class Setup:
         self.round = RkvRound(self.kv, window=WINDOW, threshold=THRESHOLD, pool_kernel=POOL)
 
     def stages(self) -> dict[str, list[Callable[[], None]]]:
-        """The round's stages, one call a part of the batch, in the order of ``RkvRound.run``."""
+        """The round's stages, one call a slice of the batch, in the order of ``RkvRound.run``."""
         calls: dict[str, list[Callable[[], None]]] = {stage: [] for stage in STAGES}
-        walk = {"window": WINDOW, "scale": self.round.scale}
-        for part in self.round._all_parts(self.batch):
-            scores = self.round._own_scores(part)
-            calls["survey"].append(partial(survey, part, self.queries, **walk))
-            calls["matches"].append(partial(newest_matches, part, self.lam, threshold=THRESHOLD))
-            calls["sums"].append(partial(sums, part, self.queries, self.lam, **walk))
-            calls["combine"].append(partial(combine, part, self.lam, scores, window=WINDOW, pool_kernel=POOL))
-            calls["select"].append(partial(select, part, scores, window=WINDOW))
-            calls["move"].append(partial(compact, part, window=WINDOW))
+        scale = self.round.scale
+        for work in self.round.slices(self.batch):
+            scores = work.scores_by_head
+            calls["survey"].append(partial(window_statistics, work, self.queries, scale=scale))
+            calls["matches"].append(partial(newest_matches, work, self.lam, threshold=THRESHOLD))
+            calls["sums"].append(partial(attention_and_link_sums, work, self.queries, self.lam, scale=scale))
+            calls["combine"].append(partial(combine, work, self.lam, scores, window=WINDOW, pool_kernel=POOL))
+            calls["select"].append(partial(select, work, scores, window=WINDOW))
+            calls["move"].append(partial(compact, work, window=WINDOW))
         return calls
 
     def floors(self) -> dict[str, float]:
@@ -146,16 +148,16 @@ def event() -> torch.cuda.Event:
 def time_stages(setup: Setup, repetitions: int) -> dict[str, float]:
     """Median milliseconds a request of each stage and of the whole round."""
     calls = setup.stages()
-    parts = len(calls["survey"])
+    slices = len(calls["survey"])
     samples: dict[str, list[float]] = {stage: [] for stage in (*STAGES, "round")}
     for repetition in range(repetitions + 2):
-        marks = [[event() for _ in range(len(STAGES) + 1)] for _ in range(parts)]
+        marks = [[event() for _ in range(len(STAGES) + 1)] for _ in range(slices)]
         torch.cuda._sleep(4_000_000)  # the host enqueues everything in the meantime
-        for part in range(parts):
-            marks[part][0].record()
+        for index_of_slice in range(slices):
+            marks[index_of_slice][0].record()
             for index, stage in enumerate(STAGES):
-                calls[stage][part]()
-                marks[part][index + 1].record()
+                calls[stage][index_of_slice]()
+                marks[index_of_slice][index + 1].record()
         torch.cuda.synchronize()
         if repetition < 2:
             continue
@@ -209,7 +211,7 @@ def measure(
                 "floor_of_round": sum(floors.values()),
                 "ratio_to_floor": times["round"] / sum(floors.values()),
                 "parts": len(setup.stages()["survey"]),
-                "scratch_bytes": setup.round._scratch.numel(),
+                "scratch_bytes": setup.round.scratch.num_bytes,
                 "bytes_beyond_scratch": beyond_scratch,
                 "torch_milliseconds_per_request": plain,
             }

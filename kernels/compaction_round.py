@@ -6,25 +6,21 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Literal
 
 import torch
 
-from .cache_layout import CompactionBatch, Order, PagedKV
-from .importance import survey
+from .batch import CompactionBatch
+from .cache_layout import PagedKV
+from .importance import window_statistics
 from .joint_scores import MASS_SCALE, combine
-from .matches import newest_matches, sums
-from .move import STAGED_COLUMNS, compact
+from .matches import newest_matches
+from .move import compact
+from .options import Order, Scope
+from .scratch import ScratchMemory
 from .select import SELECT_LENGTHS, select
 from .shared_scores import add_layers, share_in_layer
-from .work_slice import Part
-
-Scope = Literal["head", "layer", "global"]
-"""Who shares one set of kept tokens: no other KV head, the heads of a layer, or all layers."""
-
-_ROUNDING = 128  # per-token tables hold a multiple of this many tokens
-_BLOCK = 32  # fewest tokens of which a kernel keeps a record
-_TOKEN_BYTES = 4 + 4 + 8 + 4  # weights, slots, links, scores
+from .window_sums import attention_and_link_sums
+from .work_slice import WorkSlice
 
 
 class RkvRound:
@@ -84,7 +80,9 @@ class RkvRound:
         self.pool_kernel = pool_kernel
         self.scale = 1.0 / math.sqrt(kv.head_size) if scale is None else scale
         self.scope = scope
-        self._scratch = torch.empty(scratch_bytes // 64 * 64, dtype=torch.uint8, device=kv.device)
+        self.scratch = ScratchMemory(
+            kv, window=window, shares_all_layers=scope == "global", num_bytes=scratch_bytes
+        )
 
     def run(self, queries: torch.Tensor, batch: CompactionBatch, lam: torch.Tensor) -> None:
         """Score every token of the batch, select the survivors, and move them into the target pages.
@@ -116,7 +114,7 @@ class RkvRound:
         """
         self._check(batch)
         self._check_scores(scores, batch)
-        self._run(batch, partial(self._of_part, scores))
+        self._run(batch, partial(self._of_slice, scores))
 
     def score(
         self, queries: torch.Tensor, batch: CompactionBatch, lam: torch.Tensor, scores: torch.Tensor
@@ -135,8 +133,8 @@ class RkvRound:
         """
         self._check(batch, queries, lam)
         self._check_scores(scores, batch)
-        for part in self._all_parts(batch):
-            self._score(part, queries, lam, self._of_part(scores, part))
+        for work in self.slices(batch):
+            self._score(work, queries, lam, self._of_slice(scores, work))
 
     def page_scores(self, queries: torch.Tensor, batch: CompactionBatch, lam: torch.Tensor) -> torch.Tensor:
         """Importance and redundancy of whole pages, summed over their candidates, all layers and KV heads.
@@ -156,8 +154,8 @@ class RkvRound:
         self._check(batch, queries, lam)
         shape = (*batch.source_pages.shape, 2)
         masses = torch.zeros(shape, dtype=torch.int64, device=self.kv.device)
-        for part in self._all_parts(batch):
-            self._score(part, queries, lam, self._own_scores(part), masses)
+        for work in self.slices(batch):
+            self._score(work, queries, lam, work.scores_by_head, masses)
         return masses.float().div_(MASS_SCALE)
 
     def warm_up(self, queries: torch.Tensor, order: Order = "temporal") -> None:
@@ -185,131 +183,55 @@ class RkvRound:
         self.page_scores(queries, batch, lam)
         for each in (batch, staged):
             self.run(queries, each, lam)
-        part = next(self._all_parts(batch))
+        work = next(self.slices(batch))
         for longest in SELECT_LENGTHS:
-            select(dataclasses.replace(part, longest=longest), self._own_scores(part), window=self.window)
+            select(dataclasses.replace(work, longest=longest), work.scores_by_head, window=self.window)
 
-    def _run(self, batch: CompactionBatch, scores_of: Callable[[Part], torch.Tensor]) -> None:
-        """Score, select and move, part by part; what all layers share needs the scores of all parts first."""
-        for parts in self._parts(batch):
+    def _run(self, batch: CompactionBatch, scores_of: Callable[[WorkSlice], torch.Tensor]) -> None:
+        """Score, select and move, slice by slice; what all layers share needs all scores first."""
+        for slices in self.scratch.slices(batch):
             if self.scope == "global":
-                for part in parts:
-                    add_layers(part, scores_of(part), window=self.window)
-            for part in parts:
+                for work in slices:
+                    add_layers(work, scores_of(work), window=self.window)
+            for work in slices:
                 if self.scope == "global":
-                    scores = part.shared.view(1, part.requests, 1, part.capacity)
-                    scores = scores.expand(part.layers, -1, self.kv.num_heads, -1)
+                    scores = work.shared.view(1, work.requests, 1, work.capacity)
+                    scores = scores.expand(work.layers, -1, self.kv.num_heads, -1)
                 else:
-                    scores = scores_of(part)
+                    scores = scores_of(work)
                     if self.scope == "layer":
-                        scores = share_in_layer(part, scores, window=self.window)
-                select(part, scores, window=self.window)
-                compact(part, window=self.window)
+                        scores = share_in_layer(work, scores, window=self.window)
+                select(work, scores, window=self.window)
+                compact(work, window=self.window)
 
-    def _score_in_scratch(self, queries: torch.Tensor, lam: torch.Tensor, part: Part) -> torch.Tensor:
-        scores = self._own_scores(part)
-        self._score(part, queries, lam, scores)
-        return scores
+    def _score_in_scratch(self, queries: torch.Tensor, lam: torch.Tensor, work: WorkSlice) -> torch.Tensor:
+        self._score(work, queries, lam, work.scores_by_head)
+        return work.scores_by_head
 
     def _score(
         self,
-        part: Part,
+        work: WorkSlice,
         queries: torch.Tensor,
         lam: torch.Tensor,
         scores: torch.Tensor,
         masses: torch.Tensor | None = None,
     ) -> None:
-        survey(part, queries, window=self.window, scale=self.scale)
-        newest_matches(part, lam, threshold=self.threshold)
-        sums(part, queries, lam, window=self.window, scale=self.scale)
-        combine(part, lam, scores, window=self.window, pool_kernel=self.pool_kernel, masses=masses)
-
-    def _own_scores(self, part: Part) -> torch.Tensor:
-        return part.scores.view(part.layers, part.requests, self.kv.num_heads, part.capacity)
+        window_statistics(work, queries, scale=self.scale)
+        newest_matches(work, lam, threshold=self.threshold)
+        attention_and_link_sums(work, queries, lam, scale=self.scale)
+        combine(work, lam, scores, window=self.window, pool_kernel=self.pool_kernel, masses=masses)
 
     @staticmethod
-    def _of_part(scores: torch.Tensor, part: Part) -> torch.Tensor:
+    def _of_slice(scores: torch.Tensor, work: WorkSlice) -> torch.Tensor:
         return scores[
-            part.first_layer : part.first_layer + part.layers,
-            part.first_request : part.first_request + part.requests,
+            work.first_layer : work.first_layer + work.layers,
+            work.first_request : work.first_request + work.requests,
         ]
 
-    def _all_parts(self, batch: CompactionBatch) -> Iterator[Part]:
-        for parts in self._parts(batch):
-            yield from parts
-
-    def _parts(self, batch: CompactionBatch) -> Iterator[list[Part]]:
-        """Parts that fit the scratch memory: some requests in one, or layer by layer one that is too long."""
-        layers, first = self.kv.num_layers, 0
-        while first < batch.num_requests:
-            longest, last = batch.lengths[first], first + 1
-            while last < batch.num_requests:
-                longer = max(longest, batch.lengths[last])
-                if self._layers_that_fit(longer, last + 1 - first) < layers:
-                    break
-                longest, last = longer, last + 1
-            step = min(layers, self._layers_that_fit(longest, last - first))
-            yield [
-                self._part(batch, first_layer, min(step, layers - first_layer), first, last - first, longest)
-                for first_layer in range(0, layers, step)
-            ]
-            first = last
-
-    def _layers_that_fit(self, longest: int, requests: int) -> int:
-        free = self._scratch.numel() - self._shared_bytes(longest, requests)
-        return free // (requests * self.kv.num_heads * self._head_bytes(longest) + 1024)
-
-    def _shared_bytes(self, longest: int, requests: int) -> int:
-        """Of the scores that all layers share."""
-        return 4 * requests * _capacity(longest) if self.scope == "global" else 0
-
-    def _head_bytes(self, longest: int) -> int:
-        capacity = _capacity(longest)
-        return capacity * _TOKEN_BYTES + 8 * self.kv.head_size + capacity // _BLOCK * 8 * self.window
-
-    def _part(
-        self,
-        batch: CompactionBatch,
-        first_layer: int,
-        layers: int,
-        first_request: int,
-        requests: int,
-        longest: int,
-    ) -> Part:
-        capacity = _capacity(longest)
-        owners = layers * requests * self.kv.num_heads
-        blocks = capacity // _BLOCK
-        position = 0
-
-        def take(count: int, dtype: torch.dtype) -> torch.Tensor:
-            nonlocal position
-            start, position = position, position + -(-count * dtype.itemsize // 64) * 64
-            return self._scratch[start : start + count * dtype.itemsize].view(dtype)
-
-        # First, and so at the same place in all parts of a request.
-        shared = take(self._shared_bytes(longest, requests) // 4, torch.float32)
-        slots = take(owners * capacity, torch.int32)
-        staging = self._scratch[position:].view(self.kv.dtype)
-        return Part(
-            kv=self.kv,
-            batch=batch,
-            first_layer=first_layer,
-            layers=layers,
-            first_request=first_request,
-            requests=requests,
-            longest=longest,
-            capacity=capacity,
-            slots=slots,
-            weights=take(owners * capacity, torch.float32),
-            links=take(owners * capacity, torch.int64),
-            scores=take(owners * capacity, torch.float32),
-            peaks=take(owners * blocks * self.window, torch.float32),
-            totals=take(owners * blocks * self.window, torch.float32),
-            shared=shared,
-            directions=take(owners * self.kv.head_size, torch.int64),
-            blocks=blocks,
-            staging=staging,
-        )
+    def slices(self, batch: CompactionBatch) -> Iterator[WorkSlice]:
+        """The slices that the batch is cut into, one after the other in the same scratch memory."""
+        for slices in self.scratch.slices(batch):
+            yield from slices
 
     def _check(
         self, batch: CompactionBatch, queries: torch.Tensor | None = None, lam: torch.Tensor | None = None
@@ -321,12 +243,7 @@ class RkvRound:
             )
         if batch.highest_page >= kv.num_pages:
             raise ValueError(f"page {batch.highest_page} does not exist: the cache has {kv.num_pages}")
-        longest = max(batch.lengths)
-        # Of each token's bytes in the tables, the four of its slot are not free for staging.
-        free = self._scratch.numel() - self._shared_bytes(longest, 1)
-        staging = free // _TOKEN_BYTES * (_TOKEN_BYTES - 4)
-        if self._layers_that_fit(longest, 1) < 1 or staging < longest * STAGED_COLUMNS * kv.dtype.itemsize:
-            raise ValueError(f"the scratch memory does not hold one layer of {longest} tokens")
+        self.scratch.check(max(batch.lengths))
         if queries is not None:
             expected = (kv.num_layers, self.window, kv.head_size)
             if queries.dim() != 5 or (queries.shape[0], queries.shape[2], queries.shape[4]) != expected:
@@ -350,8 +267,3 @@ class RkvRound:
             raise ValueError(f"scores of shape {tuple(scores.shape)} do not fit the batch")
         if scores.dtype != torch.float32 or scores.device != self.kv.device or scores.stride(3) != 1:
             raise ValueError(f"scores must be float32 on {self.kv.device}, contiguous along the slots")
-
-
-def _capacity(longest: int) -> int:
-    """Entries of a per-token table."""
-    return -(-longest // _ROUNDING) * _ROUNDING

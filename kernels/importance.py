@@ -1,4 +1,4 @@
-"""First walk over the keys: the softmax statistics of importance, and what redundancy needs of each key.
+"""First pass over the keys: the softmax statistics of importance, and what redundancy needs of each key.
 
 One program reads some tokens of one (layer, request, KV head). Formulas: rkv_spec 1.3 (importance) and
 4.4 B (the sum of the normalised keys); reference: ``naive.importance``.
@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .work_slice import LINK_SCALE, Part, inverse_norm, slot_offsets
+from .work_slice import LINK_SCALE, WorkSlice, inverse_norm, layer_and_head, locate, slot_offsets
 
 NO_LOGIT = tl.constexpr(-3.0e38)
 """Logit of what is no candidate: finite, so that a block without candidates needs no special case."""
@@ -54,25 +54,25 @@ def window_logits(
 
 @triton.jit(do_not_specialize=["stride_pages", "first_layer", "first_request", "requests", "stat_blocks"])
 def _survey_kernel(
-    kv,
-    layer_offsets,
+    kv,  # layer 0 of the cache, [pages, H, page size, 2 D] by its strides
+    layer_offsets,  # [L]
     stride_page,
     stride_kv_head,
     stride_slot,
-    queries,
+    queries,  # [L, rows, WINDOW, Hq, D]
     stride_layer,
     stride_ring,
     stride_window,
     stride_head,
-    query_rows,
-    source_pages,
+    query_rows,  # [R]
+    source_pages,  # [R, pages]
     stride_pages,
-    lengths,
-    weights,
-    links,
-    peaks,
-    totals,
-    directions,
+    lengths,  # [R]
+    inverse_norms,  # [owners, capacity]
+    links,  # [owners, capacity]
+    peaks,  # [owners, stat_blocks, WINDOW]
+    totals,  # [owners, stat_blocks, WINDOW]
+    directions,  # [owners, D]
     scale,
     first_layer,
     first_request,
@@ -90,30 +90,26 @@ def _survey_kernel(
     BLOCK: tl.constexpr,
 ):
     block = tl.program_id(0)
-    head = tl.program_id(1) % HEADS
-    local_request = tl.program_id(1) // HEADS
-    request = first_request + local_request
-    layer = first_layer + tl.program_id(2)
+    layer, request, _, head, owner = locate(first_layer, first_request, requests, HEADS)
     length = tl.load(lengths + request)
     if block * BLOCK >= length:
         return
-    owner = ((tl.program_id(2) * requests + local_request) * HEADS + head).to(tl.int64)
     table = owner * capacity
     pages = source_pages + request * stride_pages
-    kv += tl.multiple_of(tl.load(layer_offsets + layer), 16) + head.to(tl.int64) * stride_kv_head
+    kv = layer_and_head(kv, layer_offsets, layer, head, stride_kv_head)
 
     slots = block * BLOCK + tl.arange(0, BLOCK)
     inside = slots < length
     d = tl.arange(0, BLOCK_D)
     offsets = slot_offsets(pages, slots, inside, stride_page, stride_slot, PAGE_SIZE)
     mask = inside[:, None] & (d < HEAD_SIZE)[None, :]
-    keys = tl.load(kv + offsets[:, None] + d[None, :], mask=mask, other=0.0)
+    keys = tl.load(kv + offsets[:, None] + d[None, :], mask=mask, other=0.0)  # [BLOCK, BLOCK_D]
 
-    inverse = inverse_norm(keys)
-    direction = tl.sum(keys.to(tl.float32) * inverse[:, None], axis=0)
+    inverse = inverse_norm(keys)  # [BLOCK]
+    direction = tl.sum(keys.to(tl.float32) * inverse[:, None], axis=0)  # [BLOCK_D]
     exact = (direction * LINK_SCALE).to(tl.int64)
     tl.atomic_add(directions + owner * HEAD_SIZE + d, exact, mask=d < HEAD_SIZE, sem="relaxed")
-    tl.store(weights + table + slots, inverse, mask=inside)
+    tl.store(inverse_norms + table + slots, inverse, mask=inside)
     tl.store(links + table + slots, tl.zeros((BLOCK,), tl.int64), mask=inside)
 
     ring_row = tl.load(query_rows + request).to(tl.int64)
@@ -121,7 +117,7 @@ def _survey_kernel(
     window = load_queries(
         queries, stride_window, stride_head, GROUP, GROUP_PAD, WINDOW, WINDOW_PAD, HEAD_SIZE, BLOCK_D
     )
-    logits = window_logits(window, keys, scale, GROUP_PAD, WINDOW_PAD, BLOCK)
+    logits = window_logits(window, keys, scale, GROUP_PAD, WINDOW_PAD, BLOCK)  # [WINDOW_PAD, BLOCK]
     logits = tl.where((slots < length - WINDOW)[None, :], logits, NO_LOGIT)
     peak = tl.max(logits, axis=1)
     total = tl.sum(tl.exp(logits - peak[:, None]), axis=1)
@@ -131,23 +127,25 @@ def _survey_kernel(
     tl.store(totals + statistics, total, mask=row < WINDOW)
 
 
-@triton.jit(do_not_specialize=["first_request", "requests", "blocks"])
+@triton.jit(do_not_specialize=["first_layer", "first_request", "requests", "blocks"])
 def _merge_kernel(
-    peaks,
-    totals,
-    lengths,
+    peaks,  # [owners, blocks, WINDOW]
+    totals,  # [owners, blocks, WINDOW]
+    lengths,  # [R]
+    first_layer,
     first_request,
     requests,
     blocks,
+    HEADS: tl.constexpr,
     WINDOW: tl.constexpr,
     WINDOW_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Softmax statistics of all candidates from those of each block of them, into the first block's place."""
-    owner = (tl.program_id(2) * requests + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
-    peaks += owner.to(tl.int64) * blocks * WINDOW
-    totals += owner.to(tl.int64) * blocks * WINDOW
-    used = tl.cdiv(tl.load(lengths + first_request + tl.program_id(1)), BLOCK)
+    _, request, _, _, owner = locate(first_layer, first_request, requests, HEADS)
+    peaks += owner * blocks * WINDOW
+    totals += owner * blocks * WINDOW
+    used = tl.cdiv(tl.load(lengths + request), BLOCK)
     row = tl.arange(0, WINDOW_PAD)
     peak = tl.full((WINDOW_PAD,), NO_LOGIT, tl.float32)
     total = tl.zeros((WINDOW_PAD,), tl.float32)
@@ -155,7 +153,7 @@ def _merge_kernel(
         index = start + tl.arange(0, 64)
         inside = (index < used)[:, None] & (row < WINDOW)[None, :]
         entries = index[:, None] * WINDOW + row[None, :]
-        some_peaks = tl.load(peaks + entries, mask=inside, other=NO_LOGIT)
+        some_peaks = tl.load(peaks + entries, mask=inside, other=NO_LOGIT)  # [64, WINDOW_PAD]
         some_totals = tl.load(totals + entries, mask=inside, other=0.0)
         higher = tl.maximum(peak, tl.max(some_peaks, axis=0))
         total = total * tl.exp(peak - higher)
@@ -166,61 +164,67 @@ def _merge_kernel(
     tl.store(totals + row, total, mask=row < WINDOW)
 
 
-def survey(part: Part, queries: torch.Tensor, *, window: int, scale: float) -> None:
-    """Fill ``weights`` (inverse norms), ``peaks``, ``totals``, ``directions``; zero ``links``.
+def query_constants(queries: torch.Tensor, heads: int) -> dict[str, int]:
+    """Shapes of the window's queries, padded to what ``tl.dot`` takes: at least 16 rows.
 
     Args:
-        part: requests and layers, with scratch memory.
-        queries: [L, rows, window, Hq, D], the ring of window queries, in the cache's dtype.
-        window: number of newest keys that are no candidates.
+        queries: [L, rows, window, Hq, D].
+        heads: KV heads a layer.
+    """
+    window, group = queries.shape[2], queries.shape[3] // heads
+    window_pad = triton.next_power_of_2(window)
+    return {
+        "GROUP": group,
+        "GROUP_PAD": max(triton.next_power_of_2(group), 16 // window_pad),
+        "WINDOW": window,
+        "WINDOW_PAD": window_pad,
+    }
+
+
+def window_statistics(work: WorkSlice, queries: torch.Tensor, *, scale: float) -> None:
+    """Fill ``inverse_norms``, ``peaks``, ``totals`` and ``directions``; zero ``links``.
+
+    Args:
+        work: requests and layers, with scratch memory.
+        queries: [L, rows, window, Hq, D], the query ring, in the cache's dtype.
         scale: factor on the logits.
     """
-    kv, batch = part.kv, part.batch
-    group = queries.shape[3] // kv.num_heads
-    window_pad = triton.next_power_of_2(window)
+    kv, batch = work.kv, work.batch
+    constants = query_constants(queries, kv.num_heads)
     block = _BLOCK if kv.dtype.itemsize == 2 and kv.head_size <= 128 else 32
-    part.directions.zero_()
-    _survey_kernel[(-(-part.longest // block), part.requests * kv.num_heads, part.layers)](
-        kv.layers[0],
-        kv.layer_offsets,
-        *kv.layers[0].stride()[:3],
+    work.directions.zero_()
+    _survey_kernel[work.grid(-(-work.longest // block))](
+        *work.cache_args(),
         queries,
         *queries.stride()[:4],
         batch.query_rows,
         batch.source_pages,
         batch.source_pages.stride(0),
         batch.lengths_on_device,
-        part.weights,
-        part.links,
-        part.peaks,
-        part.totals,
-        part.directions,
+        work.inverse_norms,
+        work.links,
+        work.peaks,
+        work.totals,
+        work.directions,
         scale,
-        part.first_layer,
-        part.first_request,
-        part.requests,
-        part.capacity,
-        part.blocks,
-        HEADS=kv.num_heads,
-        GROUP=group,
-        GROUP_PAD=max(triton.next_power_of_2(group), 16 // window_pad),
-        WINDOW=window,
-        WINDOW_PAD=window_pad,
-        HEAD_SIZE=kv.head_size,
-        BLOCK_D=triton.next_power_of_2(kv.head_size),
-        PAGE_SIZE=kv.page_size,
+        *work.slice_args(),
+        work.blocks,
+        **work.shape_constants(),
+        **constants,
         BLOCK=block,
         num_warps=_WARPS if block == _BLOCK else 8,
     )
-    _merge_kernel[(kv.num_heads, part.requests, part.layers)](
-        part.peaks,
-        part.totals,
+    _merge_kernel[work.grid()](
+        work.peaks,
+        work.totals,
         batch.lengths_on_device,
-        part.first_request,
-        part.requests,
-        part.blocks,
-        WINDOW=window,
-        WINDOW_PAD=window_pad,
+        work.first_layer,
+        work.first_request,
+        work.requests,
+        work.blocks,
+        HEADS=kv.num_heads,
+        WINDOW=constants["WINDOW"],
+        WINDOW_PAD=constants["WINDOW_PAD"],
         BLOCK=block,
         num_warps=1,
     )

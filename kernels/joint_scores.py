@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .work_slice import LINK_SCALE, Part
+from .work_slice import LINK_SCALE, WorkSlice, locate
 
 MASS_SCALE = 1 << 40
 """Page masses are summed as 64-bit integers in units of 2^-40, so that their order does not matter."""
@@ -33,6 +33,7 @@ def _mass(masses, values, slots, candidates, PAGE_SIZE: tl.constexpr, BLOCK: tl.
 
 @triton.jit(
     do_not_specialize=[
+        "first_layer",
         "first_request",
         "requests",
         "stride_score_layer",
@@ -43,32 +44,32 @@ def _mass(masses, values, slots, candidates, PAGE_SIZE: tl.constexpr, BLOCK: tl.
     do_not_specialize_on_alignment=["scores"],
 )
 def _combine_kernel(
-    lengths,
-    lam,
-    attention,
-    links,
-    scores,
+    lengths,  # [R]
+    lam,  # [R]
+    attention,  # [owners, capacity]
+    links,  # [owners, capacity]
+    scores,  # [layers, requests, H, slots] by its strides
     stride_score_layer,
     stride_score_request,
     stride_score_head,
-    masses,
+    masses,  # [R, pages, 2]
     stride_masses,
+    first_layer,
     first_request,
     requests,
     capacity,
+    HEADS: tl.constexpr,
     WINDOW: tl.constexpr,
     POOL: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     MASSES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    head = tl.program_id(0)
-    request = first_request + tl.program_id(1)
-    owner = (tl.program_id(2) * requests + tl.program_id(1)) * tl.num_programs(0) + head
-    attention += owner.to(tl.int64) * capacity
-    links += owner.to(tl.int64) * capacity
+    _, request, local_request, head, owner = locate(first_layer, first_request, requests, HEADS)
+    attention += owner * capacity
+    links += owner * capacity
     scores += tl.program_id(2).to(tl.int64) * stride_score_layer
-    scores += tl.program_id(1).to(tl.int64) * stride_score_request + head.to(tl.int64) * stride_score_head
+    scores += local_request.to(tl.int64) * stride_score_request + head.to(tl.int64) * stride_score_head
     masses += request * stride_masses
     length = tl.load(lengths + request)
     candidates = length - WINDOW
@@ -104,7 +105,7 @@ def _combine_kernel(
 
 
 def combine(
-    part: Part,
+    work: WorkSlice,
     lam: torch.Tensor,
     scores: torch.Tensor,
     *,
@@ -112,31 +113,30 @@ def combine(
     pool_kernel: int,
     masses: torch.Tensor | None = None,
 ) -> None:
-    """Joint score of each candidate, given ``part.slots`` (window attention) and ``part.links``.
+    """Joint score of each candidate, from ``work.attention`` and ``work.links``.
 
     Args:
-        part: requests and layers, after ``sums``.
+        work: requests and layers, after ``attention_and_link_sums``.
         lam: float32 [R], weight of importance of each request of the batch.
-        scores: float32 [layers, requests, H, >= longest] of the part, written up to each request's
+        scores: float32 [layers, requests, H, >= longest] of the slice, written up to each request's
             candidates.
         window: number of newest keys that are no candidates.
         pool_kernel: odd width, in tokens, of the max-pooling of importance.
         masses: int64 [R, pages, 2], to which importance and redundancy (0 at a ``lam`` of 1) of every
             candidate are added, in units of 1 / MASS_SCALE.
     """
-    kv, batch = part.kv, part.batch
-    _combine_kernel[(kv.num_heads, part.requests, part.layers)](
+    kv, batch = work.kv, work.batch
+    _combine_kernel[work.grid()](
         batch.lengths_on_device,
         lam,
-        part.slots.view(torch.float32),
-        part.links,
+        work.attention,
+        work.links,
         scores,
         *scores.stride()[:3],
-        part.links if masses is None else masses,
+        work.links if masses is None else masses,
         0 if masses is None else masses.stride(0),
-        part.first_request,
-        part.requests,
-        part.capacity,
+        *work.slice_args(),
+        HEADS=kv.num_heads,
         WINDOW=window,
         POOL=pool_kernel,
         PAGE_SIZE=kv.page_size,

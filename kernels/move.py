@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .work_slice import Part, slot_offsets
+from .work_slice import WorkSlice, layer_and_head, locate, slot_offsets
 
 _TOKENS = 64  # tokens a step
 _WARPS = 8
@@ -33,19 +33,19 @@ def _source_slots(kept, tokens, keep, length, WINDOW: tl.constexpr):
     do_not_specialize=["stride_source", "stride_target", "first_layer", "first_request", "requests"],
 )
 def _move_kernel(
-    kv,
-    layer_offsets,
+    kv,  # layer 0 of the cache, [pages, H, page size, 2 D] by its strides
+    layer_offsets,  # [L]
     stride_page,
     stride_kv_head,
     stride_slot,
-    source_pages,
+    source_pages,  # [R, pages]
     stride_source,
-    target_pages,
+    target_pages,  # [R, pages]
     stride_target,
-    lengths,
-    keeps,
-    staged,
-    kept,
+    lengths,  # [R]
+    keeps,  # [R]
+    staged,  # [R]
+    kept,  # [owners, capacity]
     first_layer,
     first_request,
     requests,
@@ -57,18 +57,15 @@ def _move_kernel(
     PAGE_SIZE: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    head = tl.program_id(0)
-    request = first_request + tl.program_id(1)
-    layer = first_layer + tl.program_id(2)
+    layer, request, _, head, owner = locate(first_layer, first_request, requests, HEADS)
     if tl.load(staged + request) > 0:
         return
-    owner = (tl.program_id(2) * requests + tl.program_id(1)) * HEADS + head
-    kept += owner.to(tl.int64) * capacity
+    kept += owner * capacity
     length = tl.load(lengths + request)
     keep = tl.load(keeps + request)
     source_pages += request * stride_source
     target_pages += request * stride_target
-    kv += tl.multiple_of(tl.load(layer_offsets + layer), 16) + head.to(tl.int64) * stride_kv_head
+    kv = layer_and_head(kv, layer_offsets, layer, head, stride_kv_head)
     column = tl.arange(0, BLOCK_WIDTH)
     for start in range(0, keep, TOKENS):
         tokens = start + tl.arange(0, TOKENS)
@@ -95,19 +92,19 @@ def _move_kernel(
     ],
 )
 def _stage_kernel(
-    kv,
-    layer_offsets,
+    kv,  # layer 0 of the cache, [pages, H, page size, 2 D] by its strides
+    layer_offsets,  # [L]
     stride_page,
     stride_kv_head,
     stride_slot,
-    source_pages,
+    source_pages,  # [R, pages]
     stride_source,
-    target_pages,
+    target_pages,  # [R, pages]
     stride_target,
-    lengths,
-    keeps,
-    kept,
-    scratch,
+    lengths,  # [R]
+    keeps,  # [R]
+    kept,  # [owners, capacity]
+    scratch,  # [units, keep, COLUMNS]
     stride_unit,
     first_layer,
     request,
@@ -124,15 +121,14 @@ def _stage_kernel(
     WRITE_BACK: tl.constexpr,
 ):
     unit = first_unit + tl.program_id(1)
-    part_layer = unit // (HEADS * (WIDTH // COLUMNS))
+    local_layer = unit // (HEADS * (WIDTH // COLUMNS))
     head = unit // (WIDTH // COLUMNS) % HEADS
     column = unit % (WIDTH // COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)
-    owner = (part_layer * requests + local_request) * HEADS + head
+    owner = (local_layer * requests + local_request) * HEADS + head
     kept += owner.to(tl.int64) * capacity
     length = tl.load(lengths + request)
     keep = tl.load(keeps + request)
-    kv += tl.multiple_of(tl.load(layer_offsets + first_layer + part_layer), 16)
-    kv += head.to(tl.int64) * stride_kv_head
+    kv = layer_and_head(kv, layer_offsets, first_layer + local_layer, head, stride_kv_head)
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     inside = tokens < keep
     scratch += tl.program_id(1).to(tl.int64) * stride_unit
@@ -150,15 +146,15 @@ def _stage_kernel(
         tl.store(copy, data, mask=inside[:, None])
 
 
-def compact(part: Part, *, window: int) -> None:
-    """Move the survivors of every (layer, request, KV head) of the part into the target pages.
+def compact(work: WorkSlice, *, window: int) -> None:
+    """Move the survivors of every (layer, request, KV head) of the slice into the target pages.
 
     Args:
-        part: requests and layers, after ``select``; staged requests need ``longest * STAGED_COLUMNS``
-            elements of ``part.staging``.
+        work: requests and layers, after ``select``; staged requests need ``longest * STAGED_COLUMNS``
+            elements of ``work.staging``.
         window: number of newest tokens, which are kept without a score.
     """
-    kv, batch = part.kv, part.batch
+    kv, batch = work.kv, work.batch
     width = 2 * kv.head_size
     pages = (
         batch.source_pages,
@@ -168,17 +164,12 @@ def compact(part: Part, *, window: int) -> None:
         batch.lengths_on_device,
         batch.keeps_on_device,
     )
-    _move_kernel[(kv.num_heads, part.requests, part.layers)](
-        kv.layers[0],
-        kv.layer_offsets,
-        *kv.layers[0].stride()[:3],
+    _move_kernel[work.grid()](
+        *work.cache_args(),
         *pages,
         batch.staged_on_device,
-        part.slots,
-        part.first_layer,
-        part.first_request,
-        part.requests,
-        part.capacity,
+        work.kept,
+        *work.slice_args(),
         HEADS=kv.num_heads,
         WINDOW=window,
         WIDTH=width,
@@ -188,29 +179,27 @@ def compact(part: Part, *, window: int) -> None:
         num_warps=_WARPS,
     )
     for request in batch.staged:
-        local_request = request - part.first_request
-        if not 0 <= local_request < part.requests:
+        local_request = request - work.first_request
+        if not 0 <= local_request < work.requests:
             continue
         stride_unit = batch.keeps[request] * STAGED_COLUMNS
-        units = part.layers * kv.num_heads * (width // STAGED_COLUMNS)
-        together = min(part.staging.numel() // stride_unit, 65535)  # the limit of a launch's second axis
+        units = work.layers * kv.num_heads * (width // STAGED_COLUMNS)
+        together = min(work.staging.numel() // stride_unit, 65535)  # the limit of a launch's second axis
         for first_unit in range(0, units, together):
             grid = (-(-batch.keeps[request] // _TOKENS), min(together, units - first_unit))
             for write_back in (False, True):
                 _stage_kernel[grid](
-                    kv.layers[0],
-                    kv.layer_offsets,
-                    *kv.layers[0].stride()[:3],
+                    *work.cache_args(),
                     *pages,
-                    part.slots,
-                    part.staging,
+                    work.kept,
+                    work.staging,
                     stride_unit,
-                    part.first_layer,
+                    work.first_layer,
                     request,
                     local_request,
-                    part.requests,
+                    work.requests,
                     first_unit,
-                    part.capacity,
+                    work.capacity,
                     HEADS=kv.num_heads,
                     WINDOW=window,
                     WIDTH=width,

@@ -4,7 +4,7 @@ It follows the formulas step by step, keeps the whole N x N similarity matrix, a
 it is given float64 tensors (in float32 otherwise). Every faster path of this package is tested against it.
 
 Sources: R-KV (arXiv 2505.24133), sections 3.2 to 3.4, in the variant of the authors' code: keys are cached
-after rotary embedding, the window's keys take part in redundancy, and each row cuts exactly one link
+after rotary embedding, the window's keys take work in redundancy, and each row cuts exactly one link
 (rkv_spec 1.3 to 1.5 and 1.10).
 """
 
@@ -50,7 +50,7 @@ def importance(
     if pool_kernel < 1 or pool_kernel % 2 == 0:
         raise ValueError(f"pool_kernel must be odd and positive, not {pool_kernel}")
     if queries.shape[0] % heads:
-        raise ValueError(f"{queries.shape[0]} query heads cannot be shared out over {heads} key heads")
+        raise ValueError(f"Hq must be a multiple of H: {queries.shape[0]} query heads, {heads} KV heads")
     dtype = _compute_dtype(keys)
     factor = 1.0 / math.sqrt(head_size) if scale is None else scale
     grouped = queries.to(dtype).unflatten(0, (heads, -1))  # [H, G, rows, D]

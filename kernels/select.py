@@ -1,7 +1,7 @@
 """Selection of the highest scores of each (layer, request, KV head), in ascending order or best first.
 
 No sort: the score at the cut is found two bits at a time on an order-preserving integer view of float32,
-each time with one count over the scores; one more walk writes the slots above the cut and, lowest first, as
+each time with one count over the scores; one more pass writes the slots above the cut and, lowest first, as
 many at the cut as there is room for. For the order of the scores a second kernel counts, for each chosen
 slot, those that go before it. Formulas: rkv_spec 1.5 and 1.7; reference: ``naive.select``.
 """
@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .work_slice import Part
+from .work_slice import WorkSlice, locate
 
 _BLOCKS = (2048, 4096, 8192)  # tokens that a program keeps in registers
 SELECT_LENGTHS = (2048, 4096, 8192, 8193)
@@ -44,30 +44,37 @@ def _three_counts(ordered, cut, shift):
 
 
 @triton.jit(
-    do_not_specialize=["stride_layer", "stride_request", "stride_head", "first_request", "requests"],
+    do_not_specialize=[
+        "stride_layer",
+        "stride_request",
+        "stride_head",
+        "first_layer",
+        "first_request",
+        "requests",
+    ],
     do_not_specialize_on_alignment=["scores"],
 )
 def _select_kernel(
-    lengths,
-    keeps,
-    scores,
+    lengths,  # [R]
+    keeps,  # [R]
+    scores,  # [layers, requests, H, slots] by its strides
     stride_layer,
     stride_request,
     stride_head,
-    kept,
+    kept,  # [owners, capacity]
+    first_layer,
     first_request,
     requests,
     capacity,
+    HEADS: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK: tl.constexpr,
     RESIDENT: tl.constexpr,
 ):
-    head = tl.program_id(0)
-    request = first_request + tl.program_id(1)
-    owner = (tl.program_id(2) * requests + tl.program_id(1)) * tl.num_programs(0) + head
-    kept += owner.to(tl.int64) * capacity
+    _, request, local_request, head, owner = locate(first_layer, first_request, requests, HEADS)
+    kept += owner * capacity
     scores += tl.program_id(2).to(tl.int64) * stride_layer
-    scores += tl.program_id(1).to(tl.int64) * stride_request + head.to(tl.int64) * stride_head
+    scores += local_request.to(tl.int64) * stride_request + head.to(tl.int64) * stride_head
     candidates = tl.load(lengths + request) - WINDOW
     count = tl.load(keeps + request) - WINDOW
 
@@ -104,30 +111,35 @@ def _select_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["stride_layer", "stride_request", "stride_head", "first_request", "requests"],
+    do_not_specialize=[
+        "stride_layer",
+        "stride_request",
+        "stride_head",
+        "first_layer",
+        "first_request",
+        "requests",
+    ],
     do_not_specialize_on_alignment=["scores"],
 )
 def _rank_kernel(
-    lengths,
-    keeps,
-    scores,
+    lengths,  # [R]
+    keeps,  # [R]
+    scores,  # [layers, requests, H, slots] by its strides
     stride_layer,
     stride_request,
     stride_head,
-    chosen,
-    kept,
+    chosen,  # [owners, capacity], ascending
+    kept,  # [owners, capacity], best first
+    first_layer,
     first_request,
     requests,
     capacity,
-    WINDOW: tl.constexpr,
     HEADS: tl.constexpr,
+    WINDOW: tl.constexpr,
     RANKED: tl.constexpr,
     RIVALS: tl.constexpr,
 ):
-    head = tl.program_id(1) % HEADS
-    local_request = tl.program_id(1) // HEADS
-    request = first_request + local_request
-    owner = ((tl.program_id(2) * requests + local_request) * HEADS + head).to(tl.int64)
+    _, request, local_request, head, owner = locate(first_layer, first_request, requests, HEADS)
     scores += tl.program_id(2).to(tl.int64) * stride_layer
     scores += local_request.to(tl.int64) * stride_request + head.to(tl.int64) * stride_head
     chosen += owner * capacity
@@ -151,47 +163,44 @@ def _rank_kernel(
     tl.store(kept + rank, slots, mask=own < count)
 
 
-def select(part: Part, scores: torch.Tensor, *, window: int) -> None:
-    """Write the chosen slots, keep - window a (layer, request, KV head), to ``part.slots`` in their order.
+def select(work: WorkSlice, scores: torch.Tensor, *, window: int) -> None:
+    """Write the chosen slots, keep - window an owner, to ``work.kept`` in their order.
 
-    For the order of the scores, ``part.weights`` is overwritten.
+    For the order of the scores, ``work.chosen_slots`` is overwritten.
 
     Args:
-        part: requests and layers.
-        scores: float32 [layers, requests, H, >= longest - window] of the part, last stride 1; NaN counts as
+        work: requests and layers.
+        scores: float32 [layers, requests, H, >= longest - window] of the slice, last stride 1; NaN counts as
             the lowest score.
         window: number of newest tokens, which are kept without a score.
     """
-    batch = part.batch
-    chosen = part.slots if batch.order == "temporal" else part.weights.view(torch.int32)
-    block = next((size for size in _BLOCKS if part.longest <= size), _BLOCKS[-1])
-    _select_kernel[(part.kv.num_heads, part.requests, part.layers)](
+    batch, heads = work.batch, work.kv.num_heads
+    chosen = work.kept if batch.order == "temporal" else work.chosen_slots
+    block = next((size for size in _BLOCKS if work.longest <= size), _BLOCKS[-1])
+    _select_kernel[work.grid()](
         batch.lengths_on_device,
         batch.keeps_on_device,
         scores,
         *scores.stride()[:3],
         chosen,
-        part.first_request,
-        part.requests,
-        part.capacity,
+        *work.slice_args(),
+        HEADS=heads,
         WINDOW=window,
         BLOCK=block,
-        RESIDENT=part.longest <= block,
+        RESIDENT=work.longest <= block,
         num_warps=8,
     )
     if batch.order == "score":
-        _rank_kernel[(-(-part.longest // _RANKED), part.kv.num_heads * part.requests, part.layers)](
+        _rank_kernel[work.grid(-(-work.longest // _RANKED))](
             batch.lengths_on_device,
             batch.keeps_on_device,
             scores,
             *scores.stride()[:3],
             chosen,
-            part.slots,
-            part.first_request,
-            part.requests,
-            part.capacity,
+            work.kept,
+            *work.slice_args(),
+            HEADS=heads,
             WINDOW=window,
-            HEADS=part.kv.num_heads,
             RANKED=_RANKED,
             RIVALS=_RIVALS,
             num_warps=4,

@@ -1,7 +1,7 @@
 """One set of scores for all KV heads of a layer, or of all layers, in place of each head's own.
 
 Heads and layers are added one after the other by the program that owns the tokens, so that the sums do not
-depend on how a request was cut into parts, nor on what else is in the batch. Formula: rkv_spec 1.9;
+depend on how a request was cut into slices, nor on what else is in the batch. Formula: rkv_spec 1.9;
 reference: ``naive.shared_scores``.
 """
 
@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .work_slice import Part
+from .work_slice import WorkSlice
 
 _BLOCK = 1024  # tokens a program
 
@@ -32,12 +32,12 @@ def _mean(scores, stride_head, slots, candidates, HEADS: tl.constexpr):
     do_not_specialize_on_alignment=["scores"],
 )
 def _layer_kernel(
-    lengths,
-    scores,
+    lengths,  # [R]
+    scores,  # [layers, requests, H, slots] by its strides
     stride_layer,
     stride_request,
     stride_head,
-    shared,
+    shared,  # [owners, capacity], of each layer's first head
     first_request,
     requests,
     capacity,
@@ -58,12 +58,12 @@ def _layer_kernel(
     do_not_specialize_on_alignment=["scores"],
 )
 def _global_kernel(
-    lengths,
-    scores,
+    lengths,  # [R]
+    scores,  # [layers, requests, H, slots] by its strides
     stride_layer,
     stride_request,
     stride_head,
-    shared,
+    shared,  # [requests, capacity]
     first_request,
     first,
     layers,
@@ -83,56 +83,55 @@ def _global_kernel(
     tl.store(shared + slots, total, mask=slots < candidates)
 
 
-def share_in_layer(part: Part, scores: torch.Tensor, *, window: int) -> torch.Tensor:
+def share_in_layer(work: WorkSlice, scores: torch.Tensor, *, window: int) -> torch.Tensor:
     """Mean of each layer's scores over its KV heads.
 
     Args:
-        part: requests and layers.
-        scores: float32 [layers, requests, H, >= longest - window] of the part, last stride 1. They may lie in
-            ``part.scores``.
+        work: requests and layers.
+        scores: float32 [layers, requests, H, >= longest - window] of the slice, last stride 1. They may lie
+            in ``work.scores``.
         window: number of newest tokens, which have no score.
 
     Returns:
-        float32 [layers, requests, H, capacity]: a view of ``part.scores`` that gives all heads of a layer
+        float32 [layers, requests, H, capacity]: a view of ``work.scores`` that gives all heads of a layer
         the same entries.
     """
-    heads = part.kv.num_heads
-    _layer_kernel[(-(-part.longest // _BLOCK), part.requests, part.layers)](
-        part.batch.lengths_on_device,
+    heads = work.kv.num_heads
+    _layer_kernel[(-(-work.longest // _BLOCK), work.requests, work.layers)](
+        work.batch.lengths_on_device,
         scores,
         *scores.stride()[:3],
-        part.scores,
-        part.first_request,
-        part.requests,
-        part.capacity,
+        work.scores,
+        work.first_request,
+        work.requests,
+        work.capacity,
         WINDOW=window,
         HEADS=heads,
         BLOCK=_BLOCK,
         num_warps=4,
     )
-    tables = part.scores.view(part.layers, part.requests, heads, part.capacity)
-    return tables[:, :, :1].expand(-1, -1, heads, -1)
+    return work.scores_by_head[:, :, :1].expand(-1, -1, heads, -1)
 
 
-def add_layers(part: Part, scores: torch.Tensor, *, window: int) -> None:
-    """Add each layer's mean over its KV heads to ``part.shared``, which begins anew with the first layer.
+def add_layers(work: WorkSlice, scores: torch.Tensor, *, window: int) -> None:
+    """Add each layer's mean over its KV heads to ``work.shared``, which begins anew with the first layer.
 
     Args:
-        part: requests and layers; the parts of a request come in the order of the layers.
+        work: requests and layers; the slices of a request come in the order of the layers.
         scores: as in ``share_in_layer``.
         window: number of newest tokens, which have no score.
     """
-    _global_kernel[(-(-part.longest // _BLOCK), part.requests)](
-        part.batch.lengths_on_device,
+    _global_kernel[(-(-work.longest // _BLOCK), work.requests)](
+        work.batch.lengths_on_device,
         scores,
         *scores.stride()[:3],
-        part.shared,
-        part.first_request,
-        part.first_layer,
-        part.layers,
-        part.capacity,
+        work.shared,
+        work.first_request,
+        work.first_layer,
+        work.layers,
+        work.capacity,
         WINDOW=window,
-        HEADS=part.kv.num_heads,
+        HEADS=work.kv.num_heads,
         BLOCK=_BLOCK,
         num_warps=4,
     )

@@ -1,4 +1,4 @@
-"""Physical lengths and positions of a batch, and the places in the query ring, in one launch a step."""
+"""Physical lengths and positions of a batch, and its indices into the query ring, in one launch a step."""
 
 # mypy: allow-untyped-defs, allow-untyped-calls
 
@@ -17,10 +17,10 @@ def _physical_kernel(
     query_starts_ptr,  # [R + 1]
     seq_lens_ptr,  # [R], logical
     evicted_ptr,  # [slots]
-    query_rows_ptr,  # [slots], -1: not recorded
+    query_rows_ptr,  # [slots], -1: not captured
     physical_seq_lens_ptr,  # [max R]
     physical_positions_ptr,  # [max tokens]
-    places_ptr,  # [max tokens]
+    ring_indices_ptr,  # [max tokens]
     num_requests,
     max_requests,
     max_tokens,
@@ -29,13 +29,13 @@ def _physical_kernel(
 ):
     request = tl.program_id(0)
     if request == num_requests:
-        # What a captured graph reads behind the batch: no keys, and nothing to record.
+        # What a captured graph reads behind the batch: no keys, and nothing to capture.
         for start in range(num_requests, max_requests, BLOCK):
             offset = start + tl.arange(0, BLOCK)
             tl.store(physical_seq_lens_ptr + offset, 0, mask=offset < max_requests)
         for start in range(tl.load(query_starts_ptr + num_requests), max_tokens, BLOCK):
             offset = start + tl.arange(0, BLOCK)
-            tl.store(places_ptr + offset, -1, mask=offset < max_tokens)
+            tl.store(ring_indices_ptr + offset, -1, mask=offset < max_tokens)
         return
 
     slot = tl.load(request_slots_ptr + request)
@@ -50,9 +50,9 @@ def _physical_kernel(
         inside = offset < count
         position = logical - count + offset
         tl.store(physical_positions_ptr + first + offset, (position - evicted).to(tl.int64), mask=inside)
-        recorded = (row >= 0) & (position >= logical - WINDOW)
-        place = tl.where(recorded, row * WINDOW + position % WINDOW, -1)
-        tl.store(places_ptr + first + offset, place, mask=inside)
+        captured = (row >= 0) & (position >= logical - WINDOW)
+        index = tl.where(captured, row * WINDOW + position % WINDOW, -1)
+        tl.store(ring_indices_ptr + first + offset, index, mask=inside)
 
 
 def prepare_physical(
@@ -64,7 +64,7 @@ def prepare_physical(
     *,
     physical_seq_lens: torch.Tensor,
     physical_positions: torch.Tensor,
-    places: torch.Tensor,
+    ring_indices: torch.Tensor,
     window: int,
 ) -> None:
     """Fill the buffers that attention and the query ring read in the coming forward pass.
@@ -74,11 +74,11 @@ def prepare_physical(
         query_starts: int32 [>= R + 1], first token of each request in the batch.
         seq_lens: int32 [>= R], logical length of each request, this step's tokens included.
         evicted: int32 [slots], tokens evicted from each request.
-        query_rows: int32 [slots], row of the query ring, or -1 where nothing is recorded.
+        query_rows: int32 [slots], row of the query ring, or -1 where nothing is captured.
         physical_seq_lens: int32 [max R], written: keys that attention reads; 0 behind the batch.
         physical_positions: int64 [max tokens], written up to the batch's last token: slot of each token
             within its request.
-        places: int32 [max tokens], written: place in the ring of each of a recorded request's newest
+        ring_indices: int32 [max tokens], written: index in the ring of each of a captured request's newest
             ``window`` tokens, ``row * window + position % window``; -1 for all others and behind the batch.
         window: tokens that a row of the ring holds.
     """
@@ -91,10 +91,10 @@ def prepare_physical(
         query_rows,
         physical_seq_lens,
         physical_positions,
-        places,
+        ring_indices,
         num_requests,
         physical_seq_lens.shape[0],
-        places.shape[0],
+        ring_indices.shape[0],
         WINDOW=window,
         BLOCK=_BLOCK,
     )

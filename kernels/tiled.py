@@ -66,7 +66,7 @@ def importance(
     if pool_kernel < 1 or pool_kernel % 2 == 0:
         raise ValueError(f"pool_kernel must be odd and positive, not {pool_kernel}")
     if queries.shape[-3] % heads:
-        raise ValueError(f"{queries.shape[-3]} query heads cannot be shared out over {heads} key heads")
+        raise ValueError(f"Hq must be a multiple of H: {queries.shape[-3]} query heads, {heads} KV heads")
     group, rows = queries.shape[-3] // heads, queries.shape[-2]
     factor = 1.0 / math.sqrt(head_size) if scale is None else scale
     flat_keys = keys[..., :candidates, :].flatten(0, -3)  # [B, candidates, D]

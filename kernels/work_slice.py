@@ -1,4 +1,4 @@
-"""The part of a batch that one set of launches covers, and the scratch memory it works in."""
+"""The slice of a batch that one set of launches covers, with the scratch memory it works in."""
 
 # Triton reads its kernels' arguments without types.
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -11,40 +11,42 @@ import torch
 import triton
 import triton.language as tl
 
-from .cache_layout import CompactionBatch, PagedKV
+from .batch import CompactionBatch
+from .cache_layout import PagedKV
 
 LINK_SCALE = tl.constexpr(1 << 30)
 """Sums of similarities are kept as 64-bit integers in units of 2^-30, so that their order does not matter."""
 
 
 @dataclass(frozen=True)
-class Part:
+class WorkSlice:
     """Some requests and some layers of a batch, with their scratch memory.
 
-    The per-token tables are flat and hold ``capacity`` entries for each (layer, request, KV head) of the
-    part.
+    An owner is one (layer, request, KV head) of the slice; there are ``owners`` of them. The per-token tables
+    are flat and hold ``capacity`` entries for each. Some of them share memory, since a round fills and reads
+    them one after the other: ``newest_match``, ``attention`` and ``kept``; ``inverse_norms`` and
+    ``chosen_slots``; ``newest_match_of_block`` and ``scores``.
 
     Attributes:
         kv: the cache.
         batch: all requests of the round.
-        first_layer: first layer of the part.
+        first_layer: first layer of the slice.
         layers: number of layers.
-        first_request: first request of the part.
+        first_request: first request of the slice.
         requests: number of requests.
         longest: largest physical length among the requests, in tokens.
-        capacity: entries a (layer, request, head) in the per-token tables; a multiple of 128.
-        slots: int32 table: each key's newest match (-1: none), then its window attention (float32), then the
-            kept slots.
-        weights: float32 table: inverse norm of each key.
+        capacity: entries an owner has in the per-token tables; a multiple of 128.
+        blocks: most blocks into which a kernel may split a request's tokens.
+        kept: int32 table: slots that stay, in their order.
+        inverse_norms: float32 table: one over each key's norm.
         links: int64 table: sum of a key's similarities in units of 1 / LINK_SCALE.
         scores: float32 table: joint scores.
-        peaks: float32 [layers * requests * H * blocks * window]: largest logit of each window row in a block.
+        peaks: float32 [owners * blocks * window]: largest logit of each window row in a block.
         totals: float32, as ``peaks``: sum of exponentials of each window row in a block.
-        shared: float32 [requests * capacity]: scores that all layers share, the same memory in all parts of a
-            request; empty where none are.
-        directions: int64 [layers * requests * H * D]: sum of the normalised keys in units of 1 / LINK_SCALE.
-        blocks: most blocks into which a kernel may split a request's tokens.
-        staging: flat, in the cache's dtype: all of the scratch memory but ``shared`` and ``slots``, free once
+        directions: int64 [owners * D]: sum of the normalised keys in units of 1 / LINK_SCALE.
+        shared: float32 [requests * capacity]: scores that all layers share, the same memory in all slices of
+            a request; empty where none are.
+        staging: flat, in the cache's dtype: all of the scratch memory but ``shared`` and ``kept``, free once
             slots are selected.
     """
 
@@ -56,16 +58,80 @@ class Part:
     requests: int
     longest: int
     capacity: int
-    slots: torch.Tensor
-    weights: torch.Tensor
+    blocks: int
+    kept: torch.Tensor
+    inverse_norms: torch.Tensor
     links: torch.Tensor
     scores: torch.Tensor
     peaks: torch.Tensor
     totals: torch.Tensor
-    shared: torch.Tensor
     directions: torch.Tensor
-    blocks: int
+    shared: torch.Tensor
     staging: torch.Tensor
+
+    @property
+    def newest_match(self) -> torch.Tensor:
+        """int32 table: slot of each key's newest match; -1: none."""
+        return self.kept
+
+    @property
+    def attention(self) -> torch.Tensor:
+        """float32 table: attention of the window to each key, in place of ``newest_match``."""
+        return self.kept.view(torch.float32)
+
+    @property
+    def chosen_slots(self) -> torch.Tensor:
+        """int32 table: slots that stay, before they are put in the order of their scores."""
+        return self.inverse_norms.view(torch.int32)
+
+    @property
+    def newest_match_of_block(self) -> torch.Tensor:
+        """int32 table: newest match of all keys of a block, one entry a block of the search."""
+        return self.scores.view(torch.int32)
+
+    @property
+    def scores_by_head(self) -> torch.Tensor:
+        """``scores`` as [layers, requests, H, capacity]."""
+        return self.scores.view(self.layers, self.requests, self.kv.num_heads, self.capacity)
+
+    # -- arguments of launches, in the order in which all kernels take them ---------------------------------
+
+    def grid(self, blocks: int = 1) -> tuple[int, int, int]:
+        """Programs: blocks of tokens, requests times KV heads, layers; ``locate`` reads it."""
+        return (blocks, self.requests * self.kv.num_heads, self.layers)
+
+    def cache_args(self) -> tuple[torch.Tensor, torch.Tensor, int, int, int]:
+        """``kv, layer_offsets, stride_page, stride_kv_head, stride_slot``."""
+        layer = self.kv.layers[0]
+        return (layer, self.kv.layer_offsets, *layer.stride()[:3])
+
+    def slice_args(self) -> tuple[int, int, int, int]:
+        """``first_layer, first_request, requests, capacity``."""
+        return (self.first_layer, self.first_request, self.requests, self.capacity)
+
+    def shape_constants(self) -> dict[str, int]:
+        """``HEADS, HEAD_SIZE, BLOCK_D, PAGE_SIZE``."""
+        return {
+            "HEADS": self.kv.num_heads,
+            "HEAD_SIZE": self.kv.head_size,
+            "BLOCK_D": triton.next_power_of_2(self.kv.head_size),
+            "PAGE_SIZE": self.kv.page_size,
+        }
+
+
+@triton.jit
+def locate(first_layer, first_request, requests, HEADS: tl.constexpr):
+    """Layer, request of the batch, request of the slice, KV head and owner of a program on ``grid``."""
+    head = tl.program_id(1) % HEADS
+    local_request = tl.program_id(1) // HEADS
+    owner = ((tl.program_id(2) * requests + local_request) * HEADS + head).to(tl.int64)
+    return first_layer + tl.program_id(2), first_request + local_request, local_request, head, owner
+
+
+@triton.jit
+def layer_and_head(kv, layer_offsets, layer, head, stride_kv_head):
+    """Where the rows of one KV head of one layer begin."""
+    return kv + tl.multiple_of(tl.load(layer_offsets + layer), 16) + head.to(tl.int64) * stride_kv_head
 
 
 @triton.jit

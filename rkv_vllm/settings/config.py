@@ -16,6 +16,8 @@ from pydantic import (
     field_validator,
 )
 
+from rkv_vllm.kernels.options import Order, Scope
+
 #: Newest tokens whose queries give importance; they are always kept (the paper's alpha).
 WINDOW = 8
 #: Width of the max-pool over candidates' importance.
@@ -24,8 +26,6 @@ POOL_KERNEL = 7
 SIMILARITY_THRESHOLD = 0.5
 
 Granularity = Literal["token", "page"]
-Scope = Literal["head", "layer", "global"]
-Order = Literal["temporal", "score"]
 PolicyName = Literal["rkv", "snapkv", "keydiff", "recency", "random"]
 POLICY_NAMES: tuple[PolicyName, ...] = get_args(PolicyName)
 #: Policies that score by the attention of the window's queries; the others look at the cache alone.

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rkv_vllm.kernels.cache_layout import CompactionBatch, Order, PagedKV
-from rkv_vllm.kernels.compaction_round import RkvRound, Scope
+from rkv_vllm.kernels.batch import CompactionBatch
+from rkv_vllm.kernels.cache_layout import PagedKV
+from rkv_vllm.kernels.compaction_round import RkvRound
+from rkv_vllm.kernels.options import Order, Scope
 
 
 @pytest.mark.parametrize("order", ["temporal", "score"])

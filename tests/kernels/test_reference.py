@@ -131,7 +131,7 @@ def test_impossible_arguments_are_refused(module) -> None:  # type: ignore[no-un
         module.importance(queries, keys, window=8, pool_kernel=7)
     with pytest.raises(ValueError, match="must be odd"):
         module.importance(queries, keys, window=4, pool_kernel=6)
-    with pytest.raises(ValueError, match="cannot be shared out"):
+    with pytest.raises(ValueError, match="Hq must be a multiple of H"):
         module.importance(queries[:3], keys, window=4, pool_kernel=7)
 
 

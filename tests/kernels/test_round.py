@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from rkv_vllm.kernels import naive
-from rkv_vllm.kernels.cache_layout import CompactionBatch, Order, PagedKV
-from rkv_vllm.kernels.compaction_round import RkvRound, Scope
+from rkv_vllm.kernels.batch import CompactionBatch
+from rkv_vllm.kernels.cache_layout import PagedKV
+from rkv_vllm.kernels.compaction_round import RkvRound
+from rkv_vllm.kernels.options import Order, Scope
 from rkv_vllm.kernels.shared_scores import add_layers, share_in_layer
 
 GPU = torch.cuda.is_available()
@@ -431,24 +433,24 @@ def test_shared_scores_equal_the_float64_reference() -> None:
     assert scores.abs().max() < 5
     for scratch_bytes in (64 << 20, 700_000 if GPU else 40_000):
         rounds = cache.round(scope="global", scratch_bytes=scratch_bytes)
-        most_parts = 0
-        for parts in rounds._parts(cache.batch(lengths)):
-            most_parts = max(most_parts, len(parts))
-            for part in parts:
-                own = scores[part.first_layer :, part.first_request :][: part.layers, : part.requests]
-                layer = share_in_layer(part, own, window=WINDOW).clone()
-                add_layers(part, own, window=WINDOW)
-                for request in range(part.requests):
-                    candidates = lengths[part.first_request + request] - WINDOW
+        most_slices = 0
+        for slices in rounds.scratch.slices(cache.batch(lengths)):
+            most_slices = max(most_slices, len(slices))
+            for work in slices:
+                own = scores[work.first_layer :, work.first_request :][: work.layers, : work.requests]
+                layer = share_in_layer(work, own, window=WINDOW).clone()
+                add_layers(work, own, window=WINDOW)
+                for request in range(work.requests):
+                    candidates = lengths[work.first_request + request] - WINDOW
                     expected = naive.shared_scores(own[:, request, :, :candidates].double(), "layer")
                     found = layer[:, request, :, :candidates].double()
                     torch.testing.assert_close(found, expected, **rounding)
-            tables = parts[0].shared.view(parts[0].requests, parts[0].capacity)
-            for request, table in enumerate(tables, parts[0].first_request):
+            tables = slices[0].shared.view(slices[0].requests, slices[0].capacity)
+            for request, table in enumerate(tables, slices[0].first_request):
                 candidates = lengths[request] - WINDOW
                 expected = naive.shared_scores(scores[:, request, :, :candidates].double(), "global")[0, 0]
                 torch.testing.assert_close(table[:candidates].double(), expected, **rounding)
-        assert (most_parts == 1) == (scratch_bytes == 64 << 20)
+        assert (most_slices == 1) == (scratch_bytes == 64 << 20)
 
 
 @pytest.mark.parametrize(("scope", "order"), [("head", "temporal"), ("layer", "score"), ("global", "score")])

@@ -19,7 +19,8 @@ from rkv_vllm.execution.compactor import Compactor, Round
 from rkv_vllm.execution.gpu.page_reports import EvictedPageIds
 from rkv_vllm.execution.stopwatch import CudaStopwatch
 from rkv_vllm.kernels import naive
-from rkv_vllm.kernels.cache_layout import CompactionBatch, PagedKV
+from rkv_vllm.kernels.batch import CompactionBatch
+from rkv_vllm.kernels.cache_layout import PagedKV
 from rkv_vllm.kernels.compaction_round import RkvRound
 from rkv_vllm.kernels.page_eviction import choose_pages, drop_pages
 from rkv_vllm.policies import Policy, ScoreInputs

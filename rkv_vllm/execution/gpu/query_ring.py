@@ -8,7 +8,7 @@ import torch
 from vllm.model_executor.layers.attention import Attention
 
 from rkv_vllm.execution.query_ring import QueryRing
-from rkv_vllm.kernels.query_capture import record
+from rkv_vllm.kernels.query_capture import capture
 
 
 class GpuQueryRing(QueryRing):
@@ -30,11 +30,11 @@ class GpuQueryRing(QueryRing):
 
     def capture(self, layer: int, query: torch.Tensor) -> None:
         if self.active or torch.cuda.is_current_stream_capturing():
-            record(query, self.ring_indices, self._rings[layer])
+            capture(query, self.ring_indices, self._rings[layer])
 
     def warm_up(self) -> None:
         """Compiles the kernel, which must not happen while a graph is captured."""
         _, _, _, heads, size = self.queries.shape
-        record(
+        capture(
             self.queries.new_zeros(1, heads, size), torch.full_like(self.ring_indices[:1], -1), self._rings[0]
         )

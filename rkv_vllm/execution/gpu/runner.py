@@ -152,7 +152,7 @@ class CompactingRunnerV2(GPUModelRunner):
             lengths.query_rows.gpu,
             physical_seq_lens=lengths.seq_lens,
             physical_positions=lengths.positions,
-            places=self._query_ring.ring_indices,
+            ring_indices=self._query_ring.ring_indices,
             window=WINDOW,
         )
         lengths.is_real = True

@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from rkv_vllm.kernels.cache_layout import CompactionBatch, PagedKV
+from rkv_vllm.kernels.batch import CompactionBatch
+from rkv_vllm.kernels.cache_layout import PagedKV
 
 
 def build(**changes: object) -> CompactionBatch:

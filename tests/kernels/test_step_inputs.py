@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rkv_vllm.kernels.query_capture import record
+from rkv_vllm.kernels.query_capture import capture
 from rkv_vllm.kernels.step_inputs import prepare_physical
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -19,7 +19,7 @@ def _int32(values: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("counts", [[1, 1, 1], [1, 2500, 3, 1], [5]])
 def test_physical_lengths_and_places_are_those_of_each_request(counts: list[int]) -> None:
-    """Each token gets slot and ring place by its own request's counts; what lies behind is blanked."""
+    """Each token gets slot and ring index by its own request's counts; what lies behind is blanked."""
     slots = [4, 0, 6, 2][: len(counts)]
     evicted = [0, 1000, 50, 0, 300, 9, 77]
     rows = [-1, 3, 2, -1, 5, 1, -1]
@@ -27,7 +27,7 @@ def test_physical_lengths_and_places_are_those_of_each_request(counts: list[int]
     starts = [sum(counts[:i]) for i in range(len(counts) + 1)]
     seq_lens = torch.full((MAX_REQUESTS,), -5, dtype=torch.int32, device=DEVICE)
     positions = torch.full((MAX_TOKENS,), -5, dtype=torch.int64, device=DEVICE)
-    places = torch.full((MAX_TOKENS,), 99, dtype=torch.int32, device=DEVICE)
+    ring_indices = torch.full((MAX_TOKENS,), 99, dtype=torch.int32, device=DEVICE)
 
     prepare_physical(
         torch.tensor(slots, device=DEVICE),
@@ -37,7 +37,7 @@ def test_physical_lengths_and_places_are_those_of_each_request(counts: list[int]
         _int32(rows),
         physical_seq_lens=seq_lens,
         physical_positions=positions,
-        places=places,
+        ring_indices=ring_indices,
         window=WINDOW,
     )
 
@@ -47,24 +47,24 @@ def test_physical_lengths_and_places_are_those_of_each_request(counts: list[int]
     for count, slot, length in zip(counts, slots, logical, strict=True):
         for position in range(length - count, length):
             expected_positions.append(position - evicted[slot])
-            recorded = rows[slot] >= 0 and position >= length - WINDOW
-            expected_places.append(rows[slot] * WINDOW + position % WINDOW if recorded else -1)
+            captured = rows[slot] >= 0 and position >= length - WINDOW
+            expected_places.append(rows[slot] * WINDOW + position % WINDOW if captured else -1)
     assert positions[: sum(counts)].tolist() == expected_positions
-    assert places.tolist() == expected_places + [-1] * (MAX_TOKENS - sum(counts))
+    assert ring_indices.tolist() == expected_places + [-1] * (MAX_TOKENS - sum(counts))
 
 
 @pytest.mark.parametrize(("heads", "size"), [(3, 80), (4, 64), (1, 16)])
 def test_only_the_chosen_queries_are_written(heads: int, size: int) -> None:
-    """A token with a place lands there, unchanged; tokens without one are not written anywhere."""
+    """A token with a index lands there, unchanged; tokens without one are not written anywhere."""
     tokens = torch.randn(11, heads, 2 * size, device=DEVICE)[..., :size].contiguous()
     ring = torch.full((4, WINDOW, heads, size), 7.0, device=DEVICE)
-    places = [-1] * 11
-    places[2], places[5], places[10] = 31, 0, 12
+    ring_indices = [-1] * 11
+    ring_indices[2], ring_indices[5], ring_indices[10] = 31, 0, 12
 
-    record(tokens, _int32([*places, 3, 3]), ring)  # places behind the batch are not looked at
+    capture(tokens, _int32([*ring_indices, 3, 3]), ring)  # ring_indices behind the batch are not looked at
 
     expected = torch.full((4 * WINDOW, heads, size), 7.0, device=DEVICE)
-    for token, place in enumerate(places):
-        if place >= 0:
-            expected[place] = tokens[token]
+    for token, index in enumerate(ring_indices):
+        if index >= 0:
+            expected[index] = tokens[token]
     assert torch.equal(ring.flatten(0, 1), expected)
