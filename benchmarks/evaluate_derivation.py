@@ -29,10 +29,11 @@ from rkv_vllm.evaluation.plot import draw
 from rkv_vllm.evaluation.report import markdown
 from rkv_vllm.evaluation.summary import Summary
 from rkv_vllm.evaluation.tasks.derivation import make_derivation
+from rkv_vllm.settings.config import POLICY_NAMES
 
 VARIABLES, PASSES = 24, 6
 ALL_BUDGETS, TWO_BUDGETS = "full,10%,16%,24%,37%", "full,24%,37%"
-POLICIES = ("rkv", "snapkv", "keydiff", "recency", "random")
+POLICIES = POLICY_NAMES
 LAMBDAS = ("0", "0.01", "0.03", "0.3", "0.5", "1.0")
 #: In flight in each process: the more, the fewer steps, which take turns on the GPU.
 REQUESTS = 512

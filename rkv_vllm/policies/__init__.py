@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from rkv_vllm.policies.base import Policy, ScoreInputs
-from rkv_vllm.policies.keydiff import KeyDiff
-from rkv_vllm.policies.random import Random
-from rkv_vllm.policies.recency import Recency
-from rkv_vllm.policies.rkv import Rkv
-from rkv_vllm.settings.config import PolicyName, RkvConfig
+from importlib import import_module
 
-__all__ = ["Policy", "ScoreInputs", "make_policies"]
+from rkv_vllm.policies.base import Policy, ScoreInputs
+from rkv_vllm.settings.config import PolicyName, RkvConfig
+from rkv_vllm.settings.policy_table import POLICIES, PolicySpec
+
+__all__ = ["Policy", "ScoreInputs", "kernel_weights", "make_policies"]
 
 
 def make_policies(config: RkvConfig) -> dict[PolicyName, Policy]:
-    """Every policy that a request may choose, by name."""
-    return {
-        "rkv": Rkv(config.mix_lambda),
-        "snapkv": Rkv(mix_lambda=1.0),
-        "keydiff": KeyDiff(),
-        "recency": Recency(config.order),
-        "random": Random(),
-    }
+    """Every policy that a request may choose, by name, in the order of the table."""
+    return {spec.name: _make(spec, config) for spec in POLICIES}
+
+
+def kernel_weights(config: RkvConfig) -> dict[PolicyName, float]:
+    """Weight of importance of each policy that the Triton kernels score; the others are not in it."""
+    weights = {spec.name: _kernel_weight(spec, config) for spec in POLICIES}
+    return {name: weight for name, weight in weights.items() if weight is not None}
+
+
+def _make(spec: PolicySpec, config: RkvConfig) -> Policy:
+    module, _, name = spec.class_path.partition(":")
+    policy_class: type[Policy] = getattr(import_module(module), name)
+    return policy_class.from_config(config, _kernel_weight(spec, config))
+
+
+def _kernel_weight(spec: PolicySpec, config: RkvConfig) -> float | None:
+    return config.mix_lambda if spec.kernel_weight == "mix_lambda" else spec.kernel_weight

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 
-from rkv_vllm.settings.config import WINDOW
+from rkv_vllm.settings.config import WINDOW, RkvConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,15 @@ class ScoreInputs:
 
 class Policy(Protocol):
     """Scores the candidates: all cached tokens but the newest `WINDOW`, which are always kept."""
+
+    @classmethod
+    def from_config(cls, config: RkvConfig, kernel_weight: float | None) -> Self:
+        """
+        Args:
+            config: the server's settings.
+            kernel_weight: weight of importance with which the kernels score the policy on GPUs; None: they
+                do not.
+        """
 
     def scores(self, inputs: ScoreInputs) -> torch.Tensor:
         """Returns: float32 [H, N - WINDOW]; the highest are kept, of equals the older."""

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 
 from rkv_vllm.policies.base import ScoreInputs
+from rkv_vllm.settings.config import RkvConfig
 
 
 class KeyDiff:
+    """Keeps the keys that point away from the mean direction of all keys."""
+
+    @classmethod
+    def from_config(cls, config: RkvConfig, kernel_weight: float | None) -> Self:
+        return cls()
+
     def scores(self, inputs: ScoreInputs) -> torch.Tensor:
+        """Returns: float32 [H, N - WINDOW], minus the cosine of each key and the mean direction."""
         directions = torch.nn.functional.normalize(inputs.keys.float(), dim=-1)
         mean = directions.mean(dim=1).unsqueeze(-1)
         return -(directions[:, : inputs.num_candidates] @ mean).squeeze(-1)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
 from rkv_vllm.kernels import tiled
 from rkv_vllm.policies.base import ScoreInputs
-from rkv_vllm.settings.config import POOL_KERNEL, SIMILARITY_THRESHOLD, WINDOW
+from rkv_vllm.settings.config import POOL_KERNEL, SIMILARITY_THRESHOLD, WINDOW, RkvConfig
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,17 @@ class Rkv:
 
     mix_lambda: float
 
+    @classmethod
+    def from_config(cls, config: RkvConfig, kernel_weight: float | None) -> Self:
+        assert kernel_weight is not None, "the kernels score this policy"
+        return cls(kernel_weight)
+
     def scores(self, inputs: ScoreInputs) -> torch.Tensor:
-        assert inputs.queries is not None, "the scheduler records queries for this policy"
+        """Returns: float32 [H, N - WINDOW] (rkv_spec 1.5).
+
+        Raises: AssertionError where the queries are missing.
+        """
+        assert inputs.queries is not None, "policy rkv needs the window's queries, got None"
         return tiled.rkv_scores(
             inputs.queries,
             inputs.keys,

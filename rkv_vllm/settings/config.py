@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from rkv_vllm.kernels.options import Order, Scope
+from rkv_vllm.settings.policy_table import POLICY_NAMES, QUERY_POLICIES, PolicyName
 
 #: Newest tokens whose queries give importance; they are always kept (the paper's alpha).
 WINDOW = 8
@@ -26,10 +27,6 @@ POOL_KERNEL = 7
 SIMILARITY_THRESHOLD = 0.5
 
 Granularity = Literal["token", "page"]
-PolicyName = Literal["rkv", "snapkv", "keydiff", "recency", "random"]
-POLICY_NAMES: tuple[PolicyName, ...] = get_args(PolicyName)
-#: Policies that score by the attention of the window's queries; the others look at the cache alone.
-QUERY_POLICIES: frozenset[PolicyName] = frozenset({"rkv", "snapkv"})
 
 #: `rkv_budget` of a request that keeps its full cache.
 OFF = 0

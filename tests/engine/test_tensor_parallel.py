@@ -8,10 +8,11 @@ import pytest
 import texts
 from engine_process import Ask, Engine, Settings
 
+from rkv_vllm.settings.config import POLICY_NAMES
+
 #: SmolLM2 has three KV heads.
 RANKS = 3
 #: `random` draws for the heads that a worker has, and comes last.
-POLICIES = ("rkv", "snapkv", "keydiff", "recency", "random")
 
 
 def test_ranks_together_decode_as_one(
@@ -27,7 +28,7 @@ def test_ranks_together_decode_as_one(
             75,
             {"rkv_budget": 48 + 8 * n, "rkv_buffer": 16, "rkv_policy": name},
         )
-        for n, name in enumerate(POLICIES)
+        for n, name in enumerate(POLICY_NAMES)
     ]
     in_ranks = start_engine(Settings(ranks=RANKS)).submit(asks)
     expected = rkv.run(asks)

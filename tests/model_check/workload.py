@@ -10,9 +10,7 @@ from model_check_engine import Arrival, Setup
 from request_model import VOCABULARY
 from vllm.utils.math_utils import cdiv
 
-from rkv_vllm.settings.config import RkvConfig
-
-POLICIES = ("rkv", "snapkv", "keydiff", "recency", "random")
+from rkv_vllm.settings.config import POLICY_NAMES, RkvConfig
 
 
 def random_arrivals(chance: random.Random, count: int, by_step: bool = False) -> list[Arrival]:
@@ -52,7 +50,7 @@ def random_setup(chance: random.Random, arrivals: list[Arrival]) -> Setup:
     config = RkvConfig(
         budget=chance.choice((None, 24, 32, 50, 64)),
         buffer=chance.choice((8, 16, 24, 50)),
-        policy=chance.choice(POLICIES),
+        policy=chance.choice(POLICY_NAMES),
     )
     setup = Setup(
         num_pages=0,
@@ -97,6 +95,6 @@ def _budget(chance: random.Random) -> dict[str, Any]:
     return {
         "rkv_budget": chance.choice((9, 16, 24, 32, 48, 72)),
         "rkv_buffer": chance.choice((8, 9, 16, 32, 64)),
-        "rkv_policy": chance.choice(POLICIES),
+        "rkv_policy": chance.choice(POLICY_NAMES),
         "another": "argument",
     }

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 
 from rkv_vllm.kernels import naive, tiled
-from rkv_vllm.policies import ScoreInputs, make_policies
+from rkv_vllm.policies import ScoreInputs, kernel_weights, make_policies
 from rkv_vllm.policies.recency import SINKS, Recency
+from rkv_vllm.policies.rkv import Rkv
 from rkv_vllm.settings.config import (
     POLICY_NAMES,
     POOL_KERNEL,
@@ -18,6 +21,7 @@ from rkv_vllm.settings.config import (
     PolicyName,
     RkvConfig,
 )
+from rkv_vllm.settings.policy_table import POLICIES as TABLE
 
 POLICIES = make_policies(RkvConfig(mix_lambda=0.3))
 HEADS, GROUP, SIZE = 2, 3, 16
@@ -38,8 +42,22 @@ def inputs(
 
 
 def test_every_name_has_a_policy() -> None:
-    """Proves that what a request may ask for is what there is."""
-    assert tuple(POLICIES) == POLICY_NAMES
+    """Proves that what a request may ask for is what there is, for the type checker too."""
+    assert tuple(POLICIES) == POLICY_NAMES == get_args(PolicyName)
+
+
+def test_the_kernels_score_with_the_weight_of_the_class() -> None:
+    """Proves that a policy which the kernels score has there the weight of importance that its class has."""
+    weights = kernel_weights(RkvConfig(mix_lambda=0.3))
+    assert weights == {"rkv": 0.3, "snapkv": 1.0}
+    assert {
+        name: policy.mix_lambda for name, policy in POLICIES.items() if isinstance(policy, Rkv)
+    } == weights
+
+
+def test_policies_with_queries_are_scored_by_kernels() -> None:
+    """Proves that no policy is given queries by a CPU that a GPU would not give it."""
+    assert {spec.name for spec in TABLE if spec.needs_queries} <= kernel_weights(RkvConfig()).keys()
 
 
 @pytest.mark.parametrize("name", POLICY_NAMES)

@@ -23,7 +23,7 @@ from rkv_vllm.kernels.batch import CompactionBatch
 from rkv_vllm.kernels.cache_layout import PagedKV
 from rkv_vllm.kernels.compaction_round import RkvRound
 from rkv_vllm.kernels.page_eviction import choose_pages, drop_pages
-from rkv_vllm.policies import Policy, ScoreInputs
+from rkv_vllm.policies import Policy, ScoreInputs, kernel_weights
 from rkv_vllm.settings.config import (
     POOL_KERNEL,
     SIMILARITY_THRESHOLD,
@@ -82,8 +82,7 @@ class GpuCompactor(Compactor[Round, GpuTables, EvictedPageIds]):
         self._order = config.order
         self._scale = scale
         self._policies = policies
-        #: Weight of importance with which the kernels score a policy; the others are scored in torch.
-        self._kernel_weights: dict[PolicyName, float] = {"rkv": config.mix_lambda, "snapkv": 1.0}
+        self._kernel_weights = kernel_weights(config)
         self._evicted: list[EvictedPageIds] = []
         self.stopwatch = CudaStopwatch()
 
