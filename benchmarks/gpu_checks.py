@@ -84,7 +84,7 @@ def full_caches_kept(llm: LLM, asked: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def percent_right(llm: LLM) -> float:
-    """Of 96 derivations at budget 768, beside four full caches that grow."""
+    """Right answers of 96 derivations at budget 768, beside four full caches that grow."""
     rng = random.Random(3)
     problems = [make_derivation(rng, 24, 6) for _ in range(96)]
     asked = [{"prompt_token_ids": problem.prompt_ids} for problem in problems]

@@ -30,7 +30,7 @@ import torch
 import triton
 
 from rkv_vllm.bench.hardware_limits import measure_device
-from rkv_vllm.bench.roofline import Ceilings
+from rkv_vllm.bench.roofline import HardwareLimits
 from rkv_vllm.kernels import tiled
 from rkv_vllm.kernels.batch import CompactionBatch
 from rkv_vllm.kernels.cache_layout import PagedKV
@@ -55,9 +55,9 @@ class Setup:
     """
 
     def __init__(
-        self, arguments: argparse.Namespace, ceilings: Ceilings, length: int, keep: int, shift: float
+        self, arguments: argparse.Namespace, limits: HardwareLimits, length: int, keep: int, shift: float
     ) -> None:
-        self.arguments, self.ceilings, self.length, self.keep = arguments, ceilings, length, keep
+        self.arguments, self.limits, self.length, self.keep = arguments, limits, length, keep
         layers, heads, size = arguments.layers, arguments.kv_heads, arguments.head_size
         page_size, requests = arguments.page_size, arguments.requests
         source, target = -(-length // page_size), -(-keep // page_size)
@@ -105,8 +105,8 @@ class Setup:
         key_bytes = heads * self.length * arguments.head_size * 2
         products = heads * self.length**2 * arguments.head_size  # symmetric: half of 2 N^2 D
         moved = 2 * heads * self.keep * 2 * arguments.head_size * 2
-        bandwidth = self.ceilings.bytes_per_second / 1000  # a millisecond
-        rate = self.ceilings.operations_per_second / 1000
+        bandwidth = self.limits.bytes_per_second / 1000  # a millisecond
+        rate = self.limits.operations_per_second / 1000
         return {
             "survey": key_bytes / bandwidth,
             "matches": products / rate,
@@ -183,12 +183,12 @@ def time_call(call: Callable[[], None], repetitions: int) -> float:
 
 
 def measure(
-    arguments: argparse.Namespace, ceilings: Ceilings, length: int, keep: int
+    arguments: argparse.Namespace, limits: HardwareLimits, length: int, keep: int
 ) -> list[dict[str, object]]:
     """One row a kind of keys for one length."""
     rows: list[dict[str, object]] = []
     for keys, shift in SHIFTS.items():
-        setup = Setup(arguments, ceilings, length, keep, shift)
+        setup = Setup(arguments, limits, length, keep, shift)
         setup.round.warm_up(setup.queries)
         setup.round.run(setup.queries, setup.batch, setup.lam)
         torch.cuda.synchronize()
@@ -251,13 +251,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the raw numbers")
     arguments = parser.parse_args()
     device = measure_device()
-    if device.ceilings is None:
+    if device.limits is None:
         sys.exit("this benchmark needs a CUDA device")
     torch.cuda.empty_cache()
     rows = []
     for pair in arguments.lengths.split(","):
         length, keep = map(int, pair.split(":"))
-        for row in measure(arguments, device.ceilings, length, keep):
+        for row in measure(arguments, device.limits, length, keep):
             show(row)
             rows.append(row)
     if arguments.json:

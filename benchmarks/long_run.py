@@ -25,10 +25,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from rkv_vllm.bench.load import Ask, Load, requests_that_run
+from rkv_vllm.bench.load import Load, LoadRequest, requests_that_run
 from rkv_vllm.bench.modelless import VOCABULARY, ModellessEngine
-from rkv_vllm.bench.results import EngineFacts, Results, read_results, together
-from rkv_vllm.bench.roofline import Ceilings, attention_seconds, products_seconds
+from rkv_vllm.bench.results import EngineFacts, Results, merge, read_results
+from rkv_vllm.bench.roofline import HardwareLimits, attention_seconds, matmul_seconds
 from rkv_vllm.bench.rows import Kind, Row
 from rkv_vllm.bench.window import Window
 from rkv_vllm.provenance import command_line
@@ -42,7 +42,7 @@ class StepTime:
     """Milliseconds of a step. `above_floor`: by how much the windows were slower than their floors."""
 
     facts: EngineFacts
-    ceilings: Ceilings
+    limits: HardwareLimits
     above_floor: float = 1.0
 
     def __call__(self, requests: float, slots: float, prompt_tokens: float) -> float:
@@ -51,13 +51,13 @@ class StepTime:
     def decode(self, requests: float, slots: float) -> float:
         """The floor of a token for each request."""
         shape = self.facts.shape
-        products = products_seconds(shape, self.ceilings, requests)
-        return 1000 * (products + attention_seconds(shape, self.ceilings, slots))
+        matmul = matmul_seconds(shape, self.limits, requests)
+        return 1000 * (matmul + attention_seconds(shape, self.limits, slots))
 
     def prompts(self, tokens: float) -> float:
-        """Their products, at the rate of a large one."""
+        """Their matrix products, at the rate of a large one."""
         operations = 2 * self.facts.shape.multiplied_parameters * tokens
-        return 1000 * operations / self.ceilings.operations_per_second
+        return 1000 * operations / self.limits.operations_per_second
 
     def fitted(self, windows: list[Window]) -> StepTime:
         """With the median over windows of measured over calculated time, prompts aside."""
@@ -67,7 +67,7 @@ class StepTime:
             prompt_tokens = (window.prompt_tokens + window.recomputed_tokens) / window.steps
             decode = window.step_milliseconds - self.prompts(prompt_tokens)
             ratios.append(decode / self.decode(window.running, slots))
-        return StepTime(self.facts, self.ceilings, median(ratios))
+        return StepTime(self.facts, self.limits, median(ratios))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +98,12 @@ def simulate(row: Row, kind: Kind, step_time: StepTime, steps: int) -> list[Simu
     fit = requests_that_run(row, budget, facts.pool_pages, facts.page_size, facts.max_num_seqs)
     load = Load(row, kind, fit)
 
-    def add(ask: Ask) -> None:
-        prompt = rng.choices(range(VOCABULARY), k=ask.prompt_tokens)
-        engine.add(str(ask.index), prompt, ask.output_tokens)
+    def add(request: LoadRequest) -> None:
+        prompt = rng.choices(range(VOCABULARY), k=request.prompt_tokens)
+        engine.add(str(request.index), prompt, request.output_tokens)
 
-    for ask in load.first:
-        add(ask)
+    for request in load.first:
+        add(request)
     simulated: list[SimulatedStep] = []
     while len(simulated) < steps:
         output = engine.schedule()
@@ -142,7 +142,7 @@ def summary(steps: list[SimulatedStep]) -> dict[str, float]:
 
 
 def stretches(steps: list[SimulatedStep]) -> dict[str, dict[str, float]]:
-    """Of `EARLY`, as far as the steps go, and of all."""
+    """Figures of `EARLY`, as far as the steps go, and of all steps."""
     found = {}
     at = list(accumulate(step.milliseconds / 1000 for step in steps))
     for begin, end in EARLY:
@@ -153,9 +153,9 @@ def stretches(steps: list[SimulatedStep]) -> dict[str, dict[str, float]]:
 
 def measured_windows(results: Results, row: Row, kind: Kind) -> tuple[EngineFacts, list[Window]]:
     """Raises: ValueError where the row was not measured."""
-    lives = [life for life in results.lives if life.kind == kind]
-    facts = next((life.facts for life in lives if life.facts is not None), None)
-    windows = [window for life in lives for load in results.loads_of(life, row) for window in load.windows]
+    runs = [run for run in results.runs if run.kind == kind]
+    facts = next((run.facts for run in runs if run.facts is not None), None)
+    windows = [window for run in runs for load in results.loads_of(run, row) for window in load.windows]
     if facts is None or not windows:
         raise ValueError(f"row: {row.name} was not measured on {kind}")
     return facts, windows
@@ -163,10 +163,10 @@ def measured_windows(results: Results, row: Row, kind: Kind) -> tuple[EngineFact
 
 def long_run(results: Results, row: Row, kind: Kind, outputs: float) -> dict[str, Any]:
     """Raises: ValueError where the results hold no measurement to go on from."""
-    if results.device.ceilings is None:
+    if results.device.limits is None:
         raise ValueError("device: only a GPU's floors are known, and these results are of a CPU")
     facts, windows = measured_windows(results, row, kind)
-    step_time = StepTime(facts, results.device.ceilings).fitted(windows)
+    step_time = StepTime(facts, results.device.limits).fitted(windows)
     steps = simulate(row, kind, step_time, round(outputs * row.output))
     return {
         "row": row.name,
@@ -203,7 +203,7 @@ def main() -> None:
 
 def go_on(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Prints each load's figures, and returns them."""
-    results = together([read_results(path) for path in arguments.results])
+    results = merge([read_results(path) for path in arguments.results])
     found = []
     table = Table("row", "engine", "measured", "running", "stretch", "calculated", "running", "preempted")
     for name in arguments.row:

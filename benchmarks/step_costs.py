@@ -23,7 +23,7 @@ from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
 
 from rkv_vllm.provenance import command_line
 
-LAYERS, TIMED_LAYERS = 32, 4  # so many, whose weights do not fit the L2 cache, stand for all
+LAYERS, TIMED_LAYERS = 32, 4  # the timed ones, whose weights do not fit the L2 cache, stand for all
 WEIGHTS = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
 HEAD = (128256, 4096)
 TOKENS = (*range(32, 257, 32), *range(272, 529, 16), *range(576, 1025, 64))

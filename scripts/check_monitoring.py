@@ -87,7 +87,7 @@ def main() -> int:
 
 
 async def load(url: str, seconds: int) -> int:
-    """Keeps twelve requests in flight for so long, and returns how many were answered."""
+    """Keeps twelve requests in flight for this time, and returns how many were answered."""
     until = time.monotonic() + seconds
 
     async def client(index: int) -> int:

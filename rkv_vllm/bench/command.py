@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from rkv_vllm.bench.report import compare, show
-from rkv_vllm.bench.results import Measure, Results, read_results, together
+from rkv_vllm.bench.results import Measure, Results, merge, read_results
 from rkv_vllm.bench.rows import Group, read_groups
 from rkv_vllm.settings.error_text import explain
 
@@ -139,7 +139,7 @@ def show_files(files: Sequence[Path], as_json: bool, plots: Path | None) -> None
     for part in parts.values():
         title = "+".join(file.stem for file, _ in part)
         try:
-            joined.append((title, together([results for _, results in part])))
+            joined.append((title, merge([results for _, results in part])))
         except ValueError as error:
             raise ValueError(f"{', '.join(str(file) for file, _ in part)}: {error}") from None
     present(joined, as_json, plots)

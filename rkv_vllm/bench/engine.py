@@ -20,7 +20,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, FinishReason
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from rkv_vllm.bench.load import Ask, prompt_ids
+from rkv_vllm.bench.load import LoadRequest, prompt_ids
 from rkv_vllm.bench.results import EngineFacts
 from rkv_vllm.bench.roofline import ModelShape
 from rkv_vllm.bench.rows import Kind, Row
@@ -66,7 +66,7 @@ class BenchEngine:
         self._core: Any = self._engine.engine_core
         self._tasks = self._engine.get_supported_tasks()
         self._vocabulary = config.model_config.get_vocab_size()
-        self._running: dict[str, Ask] = {}
+        self._running: dict[str, LoadRequest] = {}
         self._asked = 0
         self.facts = _facts(config, time.monotonic() - begun)
 
@@ -76,16 +76,23 @@ class BenchEngine:
     def unfinished(self) -> int:
         return len(self._running)
 
-    def add(self, row: Row, ask: Ask) -> None:
+    def add(self, row: Row, load_request: LoadRequest) -> None:
         """Gives the engine a request of a row's load.
 
         Raises: RefusedError where vLLM does not take it.
         """
         extra = None if self.kind == "stock" else extra_args(row.budget_for(self.kind))
         params = SamplingParams(
-            temperature=0, max_tokens=ask.output_tokens, ignore_eos=True, detokenize=False, extra_args=extra
+            temperature=0,
+            max_tokens=load_request.output_tokens,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args=extra,
         )
-        prompt = {"type": "token", "prompt_token_ids": list(prompt_ids(row.seed, ask, self._vocabulary))}
+        prompt = {
+            "type": "token",
+            "prompt_token_ids": list(prompt_ids(row.seed, load_request, self._vocabulary)),
+        }
         self._asked += 1
         try:
             request = self._engine.input_processor.process_inputs(
@@ -93,10 +100,10 @@ class BenchEngine:
             )
         except ValueError as error:
             raise RefusedError(str(error)) from None
-        self._running[request.request_id] = ask
+        self._running[request.request_id] = load_request
         self._core.add_request(request)
 
-    def step(self) -> tuple[Step, list[tuple[Ask, bool]]]:
+    def step(self) -> tuple[Step, list[tuple[LoadRequest, bool]]]:
         """Waits for the next step's output.
 
         Returns: the step, and the requests that got tokens for the first time or (True) their last one.
@@ -117,9 +124,9 @@ class BenchEngine:
         self._read_tally(step, take_tally(stats))
         news = []
         for output in outputs.outputs:
-            ask = self._running.get(output.request_id)
-            if ask is not None and self._count(step, output):
-                news.append((ask, output.finished))
+            load_request = self._running.get(output.request_id)
+            if load_request is not None and self._count(step, output):
+                news.append((load_request, output.finished))
                 if output.finished:
                     del self._running[output.request_id]
         return step, news

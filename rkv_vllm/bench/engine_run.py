@@ -1,8 +1,8 @@
 """One engine from start to end, in a process of its own: `python -m rkv_vllm.bench.engine_run RESULT`.
 
-It imports all it needs, which takes a while, and waits for a line of JSON (`Order`) on standard input. RESULT
-gets JSON lines as they come, so that what was measured is there should the engine or its process die: first
-the engine's facts, then a line a load. Progress goes to standard error.
+It imports all it needs, which takes a while, and waits for a line of JSON (`RunSpec`) on standard input.
+RESULT gets JSON lines as they come, so that what was measured is there should the engine or its process die:
+first the engine's facts, then a line a load. Progress goes to standard error.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from pydantic import BaseModel
 
 from rkv_vllm.bench.engine import BenchEngine, RefusedError
 from rkv_vllm.bench.kernel_time import read_trace
-from rkv_vllm.bench.load import Ask, Load, requests_that_run
+from rkv_vllm.bench.load import Load, LoadRequest, requests_that_run
 from rkv_vllm.bench.results import LoadResult, Measure
 from rkv_vllm.bench.rows import Kind, Row
 from rkv_vllm.bench.window import Step, Window, curve, is_steady, summarise
 
-#: Without a first token for so many steps, what still waits does not fit into the pool.
+#: Steps without a first token after which what still waits is taken not to fit into the pool.
 STALLED_STEPS = 64
 #: Requests and their output tokens that a batch is preceded by.
 WARMUP_BATCH = (8, 32)
 
 
-class Order(BaseModel):
+class RunSpec(BaseModel):
     """What the process is to do; `deadline`: seconds since 1970, after which no window begins."""
 
     kind: Kind
@@ -80,9 +80,9 @@ class LoadRun:
         result, row = self.result, self._row
         result.entry, result.first_requests = self._load.entry, self._load.aged
         result.backlog = len(self._load.first) - self._load.aged
-        for ask in self._load.first:
-            self._engine.add(row, ask)
-        self._fill({ask.index for ask in self._load.first[: self._load.aged]})
+        for request in self._load.first:
+            self._engine.add(row, request)
+        self._fill({request.index for request in self._load.first[: self._load.aged]})
         filled = self._now()
         result.fill_seconds = filled - self._begun
         result.fill_prompt_tokens = sum(step.prompt_tokens for step in self._steps)
@@ -100,7 +100,7 @@ class LoadRun:
         idle = 0
         while expected and idle < STALLED_STEPS:
             _, news = self._step()
-            expected.difference_update(ask.index for ask, _ in news)
+            expected.difference_update(request.index for request, _ in news)
             idle = 0 if news else idle + 1
 
     def _settle(self) -> bool:
@@ -131,9 +131,9 @@ class LoadRun:
             self._run_batch(self._load.batch(count))
             self.result.windows.append(self._summarise(begun, first, client))
 
-    def _run_batch(self, asks: list[Ask]) -> None:
-        for ask in asks:
-            self._engine.add(self._row, ask)
+    def _run_batch(self, requests: list[LoadRequest]) -> None:
+        for request in requests:
+            self._engine.add(self._row, request)
         while self._engine.unfinished:
             self._step(replace=False)
 
@@ -148,7 +148,7 @@ class LoadRun:
             if ".trace.json" in trace.name:
                 self.result.kernel_time = read_trace(trace, self._measure.profile_steps)
 
-    def _step(self, replace: bool = True) -> tuple[Step, list[tuple[Ask, bool]]]:
+    def _step(self, replace: bool = True) -> tuple[Step, list[tuple[LoadRequest, bool]]]:
         """One step; a new request for each that ended."""
         self._check_time()
         step, news = self._engine.step()
@@ -171,27 +171,27 @@ class LoadRun:
         return summarise(begun, self._steps[first:], pool_pages, time.process_time() - client)
 
 
-def live(order: Order, say: Callable[[str], None], write: Callable[[BaseModel], None]) -> None:
+def run_engine(spec: RunSpec, say: Callable[[str], None], write: Callable[[BaseModel], None]) -> None:
     """Starts the engine and runs all rows that the deadline allows."""
     engine = BenchEngine(
-        order.kind,
-        order.arguments,
-        model=order.model,
-        memory_gib=order.memory_gib,
-        longest=max(row.length for row in order.rows),
-        trace_folder=order.trace_folder,
+        spec.kind,
+        spec.arguments,
+        model=spec.model,
+        memory_gib=spec.memory_gib,
+        longest=max(row.length for row in spec.rows),
+        trace_folder=spec.trace_folder,
     )
     try:
         write(engine.facts)
         gc.collect()
         gc.freeze()
-        for row in order.rows:
-            say(f"{order.kind}: {row.name}")
-            run = LoadRun(engine, row, order.measure, order.deadline)
+        for row in spec.rows:
+            say(f"{spec.kind}: {row.name}")
+            run = LoadRun(engine, row, spec.measure, spec.deadline)
             # A profiler that was used once may slow down what follows.
-            run.run(order.trace_folder if row is order.rows[-1] else None)
+            run.run(spec.trace_folder if row is spec.rows[-1] else None)
             write(run.result)
-            say(f"{order.kind}: {row.name}: {_in_short(run.result)}")
+            say(f"{spec.kind}: {row.name}: {_in_short(run.result)}")
     finally:
         engine.close()
 
@@ -206,7 +206,7 @@ def main() -> None:
     line = sys.stdin.readline()
     if not line:
         return  # nobody is there any more
-    order = Order.model_validate_json(line)
+    spec = RunSpec.model_validate_json(line)
 
     def say(text: str) -> None:
         print(f"[bench] {text}", file=sys.stderr, flush=True)
@@ -217,7 +217,7 @@ def main() -> None:
             file.write(line.model_dump_json() + "\n")
             file.flush()
 
-        live(order, say, write)
+        run_engine(spec, say, write)
 
 
 if __name__ == "__main__":

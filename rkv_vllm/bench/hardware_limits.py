@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from rkv_vllm.bench.results import Device
-from rkv_vllm.bench.roofline import Ceilings
+from rkv_vllm.bench.roofline import HardwareLimits
 
 COPIED_BYTES = 4 << 30
 PRODUCT_SIZE = 8192
@@ -17,7 +17,7 @@ REPETITIONS = 10
 
 
 def measure_device() -> Device:
-    """The first GPU and its ceilings; no ceilings where there is no GPU."""
+    """The first GPU and its limits; no limits where there is no GPU."""
     if not torch.cuda.is_available():
         return Device(name="CPU")
     source = torch.empty(COPIED_BYTES // 2, dtype=torch.uint8, device="cuda").random_()
@@ -30,7 +30,7 @@ def measure_device() -> Device:
     return Device(
         name=torch.cuda.get_device_name(),
         memory_gib=torch.cuda.get_device_properties(0).total_memory / 2**30,
-        ceilings=Ceilings(
+        limits=HardwareLimits(
             bytes_per_second=COPIED_BYTES / copy, operations_per_second=2 * PRODUCT_SIZE**3 / product
         ),
     )

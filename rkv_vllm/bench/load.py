@@ -21,7 +21,7 @@ FIRST_TOKEN_ID = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class LoadRequest:
     """A request: its number in the load, its age when it comes, prompt and output in tokens."""
 
     index: int
@@ -41,17 +41,17 @@ def ages(row: Row, count: int) -> list[int]:
     return sorted((span[int((index + 0.5) * GOLDEN % 1 * len(span))] for index in range(count)), reverse=True)
 
 
-def slots_held(prompt: int, logical: int, budget: CompactionSettings | None) -> int:
+def slots_held(prompt: int, logical: int, settings: CompactionSettings | None) -> int:
     """KV slots that a request of `logical` tokens holds after a step, a due compaction done."""
-    if budget is None:
+    if settings is None:
         return logical
-    first = max(prompt, budget.threshold)
+    first = max(prompt, settings.threshold)
     if logical < first:
         return logical
-    return budget.budget + (logical - first) % budget.buffer
+    return settings.budget + (logical - first) % settings.buffer
 
 
-def entry_tokens(row: Row, entry: Entry, age: int, budget: CompactionSettings | None) -> int:
+def entry_tokens(row: Row, entry: Entry, age: int, settings: CompactionSettings | None) -> int:
     """Prompt tokens with which a request of this age enters.
 
     * staggered: its prompt and all tokens it has generated; with `max_age` those modulo it.
@@ -64,27 +64,27 @@ def entry_tokens(row: Row, entry: Entry, age: int, budget: CompactionSettings | 
         case "staggered":
             return row.input + (age if row.max_age is None else age % row.max_age)
         case "compacted":
-            return slots_held(row.input, row.input + age, budget)
+            return slots_held(row.input, row.input + age, settings)
         case "fresh":
             return row.input + age % row.buffer
 
 
-def pages_held(row: Row, budget: CompactionSettings | None, page_size: int) -> float:
+def pages_held(row: Row, settings: CompactionSettings | None, page_size: int) -> float:
     """Mean pages of a request over the row's ages."""
-    held = (slots_held(row.input, row.input + age, budget) for age in row.age_range)
+    held = (slots_held(row.input, row.input + age, settings) for age in row.age_range)
     return sum(-(-slots // page_size) for slots in held) / len(row.age_range)
 
 
-def slots_on_average(row: Row, budget: CompactionSettings | None) -> float:
+def slots_on_average(row: Row, settings: CompactionSettings | None) -> float:
     """Mean KV slots of a request over the row's ages."""
-    return sum(slots_held(row.input, row.input + age, budget) for age in row.age_range) / len(row.age_range)
+    return sum(slots_held(row.input, row.input + age, settings) for age in row.age_range) / len(row.age_range)
 
 
 def requests_that_run(
-    row: Row, budget: CompactionSettings | None, pages: int, page_size: int, max_num_seqs: int
+    row: Row, settings: CompactionSettings | None, pages: int, page_size: int, max_num_seqs: int
 ) -> int:
     """Requests of mean size that a pool of `pages` usable pages holds, or the row's own number if smaller."""
-    fit = min(int(pages / pages_held(row, budget, page_size)), max_num_seqs)
+    fit = min(int(pages / pages_held(row, settings, page_size)), max_num_seqs)
     asked = row.concurrency or row.batch
     return fit if asked is None else min(fit, asked)
 
@@ -108,29 +108,29 @@ class Load:
         self.aged = running
         budget = row.budget_for(kind)
         self.first = [
-            Ask(index, age, entry_tokens(row, self.entry, age, budget), row.output - age)
+            LoadRequest(index, age, entry_tokens(row, self.entry, age, budget), row.output - age)
             for index, age in enumerate(ages(row, self.aged))
         ]
         self._asked = self.aged
         waiting = row.backlog if row.concurrency is None else row.concurrency - running
         self.first += [self.next() for _ in range(waiting)]
 
-    def next(self) -> Ask:
+    def next(self) -> LoadRequest:
         """A new request."""
-        ask = Ask(self._asked, 0, self.row.input, self.row.output)
+        request = LoadRequest(self._asked, 0, self.row.input, self.row.output)
         self._asked += 1
-        return ask
+        return request
 
-    def batch(self, count: int, output_tokens: int | None = None) -> list[Ask]:
-        """So many new requests, all alike."""
-        asks = [self.next() for _ in range(count)]
+    def batch(self, count: int, output_tokens: int | None = None) -> list[LoadRequest]:
+        """`count` new requests, all alike."""
+        requests = [self.next() for _ in range(count)]
         if output_tokens is None:
-            return asks
-        return [Ask(ask.index, 0, ask.prompt_tokens, output_tokens) for ask in asks]
+            return requests
+        return [LoadRequest(request.index, 0, request.prompt_tokens, output_tokens) for request in requests]
 
 
-def prompt_ids(seed: int, ask: Ask, vocabulary: int) -> Sequence[int]:
+def prompt_ids(seed: int, request: LoadRequest, vocabulary: int) -> Sequence[int]:
     """Random token ids: the same for any engine, and no two requests share a beginning."""
     first = min(FIRST_TOKEN_ID, vocabulary // 2)
-    rng = random.Random(f"{seed} {ask.index}")
-    return [int(first + rng.random() * (vocabulary - first)) for _ in range(ask.prompt_tokens)]
+    rng = random.Random(f"{seed} {request.index}")
+    return [int(first + rng.random() * (vocabulary - first)) for _ in range(request.prompt_tokens)]

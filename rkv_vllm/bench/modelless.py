@@ -162,7 +162,7 @@ def make_scheduler(
 
 @functools.cache
 def _model_config(max_model_len: int, vocabulary: int) -> ModelConfig:
-    """Of a model that exists as a configuration file only."""
+    """Configuration of a model that exists as a file only."""
     settings = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

@@ -139,10 +139,10 @@ def _pool(results: Results, title: str, folder: Path) -> Path | None:
     import matplotlib.pyplot as plt
 
     longest: dict[str, dict[Kind, list[Point]]] = {}
-    for life in results.lives:
-        for load in life.loads:
+    for run in results.runs:
+        for load in run.loads:
             of_row = longest.setdefault(load.row, {})
-            of_row[life.kind] = max(of_row.get(life.kind, []), load.curve, key=_seconds)
+            of_row[run.kind] = max(of_row.get(run.kind, []), load.curve, key=_seconds)
     rows = [row.name for row in results.group.rows if any(longest.get(row.name, {}).values())]
     if not rows:
         return None

@@ -1,30 +1,32 @@
-"""Compares what the engines measured, row by row: medians, ratios, floors, and a table of them (pure)."""
+"""Compares what the engines measured, row by row: medians, ratios, rooflines, and a table of them (pure)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import median
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from rich.table import Table
 
 from rkv_vllm.bench.kernel_time import KernelTime
 from rkv_vllm.bench.results import EngineFacts, LoadResult, Results
-from rkv_vllm.bench.roofline import StepFloor, row_floor
+from rkv_vllm.bench.roofline import StepRoofline, row_roofline
 from rkv_vllm.bench.rows import Entry, Kind, Row
 from rkv_vllm.bench.window import Window
 
 
 class Side(BaseModel):
-    """One kind of engine on one row: medians over all windows of all its lives.
+    """One kind of engine on one row: medians over all windows of all its runs.
 
     Attributes:
         spread: the fastest window's tokens/s less the slowest's, over the median.
         compaction_share: compactions' time on the device over the time of a step.
-        floor: what the engine's own pool and the device allow; None on a CPU, and for a batch.
-        of_floor: the floor's tokens/s that were reached.
+        roofline: what the engine's own pool and the device allow; None on a CPU, and for a batch.
+        share_of_roofline: tokens/s over those of the roofline.
     """
+
+    model_config = ConfigDict(serialize_by_alias=True)
 
     kind: Kind
     entry: Entry | None
@@ -46,8 +48,8 @@ class Side(BaseModel):
     compactions: int
     client_share: float
     steady: bool
-    floor: StepFloor | None
-    of_floor: float | None
+    roofline: StepRoofline | None = Field(serialization_alias="floor")
+    share_of_roofline: float | None = Field(serialization_alias="of_floor")
     kernel_time: KernelTime | None
 
 
@@ -89,17 +91,17 @@ def each_side_once(comparisons: Iterable[Comparison]) -> Iterator[tuple[Row, Sid
 def _compare(results: Results, row: Row, group: str) -> Comparison:
     sides: dict[Kind, Side] = {}
     failures = []
-    for kind in dict.fromkeys(life.kind for life in results.lives if row.runs_on(life.kind)):
+    for kind in dict.fromkeys(run.kind for run in results.runs if row.runs_on(run.kind)):
         measured, troubles = [], []
-        for life in results.lives:
-            if life.kind != kind:
+        for run in results.runs:
+            if run.kind != kind:
                 continue
-            loads = results.loads_of(life, row)
+            loads = results.loads_of(run, row)
             troubles += [load.failure for load in loads if load.failure]
-            if life.failure and not loads:
-                troubles.append(life.failure)
-            if life.facts is not None:
-                measured += [(life.facts, load) for load in loads if load.windows]
+            if run.failure and not loads:
+                troubles.append(run.failure)
+            if run.facts is not None:
+                measured += [(run.facts, load) for load in loads if load.windows]
         if not measured and not troubles:
             troubles.append("not run")
         failures += [f"{kind}: {trouble}" for trouble in troubles]
@@ -112,7 +114,9 @@ def _compare(results: Results, row: Row, group: str) -> Comparison:
         ratio=_over(sides, "rkv", lambda side: side.tokens_per_second),
         off_ratio=_over(sides, "off", lambda side: side.tokens_per_second),
         memory_ratio=_over(sides, "rkv", lambda side: side.kv_bytes_per_request),
-        floor_ratio=_over(sides, "rkv", lambda side: side.floor.tokens_per_second if side.floor else None),
+        floor_ratio=_over(
+            sides, "rkv", lambda side: side.roofline.tokens_per_second if side.roofline else None
+        ),
         failures=failures,
     )
 
@@ -131,11 +135,11 @@ def _side(results: Results, row: Row, kind: Kind, measured: Sequence[tuple[Engin
     windows = [window for load in loads for window in load.windows]
     speeds = [window.tokens_per_second for window in windows]
     speed = median(speeds)
-    floor = None
-    if results.device.ceilings is not None and row.batch is None:
-        floor = row_floor(
+    roofline = None
+    if results.device.limits is not None and row.batch is None:
+        roofline = row_roofline(
             facts.shape,
-            results.device.ceilings,
+            results.device.limits,
             row,
             kind,
             pages=facts.pool_pages,
@@ -169,8 +173,8 @@ def _side(results: Results, row: Row, kind: Kind, measured: Sequence[tuple[Engin
         compactions=sum(window.compactions for window in windows),
         client_share=max(window.client_share for window in windows),
         steady=all(load.steady for load in loads),
-        floor=floor,
-        of_floor=None if floor is None else speed / floor.tokens_per_second,
+        roofline=roofline,
+        share_of_roofline=None if roofline is None else speed / roofline.tokens_per_second,
         kernel_time=next((load.kernel_time for load in loads if load.kernel_time), None),
     )
 
@@ -201,10 +205,10 @@ def show(results: Results, group: str, console: Console) -> None:
             table.add_row(*_cells(comparison, side))
         table.add_section()
     console.print(table)
-    if device.ceilings is not None:
+    if device.limits is not None:
         console.print(
-            f"Floors at {device.ceilings.bytes_per_second / 1e12:.2f} TB/s and "
-            f"{device.ceilings.operations_per_second / 1e12:.0f} TFLOP/s, measured in the same run."
+            f"Floors at {device.limits.bytes_per_second / 1e12:.2f} TB/s and "
+            f"{device.limits.operations_per_second / 1e12:.0f} TFLOP/s, measured in the same run."
         )
     for comparison in comparisons:
         for side in comparison.sides.values():
@@ -240,7 +244,7 @@ def remarks(row: Row, side: Side) -> list[str]:
 
 def _models(results: Results) -> str:
     return next(
-        (life.facts.model.rsplit("/", 1)[-1] for life in results.lives if life.facts),
+        (run.facts.model.rsplit("/", 1)[-1] for run in results.runs if run.facts),
         results.group.model or "",
     )
 
@@ -258,8 +262,8 @@ def _cells(comparison: Comparison, side: Side) -> list[str]:
         f"{side.spread:.1%}",
         f"{side.running:,.1f}",
         f"{side.step_milliseconds:.2f}",
-        "" if side.floor is None else f"{side.floor.milliseconds:.2f}",
-        "" if side.of_floor is None else f"{side.of_floor:.0%}",
+        "" if side.roofline is None else f"{side.roofline.milliseconds:.2f}",
+        "" if side.share_of_roofline is None else f"{side.share_of_roofline:.0%}",
         f"{side.pool_use:.0%}",
         f"{side.kv_bytes_per_request / 2**20:,.0f}",
         f"{side.compaction_share:.1%}" if is_rkv else "",

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from rkv_vllm.bench.kernel_time import KernelTime
-from rkv_vllm.bench.roofline import Ceilings, ModelShape
+from rkv_vllm.bench.roofline import HardwareLimits, ModelShape
 from rkv_vllm.bench.rows import Entry, Group, Kind, Row
 from rkv_vllm.bench.window import Point, Window
 from rkv_vllm.settings.error_text import explain
@@ -20,8 +20,8 @@ class Measure(BaseModel):
     Attributes:
         windows: consecutive windows of each load.
         window_seconds: length of a window, in whole steps; `window_steps`, where given, goes before it.
-        settle_steps: the load is steady when as many requests ran in so many steps as in those before.
-        settle_seconds: after so long it is measured as it is, and the result says so.
+        settle_steps: steps in which as many requests run as in those before, once the load is steady.
+        settle_seconds: time after which the load is measured as it is, and the result says so.
         profile_steps: steps recorded with the profiler behind an engine's last load; 0: it is not set up.
     """
 
@@ -77,7 +77,7 @@ class EngineFacts(BaseModel):
     start_seconds: float
 
 
-class Life(BaseModel):
+class EngineRun(BaseModel):
     """One engine from start to end; `facts` None: it did not start, and `failure` says why."""
 
     kind: Kind
@@ -87,15 +87,25 @@ class Life(BaseModel):
     failure: str | None = None
 
 
+#: Files of results keep the names that their fields were first written under.
+_FILE_FORMAT = ConfigDict(serialize_by_alias=True)
+
+
 class Device(BaseModel):
-    """`memory_gib`, `ceilings`: None on a CPU."""
+    """`memory_gib`, `limits`: None on a CPU."""
+
+    model_config = _FILE_FORMAT
 
     name: str
     memory_gib: float | None = None
-    ceilings: Ceilings | None = None
+    limits: HardwareLimits | None = Field(
+        default=None, validation_alias=AliasChoices("limits", "ceilings"), serialization_alias="ceilings"
+    )
 
 
 class Results(BaseModel):
+    model_config = _FILE_FORMAT
+
     command: str
     started: str
     versions: dict[str, str]
@@ -103,7 +113,9 @@ class Results(BaseModel):
     device: Device
     group: Group
     measure: Measure
-    lives: list[Life] = []
+    runs: list[EngineRun] = Field(
+        default=[], validation_alias=AliasChoices("runs", "lives"), serialization_alias="lives"
+    )
 
     @property
     def engines(self) -> tuple[str | float | None, ...]:
@@ -125,39 +137,39 @@ class Results(BaseModel):
             raise ValueError(f"row: none is called {name}, but {', '.join(rows)}")
         return rows[name]
 
-    def loads_of(self, life: Life, row: Row) -> list[LoadResult]:
-        """What a life measured of a row, or of one that is the same load to its kind of engine."""
-        names = {other.name for other in self.group.rows if row.is_like(other, life.kind)}
-        return [load for load in life.loads if load.row in names]
+    def loads_of(self, run: EngineRun, row: Row) -> list[LoadResult]:
+        """What a run measured of a row, or of one that is the same load to its kind of engine."""
+        names = {other.name for other in self.group.rows if row.is_like(other, run.kind)}
+        return [load for load in run.loads if load.row in names]
 
 
-def together(runs: Sequence[Results]) -> Results:
-    """Runs of the same engines as one: a long group may be measured in parts, or again.
+def merge(results: Sequence[Results]) -> Results:
+    """Results of the same engines as one: a long group may be measured in parts, or again.
 
-    Floors are of the highest ceilings that were measured; `measure` is that of the first run.
+    Rooflines are of the highest limits that were measured; `measure` is that of the first run.
 
-    Raises: ValueError where the runs differ in engines or device, or mean different loads by one name.
+    Raises: ValueError where they differ in engines or device, or mean different loads by one name.
     """
-    first = runs[0]
-    if any(run.engines != first.engines for run in runs):
+    first = results[0]
+    if any(each.engines != first.engines for each in results):
         raise ValueError("differ in model, memory, options or device")
     rows: dict[str, Row] = {}
-    for row in (row for run in runs for row in run.group.rows):
+    for row in (row for each in results for row in each.group.rows):
         if rows.setdefault(row.name, row) != row:
             raise ValueError(f"name different loads {row.name}")
-    ceilings = [run.device.ceilings for run in runs if run.device.ceilings is not None]
+    limits = [each.device.limits for each in results if each.device.limits is not None]
     highest = None
-    if ceilings:
-        highest = Ceilings(
-            bytes_per_second=max(each.bytes_per_second for each in ceilings),
-            operations_per_second=max(each.operations_per_second for each in ceilings),
+    if limits:
+        highest = HardwareLimits(
+            bytes_per_second=max(each.bytes_per_second for each in limits),
+            operations_per_second=max(each.operations_per_second for each in limits),
         )
     return first.model_copy(
         update={
-            "command": "\n".join(run.command for run in runs),
-            "device": first.device.model_copy(update={"ceilings": highest}),
+            "command": "\n".join(each.command for each in results),
+            "device": first.device.model_copy(update={"limits": highest}),
             "group": first.group.model_copy(update={"rows": tuple(rows.values())}),
-            "lives": [life for run in runs for life in run.lives],
+            "runs": [run for each in results for run in each.runs],
         }
     )
 

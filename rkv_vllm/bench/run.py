@@ -18,8 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from threading import Thread, Timer
 
-from rkv_vllm.bench.engine_run import Order
-from rkv_vllm.bench.results import Device, EngineFacts, Life, LoadResult, Measure, Results
+from rkv_vllm.bench.engine_run import RunSpec
+from rkv_vllm.bench.results import Device, EngineFacts, EngineRun, LoadResult, Measure, Results
 from rkv_vllm.bench.rows import Group, Kind
 from rkv_vllm.provenance import command_line, versions
 
@@ -30,10 +30,10 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_DO_NOT_TRACK": "1",
 }
-#: After its deadline a process has so long to end by itself.
+#: Seconds that a process has after its deadline to end by itself.
 GRACE_SECONDS = 30.0
 PROGRESS = "[bench] "
-#: An engine's start takes about as long as so many loads.
+#: Loads that take about as long as the start of an engine.
 START_IN_LOADS = 2
 
 Say = Callable[[str], None]
@@ -57,7 +57,7 @@ def run_group(
     Args:
         extra: options of `vllm serve` for every engine, behind the group's own.
         rounds: how often the group's kinds of engine take turns.
-        time_limit: seconds for everything; lives that are still to come share what is left by their loads.
+        time_limit: seconds for everything; runs that are still to come share what is left by their loads.
         log: file for what the engines print.
         say: told of progress.
         save: given the results so far, after each load.
@@ -68,8 +68,8 @@ def run_group(
     with tempfile.TemporaryDirectory(prefix="rkv-bench-") as name, ExitStack() as stack:
         folder = Path(name)
 
-        def prepare(place: int) -> LifeProcess:
-            process = LifeProcess(_python("rkv_vllm.bench.engine_run"), folder / f"{place}.jsonl", log)
+        def prepare(place: int) -> EngineProcess:
+            process = EngineProcess(_python("rkv_vllm.bench.engine_run"), folder / f"{place}.jsonl", log)
             stack.callback(process.end)
             return process
 
@@ -84,45 +84,45 @@ def run_group(
             group=group,
             measure=measure,
         )
-        if results.device.ceilings is None and (measure.profile_steps or group.memory_gib is not None):
+        if results.device.limits is None and (measure.profile_steps or group.memory_gib is not None):
             raise ValueError("--profile and memory_gib are for GPUs; for a CPU give --kv-cache-memory-bytes")
         for place, kind in enumerate(kinds):
             say(f"engine {place + 1} of {len(kinds)}: {kind}")
-            life = Life(kind=kind, arguments=[*group.arguments(kind), *extra])
-            results.lives.append(life)
+            run = EngineRun(kind=kind, arguments=[*group.arguments(kind), *extra])
+            results.runs.append(run)
             ends = None if deadline is None else _share(group, kinds[place:], time.time(), deadline)
             process = waiting.pop()
             if place + 1 < len(kinds):  # it imports what it needs while this one starts its engine
                 waiting.append(prepare(place + 1))
-            _live(process, results, life, ends, folder / f"traces-{place}", say, save)
+            _run_engine(process, results, run, ends, folder / f"traces-{place}", say, save)
             save(results)
     return results
 
 
 def _share(group: Group, kinds: Sequence[Kind], now: float, deadline: float) -> float:
-    """When the first of the lives that are still to come has to end: they share the time by their loads."""
+    """When the first of the runs that are still to come has to end: they share the time by their loads."""
     weights = [START_IN_LOADS + len(group.rows_for(kind)) for kind in kinds]
     return now + (deadline - now) * weights[0] / sum(weights)
 
 
-def _live(
-    process: LifeProcess,
+def _run_engine(
+    process: EngineProcess,
     results: Results,
-    life: Life,
+    run: EngineRun,
     deadline: float | None,
     traces: Path,
     say: Say,
     save: Callable[[Results], None],
 ) -> None:
-    """Runs a life and fills it in as its loads are measured."""
+    """Runs an engine and fills it in as its loads are measured."""
     group, measure = results.group, results.measure
     traces.mkdir()
-    order = Order(
-        kind=life.kind,
-        arguments=life.arguments,
+    spec = RunSpec(
+        kind=run.kind,
+        arguments=run.arguments,
         model=group.model,
         memory_gib=group.memory_gib,
-        rows=group.rows_for(life.kind),
+        rows=group.rows_for(run.kind),
         measure=measure,
         deadline=deadline,
         trace_folder=str(traces) if measure.profile_steps else None,
@@ -130,25 +130,25 @@ def _live(
 
     def progress(text: str) -> None:
         say(text)
-        _read(process.results, life)
+        _read(process.results, run)
         save(results)
 
-    life.failure = process.run(order.model_dump_json(), deadline, progress)
-    _read(process.results, life)
-    if life.failure:
-        say(f"{life.kind}: {life.failure}")
+    run.failure = process.run(spec.model_dump_json(), deadline, progress)
+    _read(process.results, run)
+    if run.failure:
+        say(f"{run.kind}: {run.failure}")
 
 
-def _read(file: Path, life: Life) -> None:
-    """Takes over what the life's process has written so far, in whole lines."""
+def _read(file: Path, run: EngineRun) -> None:
+    """Takes over what the engine's process has written so far, in whole lines."""
     lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
     if lines:
-        life.facts = EngineFacts.model_validate_json(lines[0])
-        life.loads = [LoadResult.model_validate_json(line) for line in lines[1:]]
+        run.facts = EngineFacts.model_validate_json(lines[0])
+        run.loads = [LoadResult.model_validate_json(line) for line in lines[1:]]
 
 
-class LifeProcess:
-    """A process that is to run one engine, and waits for its order."""
+class EngineProcess:
+    """A process that is to run one engine, and waits for its spec."""
 
     def __init__(self, command: Sequence[str], results: Path, log: Path) -> None:
         """Starts it.
@@ -173,11 +173,11 @@ class LifeProcess:
         # What it leaves behind would keep its output open.
         Thread(target=self._clear_up, daemon=True).start()
 
-    def run(self, order: str, deadline: float | None, say: Say) -> str | None:
-        """Gives it its order and watches it to its end. Returns what went wrong, if anything did.
+    def run(self, spec: str, deadline: float | None, say: Say) -> str | None:
+        """Gives it its spec and watches it to its end. Returns what went wrong, if anything did.
 
         Args:
-            order: one line.
+            spec: one line.
             deadline: seconds since 1970, some time after which it is stopped.
             say: told of progress.
         """
@@ -188,7 +188,7 @@ class LifeProcess:
             killer.start()
             try:
                 with suppress(BrokenPipeError):  # it has ended already, and says why
-                    self._process.stdin.write(order + "\n")
+                    self._process.stdin.write(spec + "\n")
                     self._process.stdin.close()
                 for line in self._process.stderr:
                     if line.startswith(PROGRESS):
@@ -240,7 +240,7 @@ def _cause(lines: list[str]) -> str:
 
 
 def _device(log: Path) -> Device:
-    """The device and its ceilings, measured apart: no process that starts an engine may hold memory of it."""
+    """The device and its limits, measured apart: no process that starts an engine may hold memory of it."""
     with log.open("ab") as output:
         done = subprocess.run(
             _python("rkv_vllm.bench.hardware_limits"),

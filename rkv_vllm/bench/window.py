@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 #: Points of the curve that is kept of a load.
 MOST_POINTS = 300
-#: Requests running may differ by so much between two stretches of a steady load.
+#: Share by which the requests running may differ between two stretches of a steady load.
 TOLERANCE = 0.05
 
 
@@ -115,7 +115,7 @@ def is_steady(running: Sequence[int], stretch: int) -> bool:
 
 
 class Point(BaseModel):
-    """Of a load's curve: seconds since it began, and means over the steps since the point before."""
+    """A point of a load's curve: seconds since it began, and means over the steps since the point before."""
 
     seconds: float
     running: float

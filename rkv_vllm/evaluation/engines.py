@@ -31,8 +31,11 @@ class EngineError(Exception):
 
 @dataclass(frozen=True)
 class Sampling:
-    """Of every answer. `max_tokens` None: what the context has room for; `chat`: whether texts are put into
-    the model's chat template."""
+    """How every answer is sampled.
+
+    `max_tokens` None: what the context has room for; `chat`: whether texts are put into the model's chat
+    template.
+    """
 
     temperature: float
     top_p: float
@@ -251,7 +254,7 @@ class ServerEngine:
 
 
 def _report(extra: dict[str, Any]) -> KvCacheReport:
-    """Of `rkv-vllm serve`, or of vLLM's own server with this package's flags."""
+    """The process of `rkv-vllm serve`, or of vLLM's own server with this package's flags."""
     if FIELD in extra:
         return KvCacheReport.model_validate(extra[FIELD])
     report = KvCacheReport.from_kv_transfer_params(extra.get("kv_transfer_params"))

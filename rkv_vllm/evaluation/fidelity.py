@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
-from rkv_vllm.decisions.lengths import PageLengths, make_request_lengths
+from rkv_vllm.decisions.lengths import make_request_lengths
 from rkv_vllm.settings.config import CompactionSettings, Granularity, PolicyName, RequestedSettings, RkvConfig
 
 #: What is measured of each token, in this order.
@@ -182,8 +182,7 @@ def schedule(
     # The step at logical length n feeds token n, and predicts the one behind it. The last token is not fed.
     while (due := lengths.next_due) < prompt + forced - 1:
         lengths.compact(due)
-        if isinstance(lengths, PageLengths):
-            lengths.confirm_freed()
+        lengths.confirm_freed()
         affected.append(due + 1 - prompt)
     return Schedule(tuple(affected), lengths.evicted)
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rkv_vllm.evaluation.fidelity import Report, Setting, Window, cut, row_of
-from rkv_vllm.evaluation.forced_decoder import Teacher
+from rkv_vllm.evaluation.forced_decoder import ForcedDecoder
 from rkv_vllm.provenance import device, versions
 from rkv_vllm.settings.config import RkvConfig
 
@@ -26,7 +26,7 @@ class Plan:
         texts: files in UTF-8.
         settings: the control first.
         prompt, forced: tokens of a window that are read, and that are decoded.
-        windows: at most so many of each text.
+        windows: most windows of each text.
         seed: of the bootstrap.
     """
 
@@ -53,18 +53,18 @@ def run(plan: Plan, options: Sequence[str], console: Console) -> Report:
         engine did not do what was asked, so that there is nothing to report.
     """
     texts = {path.name: path.read_text(encoding="utf-8") for path in plan.texts}
-    teacher = Teacher(plan.model, options, plan.config, plan.prompt + plan.forced)
+    decoder = ForcedDecoder(plan.model, options, plan.config, plan.prompt + plan.forced)
     try:
-        prefix = teacher.encode("", special_tokens=True)
+        prefix = decoder.encode("", special_tokens=True)
         windows: list[Window] = []
         for name, text in texts.items():
-            windows += cut(name, teacher.encode(text), prefix, plan.prompt, plan.forced, plan.windows)
-        return _measure(plan, teacher, windows, console)
+            windows += cut(name, decoder.encode(text), prefix, plan.prompt, plan.forced, plan.windows)
+        return _measure(plan, decoder, windows, console)
     finally:
-        teacher.close()
+        decoder.close()
 
 
-def _measure(plan: Plan, teacher: Teacher, windows: Sequence[Window], console: Console) -> Report:
+def _measure(plan: Plan, decoder: ForcedDecoder, windows: Sequence[Window], console: Console) -> Report:
     measured: list[np.ndarray] = []
     columns = (
         TextColumn("tokens"),
@@ -77,7 +77,7 @@ def _measure(plan: Plan, teacher: Teacher, windows: Sequence[Window], console: C
         total = len(windows) * plan.forced * (len(plan.settings) + 1)
         task = progress.add_task("", total=total)
         for window in windows:
-            seen, schedules = teacher.teach(window, plan.settings, lambda: progress.advance(task))
+            seen, schedules = decoder.decode_window(window, plan.settings, lambda: progress.advance(task))
             measured.append(seen)
     together = np.stack(measured, axis=1)  # [settings, windows, tokens, measures]
     full_logprob = together[0, ..., 2].mean()
@@ -85,7 +85,7 @@ def _measure(plan: Plan, teacher: Teacher, windows: Sequence[Window], console: C
         command=plan.command,
         model=plan.model,
         device=device(),
-        dtype=teacher.dtype,
+        dtype=decoder.dtype,
         texts=[path.name for path in plan.texts],
         windows=len(windows),
         prompt_tokens=plan.prompt,
@@ -96,7 +96,7 @@ def _measure(plan: Plan, teacher: Teacher, windows: Sequence[Window], console: C
         mix_lambda=plan.config.mix_lambda,
         seed=plan.seed,
         full_perplexity=math.exp(-full_logprob),
-        reference_bytes=teacher.reference_bytes * plan.forced,
+        reference_bytes=decoder.reference_bytes * plan.forced,
         versions=versions(),
         rows=[
             row_of(setting, planned, together[index], plan.seed)

@@ -28,10 +28,10 @@ from rkv_vllm.settings.config import RkvConfig, extra_args
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
-#: Key in `SamplingParams.extra_args`: which of the lesson's requests this is.
-STUDENT = "fidelity_student"
+#: Key in `SamplingParams.extra_args`: which of the comparison's requests this is.
+VARIANT = "fidelity_variant"
 #: The one whose logits the others are compared with.
-MODEL_STUDENT = -1
+REFERENCE = -1
 PROCESSOR = "rkv_vllm.evaluation.forced_decoder:TeacherForcing"
 
 
@@ -52,24 +52,24 @@ def compare(reference: torch.Tensor, logits: torch.Tensor, token: int) -> torch.
     return torch.stack((kl, same, full[token], own[token]))
 
 
-class Lesson:
+class WindowComparison:
     """One window's forced tokens, and what was seen of each.
 
     Attributes:
         reference: float32 [tokens, vocabulary] in host memory: the logits of the full cache.
-        seen: float64 [students, tokens, MEASURES] on the engine's device; NaN where nothing was predicted.
+        seen: float64 [variants, tokens, MEASURES] on the engine's device; NaN where nothing was predicted.
         on_token: called for every token of every request once.
     """
 
-    def __init__(self, window: Window, students: int, on_token: Callable[[], None]) -> None:
+    def __init__(self, window: Window, variants: int, on_token: Callable[[], None]) -> None:
         self._prompt, self._forced = len(window.prompt), window.forced
-        self._students = students
+        self._variants = variants
         self._on_token = on_token
         self._done: set[tuple[int, int]] = set()
         self.reference = torch.empty(0)
         self.seen = torch.empty(0)
 
-    def attend(self, logits: torch.Tensor, student: int, length: int) -> None:
+    def observe(self, logits: torch.Tensor, variant: int, length: int) -> None:
         """Looks at one request's logits, float32 [vocabulary], and leaves only the forced token possible.
 
         `length` is the request's tokens so far; within its prompt, nothing is predicted that is used. A token
@@ -79,41 +79,41 @@ class Lesson:
         if not 0 <= index < len(self._forced):
             return
         token = self._forced[index]
-        if student == MODEL_STUDENT:
+        if variant == REFERENCE:
             if not self.reference.numel():
                 self.reference = torch.empty(len(self._forced), logits.shape[0])
             self.reference[index] = logits.to(self.reference)
         else:
             if not self.seen.numel():
-                shape = (self._students, len(self._forced), len(MEASURES))
+                shape = (self._variants, len(self._forced), len(MEASURES))
                 self.seen = torch.full(shape, torch.nan, dtype=torch.float64, device=logits.device)
-            self.seen[student, index] = compare(self.reference[index].to(logits.device), logits, token)
+            self.seen[variant, index] = compare(self.reference[index].to(logits.device), logits, token)
         logits.fill_(-torch.inf)
         logits[token] = 0.0
-        if (student, index) not in self._done:
-            self._done.add((student, index))
+        if (variant, index) not in self._done:
+            self._done.add((variant, index))
             self._on_token()
 
 
-_lesson: Lesson | None = None
+_comparison: WindowComparison | None = None
 
 
 @contextmanager
-def _teaching(lesson: Lesson) -> Iterator[None]:
-    global _lesson
-    _lesson = lesson
+def _comparing(comparison: WindowComparison) -> Iterator[None]:
+    global _comparison
+    _comparison = comparison
     try:
         yield
     finally:
-        _lesson = None
+        _comparison = None
 
 
 class TeacherForcing(LogitsProcessorV2, LogitsProcessorV1):
-    """Hands each request's logits to the lesson of the moment, in either model runner."""
+    """Hands each request's logits to the comparison of the moment, in either model runner."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        #: By row of the batch (V1) or request slot (V2): which student.
-        self._students: dict[int, int] = {}
+        #: By row of the batch (V1) or request slot (V2): which variant.
+        self._variants: dict[int, int] = {}
         #: V1's rows: prompt tokens, and the list that vLLM appends output tokens to.
         self._tokens: dict[int, tuple[int, list[int]]] = {}
 
@@ -124,46 +124,46 @@ class TeacherForcing(LogitsProcessorV2, LogitsProcessorV1):
         """V1: follows the rows of the batch."""
         if batch_update is None:
             return
-        rows = {row: (self._students[row], self._tokens[row]) for row in self._students}
+        rows = {row: (self._variants[row], self._tokens[row]) for row in self._variants}
         for row in batch_update.removed:
             rows.pop(row, None)
         for row, params, prompt, output in batch_update.added:
             rows.pop(row, None)
-            if params.extra_args and STUDENT in params.extra_args:
-                rows[row] = (params.extra_args[STUDENT], (len(prompt or ()), output))
+            if params.extra_args and VARIANT in params.extra_args:
+                rows[row] = (params.extra_args[VARIANT], (len(prompt or ()), output))
         for first, second, direction in batch_update.moved:
             a, b = rows.pop(first, None), rows.pop(second, None)
             if a is not None:
                 rows[second] = a
             if b is not None and direction == MoveDirectionality.SWAP:
                 rows[first] = b
-        self._students = {row: student for row, (student, _) in rows.items()}
+        self._variants = {row: variant for row, (variant, _) in rows.items()}
         self._tokens = {row: tokens for row, (_, tokens) in rows.items()}
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """V2: follows the request slots."""
-        self._students.pop(req_idx, None)
-        if sampling_params.extra_args and STUDENT in sampling_params.extra_args:
-            self._students[req_idx] = sampling_params.extra_args[STUDENT]
-        return req_idx in self._students
+        self._variants.pop(req_idx, None)
+        if sampling_params.extra_args and VARIANT in sampling_params.extra_args:
+            self._variants[req_idx] = sampling_params.extra_args[VARIANT]
+        return req_idx in self._variants
 
     def apply(self, logits: torch.Tensor, context: LogitsContext | None = None) -> torch.Tensor:
-        if _lesson is None:
+        if _comparison is None:
             return logits
         if context is None:
-            for row, student in self._students.items():
+            for row, variant in self._variants.items():
                 prompt, output = self._tokens[row]
-                _lesson.attend(logits[row], student, prompt + len(output))
+                _comparison.observe(logits[row], variant, prompt + len(output))
         else:
             # Exact without speculative decoding, which is refused.
             lengths = context.seq_lens_upper_bound_np.tolist()
             for row, slot in enumerate(context.idx_mapping_np.tolist()):
-                if slot in self._students:
-                    _lesson.attend(logits[row], self._students[slot], lengths[row])
+                if slot in self._variants:
+                    _comparison.observe(logits[row], self._variants[slot], lengths[row])
         return logits
 
 
-class Teacher:
+class ForcedDecoder:
     """An engine in this process, which reads windows under several settings."""
 
     def __init__(self, model: str, options: Sequence[str], config: RkvConfig, length: int) -> None:
@@ -200,14 +200,14 @@ class Teacher:
 
     @property
     def reference_bytes(self) -> int:
-        """Of one forced token."""
+        """Bytes of one forced token's logits."""
         return 4 * self._engine.model_config.get_vocab_size()
 
     def encode(self, text: str, special_tokens: bool = False) -> list[int]:
         tokenizer = self._engine.get_tokenizer()
         return list(tokenizer.encode(text, add_special_tokens=special_tokens))
 
-    def teach(
+    def decode_window(
         self, window: Window, settings: Sequence[Setting], on_token: Callable[[], None]
     ) -> tuple[np.ndarray, list[Schedule]]:
         """Reads a window with the full cache, and then under all settings at once.
@@ -217,11 +217,11 @@ class Teacher:
         Raises: RuntimeError where the engine did not decode the text, or compacted at other lengths than
             counts say.
         """
-        lesson = Lesson(window, len(settings), on_token)
-        with _teaching(lesson):
-            self._run(window, {MODEL_STUDENT: None})
+        comparison = WindowComparison(window, len(settings), on_token)
+        with _comparing(comparison):
+            self._run(window, {REFERENCE: None})
             schedules = self._run(window, dict(enumerate(settings)))
-        measured = lesson.seen.cpu().numpy()
+        measured = comparison.seen.cpu().numpy()
         if np.isnan(measured).any():
             raise RuntimeError("the engine did not show every prediction")
         return measured, schedules
@@ -230,25 +230,25 @@ class Teacher:
         self._engine.engine_core.shutdown()
 
     def _run(self, window: Window, settings: dict[int, Setting]) -> list[Schedule]:
-        students = {}
-        for student, setting in settings.items():
+        variants = {}
+        for variant, setting in settings.items():
             params = SamplingParams(
                 temperature=0.0,
                 max_tokens=len(window.forced),
                 ignore_eos=True,
                 detokenize=False,
-                extra_args={**extra_args(setting), STUDENT: student},
+                extra_args={**extra_args(setting), VARIANT: variant},
             )
             self._requests += 1
-            students[str(self._requests)] = student
+            variants[str(self._requests)] = variant
             self._engine.add_request(str(self._requests), {"prompt_token_ids": list(window.prompt)}, params)
         schedules: dict[int, Schedule] = {}
         while self._engine.has_unfinished_requests():
             for output in self._engine.step():
                 if output.finished:
-                    student = students[output.request_id]
-                    schedules[student] = self._checked(window, settings[student], output)
-        return [schedules[student] for student in settings]
+                    variant = variants[output.request_id]
+                    schedules[variant] = self._checked(window, settings[variant], output)
+        return [schedules[variant] for variant in settings]
 
     def _checked(self, window: Window, setting: Setting, output: Any) -> Schedule:
         if tuple(output.outputs[0].token_ids) != window.forced:

@@ -77,8 +77,8 @@ def _mean(values: Sequence[Sequence[float]]) -> float:
 
 
 def _variance_of_mean(values: Sequence[Sequence[float]]) -> float:
-    """Of the mean over all values, whose problems are drawn independently and may differ in number of
-    values."""
+    """Variance of the mean over all values; problems are drawn independently, and may have different numbers
+    of them."""
     value, problems, answers = _mean(values), len(values), sum(map(len, values))
     squares = sum((sum(each) - value * len(each)) ** 2 for each in values)
     return problems / (problems - 1) * squares / answers**2

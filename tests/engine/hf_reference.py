@@ -33,7 +33,7 @@ class Teaching:
     compacted_at: list[int]
 
     def worst_difference(self, tokens: Sequence[int], logprobs: Sequence[float]) -> float:
-        """Of the log-probabilities that an engine gave its tokens, the largest distance from these."""
+        """The largest distance between these log-probabilities and those that an engine gave its tokens."""
         chosen = self.logprobs.gather(1, torch.tensor(tokens).unsqueeze(1)).squeeze(1)
         return (chosen - torch.tensor(logprobs)).abs().max().item()
 

@@ -39,37 +39,37 @@ def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
             say=print,
             save=lambda so_far: saved.append(so_far.model_copy(deep=True)),
         )
-    progress = [sum(len(life.loads) for life in each.lives) for each in saved]
+    progress = [sum(len(run.loads) for run in each.runs) for each in saved]
     assert progress == sorted(progress) and progress[-1] == 6
-    assert len(saved) == 2 * (2 * 3 + 1)  # when a load begins, when it ends, and after each life
+    assert len(saved) == 2 * (2 * 3 + 1)  # when a load begins, when it ends, and after each run
     return results
 
 
 def test_engines_differ_in_compaction_alone(results: Results) -> None:
-    """Proves that both lives ran all rows, that R-KV's compacted and stock's did not, that every page came
+    """Proves that both engines ran all rows, that R-KV's compacted and stock's did not, that every page came
     back, and that a row which cannot run fails alone."""
-    assert [life.kind for life in results.lives] == ["stock", "rkv"]
-    for life in results.lives:
-        assert life.failure is None and life.facts is not None
-        assert (life.facts.pool_pages, life.facts.page_size, life.facts.shape.layers) == (63, 32, 30)
-        steady, too_long, batch = life.loads
+    assert [run.kind for run in results.runs] == ["stock", "rkv"]
+    for run in results.runs:
+        assert run.failure is None and run.facts is not None
+        assert (run.facts.pool_pages, run.facts.page_size, run.facts.shape.layers) == (63, 32, 30)
+        steady, too_long, batch = run.loads
         assert too_long.failure == "4032 tokens exceed max_model_len (256)" and not too_long.windows
         for load in (steady, batch):
             assert load.failure is None and load.pool_whole and len(load.windows) == 2
             compacted = sum(window.compactions for window in load.windows)
-            assert (compacted > 0) == (life.kind == "rkv")
+            assert (compacted > 0) == (run.kind == "rkv")
     (ratio, _, _) = (each.ratio for each in compare(results))
     assert ratio is not None and ratio > 0
 
 
 def test_tokens_of_a_batch_are_those_asked_for(results: Results) -> None:
     """Proves that a batch's window counts each output token, prompt token and compaction once."""
-    for life in results.lives:
-        for window in life.loads[2].windows:
+    for run in results.runs:
+        for window in run.loads[2].windows:
             assert window.output_tokens == 4 * 64
             assert window.prompt_tokens == 4 * 32
             assert window.started == window.finished == 4
-            if life.kind == "rkv":
+            if run.kind == "rkv":
                 assert window.compactions == 4 * COMPACTIONS
                 assert window.evicted_tokens == 16 * window.compactions
                 assert window.compaction_milliseconds_per_step > 0
@@ -77,8 +77,8 @@ def test_tokens_of_a_batch_are_those_asked_for(results: Results) -> None:
 
 def test_a_steady_load_is_steady(results: Results) -> None:
     """Proves that requests of the row's age run from the first window on, each with a token a step."""
-    for life in results.lives:
-        load = life.loads[0]
+    for run in results.runs:
+        load = run.loads[0]
         assert load.steady and (load.entry, load.first_requests, load.backlog) == ("staggered", 3, 0)
         assert load.fill_prompt_tokens == sum(32 + age for age in ages(STEADY, 3))
         for window in load.windows:

@@ -14,14 +14,14 @@ from rkv_vllm.bench.kernel_time import kernel_time
 from rkv_vllm.bench.report import compare, remarks
 from rkv_vllm.bench.results import (
     Device,
-    Life,
+    EngineRun,
     LoadResult,
     Measure,
     Results,
+    merge,
     read_results,
-    together,
 )
-from rkv_vllm.bench.roofline import Ceilings
+from rkv_vllm.bench.roofline import HardwareLimits
 from rkv_vllm.bench.rows import Entry, Group, Kind, Row
 from rkv_vllm.bench.window import Step, curve, summarise
 from rkv_vllm.cli import app
@@ -30,7 +30,7 @@ PAGES, PAGE_SIZE = FACTS.pool_pages, FACTS.page_size
 
 
 def load(name: str, entry: Entry | None, speeds: list[float], *, running: int, **more: Any) -> LoadResult:
-    """Windows of ten steps of a tenth of a second, with so many tokens a second."""
+    """Windows of ten steps of a tenth of a second, with these tokens a second."""
     windows, steps = [], []
     for place, speed in enumerate(speeds):
         part = [
@@ -48,8 +48,8 @@ def load(name: str, entry: Entry | None, speeds: list[float], *, running: int, *
     return LoadResult(row=name, entry=entry, windows=windows, curve=curve(0.0, steps), steady=True, **more)
 
 
-def life(kind: Kind, loads: list[LoadResult]) -> Life:
-    return Life(kind=kind, arguments=["--load-format", "dummy"], facts=FACTS, loads=loads)
+def engine_run(kind: Kind, loads: list[LoadResult]) -> EngineRun:
+    return EngineRun(kind=kind, arguments=["--load-format", "dummy"], facts=FACTS, loads=loads)
 
 
 @pytest.fixture
@@ -83,15 +83,17 @@ def results() -> Results:
         device=Device(
             name="NVIDIA H200",
             memory_gib=139.8,
-            ceilings=Ceilings(bytes_per_second=4.3e12, operations_per_second=790e12),
+            limits=HardwareLimits(bytes_per_second=4.3e12, operations_per_second=790e12),
         ),
         group=Group(memory_gib=72, rows=rows),
         measure=Measure(),
-        lives=[
-            life("stock", stock),
-            life("rkv", rkv),
-            life("stock", [load("a", "staggered", [250, 250, 250], running=4)]),
-            Life(kind="rkv", arguments=[], failure="the engine's process ended with status 1: out of memory"),
+        runs=[
+            engine_run("stock", stock),
+            engine_run("rkv", rkv),
+            engine_run("stock", [load("a", "staggered", [250, 250, 250], running=4)]),
+            EngineRun(
+                kind="rkv", arguments=[], failure="the engine's process ended with status 1: out of memory"
+            ),
         ],
     )
 
@@ -115,11 +117,11 @@ def test_floors_stand_beside_what_was_measured(results: Results) -> None:
     """Proves that each side has the floor of its own pool, and a batch none."""
     a, _, c = compare(results)
     stock, rkv = a.sides["stock"], a.sides["rkv"]
-    assert stock.floor and rkv.floor and stock.of_floor
-    assert (stock.floor.running, rkv.floor.running) == (24, 51)
-    assert a.floor_ratio == pytest.approx(rkv.floor.tokens_per_second / stock.floor.tokens_per_second)
-    assert stock.of_floor == pytest.approx(250 / stock.floor.tokens_per_second)
-    assert c.sides["stock"].floor is None
+    assert stock.roofline and rkv.roofline and stock.share_of_roofline
+    assert (stock.roofline.running, rkv.roofline.running) == (24, 51)
+    assert a.floor_ratio == pytest.approx(rkv.roofline.tokens_per_second / stock.roofline.tokens_per_second)
+    assert stock.share_of_roofline == pytest.approx(250 / stock.roofline.tokens_per_second)
+    assert c.sides["stock"].roofline is None
 
 
 def test_what_failed_is_said_and_nothing_else_is_lost(results: Results) -> None:
@@ -175,17 +177,17 @@ def test_parts_of_a_run_are_taken_together(results: Results, tmp_path: Path) -> 
                 update={"rows": (results.group.rows[0], Row(name="d", input=128, output=64))}
             ),
             "device": results.device.model_copy(
-                update={"ceilings": Ceilings(bytes_per_second=4.4e12, operations_per_second=700e12)}
+                update={"limits": HardwareLimits(bytes_per_second=4.4e12, operations_per_second=700e12)}
             ),
-            "lives": [life("rkv", [load("a", "compacted", [900, 900, 900, 900], running=10)])],
+            "runs": [engine_run("rkv", [load("a", "compacted", [900, 900, 900, 900], running=10)])],
         }
     )
-    both = together([results, part])
+    both = merge([results, part])
     a, _, _, d = compare(both)
     assert a.sides["rkv"].tokens_per_second == 900 and a.sides["rkv"].windows == 7
-    assert d.failures == ["stock: not run", f"rkv: {results.lives[3].failure}"]
+    assert d.failures == ["stock: not run", f"rkv: {results.runs[3].failure}"]
     assert both.command == "rkv-vllm bench\nrkv-vllm bench --only d"
-    assert both.device.ceilings == Ceilings(bytes_per_second=4.4e12, operations_per_second=790e12)
+    assert both.device.limits == HardwareLimits(bytes_per_second=4.4e12, operations_per_second=790e12)
 
     other = part.model_copy(update={"group": part.group.model_copy(update={"memory_gib": 24.0})})
     files = []
@@ -203,7 +205,7 @@ def test_parts_that_do_not_belong_together_are_refused(results: Results, tmp_pat
     """Proves that figures of other engines, or of other loads by the same name, are not mixed."""
     other_memory = results.model_copy(update={"group": results.group.model_copy(update={"memory_gib": 24.0})})
     with pytest.raises(ValueError, match="differ in model, memory, options or device"):
-        together([results, other_memory])
+        merge([results, other_memory])
     row = results.group.rows[0].model_copy(update={"budget": 300})
     changed = results.model_copy(update={"group": results.group.model_copy(update={"rows": (row,)})})
     files = [tmp_path / "one.json", tmp_path / "two.json"]

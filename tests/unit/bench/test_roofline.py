@@ -6,17 +6,17 @@ import pytest
 from llama_8b import SHAPE as LLAMA_8B
 
 from rkv_vllm.bench.roofline import (
-    Ceilings,
+    HardwareLimits,
     attention_seconds,
     compaction_seconds,
-    products_seconds,
-    row_floor,
-    step_floor,
+    matmul_seconds,
+    row_roofline,
+    step_roofline,
 )
 from rkv_vllm.bench.rows import Row
 from rkv_vllm.settings.config import CompactionSettings
 
-H200 = Ceilings(bytes_per_second=4.3e12, operations_per_second=790e12)
+H200 = HardwareLimits(bytes_per_second=4.3e12, operations_per_second=790e12)
 ROW = Row(name="row", input=128, output=16384, budget=1024)
 
 
@@ -32,8 +32,8 @@ def test_parameters_of_llama_8b() -> None:
 def test_products_read_the_weights_or_compute() -> None:
     """Proves that few requests cost reading the weights, and many their operations, from one number on."""
     weights = LLAMA_8B.multiplied_parameters * 2 / 4.3e12
-    assert products_seconds(LLAMA_8B, H200, 1) == products_seconds(LLAMA_8B, H200, 180) == weights
-    assert products_seconds(LLAMA_8B, H200, 400) == pytest.approx(
+    assert matmul_seconds(LLAMA_8B, H200, 1) == matmul_seconds(LLAMA_8B, H200, 180) == weights
+    assert matmul_seconds(LLAMA_8B, H200, 400) == pytest.approx(
         400 * 2 * LLAMA_8B.multiplied_parameters / 790e12
     )
 
@@ -41,12 +41,12 @@ def test_products_read_the_weights_or_compute() -> None:
 def test_attention_reads_the_cache_or_computes() -> None:
     """Proves that attention is bound by bytes, or by operations where those are slow."""
     assert attention_seconds(LLAMA_8B, H200, 1000) == pytest.approx(1000 * 131072 / 4.3e12)
-    slow = Ceilings(bytes_per_second=4.3e12, operations_per_second=1e12)
+    slow = HardwareLimits(bytes_per_second=4.3e12, operations_per_second=1e12)
     assert attention_seconds(LLAMA_8B, slow, 1000) == pytest.approx(4 * 32 * 32 * 128 * 1000 / 1e12)
 
 
 def test_a_compaction_s_floor() -> None:
-    """Proves the floor of a round at 1,152 tokens, and that rkv alone pays, for pairs with a new key."""
+    """Proves the roofline of a round at 1,152 tokens, and that rkv alone pays, for pairs with a new key."""
     rkv = compaction_seconds(LLAMA_8B, H200, CompactionSettings(1024, 128, "rkv"))
     assert 1000 * rkv == pytest.approx(0.111, rel=0.02)
     recency = compaction_seconds(LLAMA_8B, H200, CompactionSettings(1024, 128, "recency"))
@@ -56,18 +56,18 @@ def test_a_compaction_s_floor() -> None:
 def test_an_a100_s_memory() -> None:
     """Proves for an A100's memory that about 50 full caches face about 400 compacted ones, and the ratio."""
     sizes = {"pages": 26_000, "page_size": 16, "max_num_seqs": 1024}
-    stock = row_floor(LLAMA_8B, H200, ROW, "stock", **sizes)
-    rkv = row_floor(LLAMA_8B, H200, ROW, "rkv", **sizes)
+    stock = row_roofline(LLAMA_8B, H200, ROW, "stock", **sizes)
+    rkv = row_roofline(LLAMA_8B, H200, ROW, "rkv", **sizes)
     assert 45 < stock.running < 55 and 370 < rkv.running < 410
     assert stock.compaction == 0 < rkv.compaction < 0.05 * rkv.milliseconds
     assert 5.0 < rkv.tokens_per_second / stock.tokens_per_second < 6.5
-    off = row_floor(LLAMA_8B, H200, ROW, "off", **sizes)
+    off = row_roofline(LLAMA_8B, H200, ROW, "off", **sizes)
     assert off == stock
 
 
 def test_a_step_s_floor_is_the_sum_of_its_phases() -> None:
     """Proves that phases add up, and that a request which is never due is not compacted."""
-    floor = step_floor(LLAMA_8B, H200, ROW.model_copy(update={"ages": (0, 512)}), "rkv", 10)
-    assert floor.compaction == 0 and floor.slots_per_request == pytest.approx(128 + 255.5)
-    assert floor.milliseconds == floor.products + floor.attention
-    assert floor.tokens_per_second == pytest.approx(10_000 / floor.milliseconds)
+    roofline = step_roofline(LLAMA_8B, H200, ROW.model_copy(update={"ages": (0, 512)}), "rkv", 10)
+    assert roofline.compaction == 0 and roofline.slots_per_request == pytest.approx(128 + 255.5)
+    assert roofline.milliseconds == roofline.matmul + roofline.attention
+    assert roofline.tokens_per_second == pytest.approx(10_000 / roofline.milliseconds)

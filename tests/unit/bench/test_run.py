@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from rkv_vllm.bench import run
-from rkv_vllm.bench.results import Life
+from rkv_vllm.bench.results import EngineRun
 from rkv_vllm.bench.rows import Group, Row
 
 
-def process(code: str, folder: Path) -> run.LifeProcess:
-    """A process that runs code in place of an engine's life."""
-    return run.LifeProcess([sys.executable, "-c", code], folder / "results", folder / "log")
+def process(code: str, folder: Path) -> run.EngineProcess:
+    """A process that runs code in place of an engine's run."""
+    return run.EngineProcess([sys.executable, "-c", code], folder / "results", folder / "log")
 
 
 def watch(code: str, folder: Path, deadline: float | None = None) -> str | None:
@@ -41,14 +41,13 @@ def test_a_process_waits_for_its_order(tmp_path: Path) -> None:
 
 
 def test_a_process_whose_turn_never_comes_ends(tmp_path: Path) -> None:
-    """Proves that one which still waits is stopped with its children, and that none runs without an order."""
+    """Proves that one which still waits is stopped with its children, and that none runs without a spec."""
     waiting = process(code_with_child(tmp_path / "child", "input()"), tmp_path)
-    while not (tmp_path / "child").exists() or not (tmp_path / "child").read_text():
-        time.sleep(0.01)
+    wait_for_text(tmp_path / "child")
     waiting.end()
     assert_gone(tmp_path / "child")
-    life = [sys.executable, "-m", "rkv_vllm.bench.engine_run", str(tmp_path / "lines")]
-    assert subprocess.run(life, stdin=subprocess.DEVNULL, check=True).returncode == 0
+    run = [sys.executable, "-m", "rkv_vllm.bench.engine_run", str(tmp_path / "lines")]
+    assert subprocess.run(run, stdin=subprocess.DEVNULL, check=True).returncode == 0
     assert not (tmp_path / "lines").exists()
 
 
@@ -65,11 +64,19 @@ sys.exit(3)"""
 
 
 def code_with_child(child_file: Path, then: str) -> str:
-    """Of a process that starts another, notes its id, and goes on."""
+    """Code of a process that starts another, notes its id, and goes on."""
     return f"""import subprocess, time
 child = subprocess.Popen(["sleep", "600"])
 open({str(child_file)!r}, "w").write(str(child.pid))
 {then}"""
+
+
+def wait_for_text(file: Path) -> None:
+    for _ in range(6000):  # a minute: Python starts in it even on a busy machine
+        if file.exists() and file.read_text():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"nobody wrote {file.name}")
 
 
 def assert_gone(child_file: Path) -> None:
@@ -109,7 +116,7 @@ def test_lives_share_the_time_by_their_loads() -> None:
 
 def test_half_a_line_is_left_for_later(tmp_path: Path) -> None:
     """Proves that what a process is just writing does not spoil what it wrote before."""
-    file, life = tmp_path / "lines", Life(kind="rkv", arguments=[])
+    file, engine_run = tmp_path / "lines", EngineRun(kind="rkv", arguments=[])
     file.write_text('{"half')
-    run._read(file, life)
-    assert life.facts is None and life.loads == []
+    run._read(file, engine_run)
+    assert engine_run.facts is None and engine_run.loads == []

@@ -13,12 +13,12 @@ import pytest
 from long_run import SimulatedStep, StepTime, main, simulate, stretches
 
 from rkv_vllm.bench.load import requests_that_run, slots_on_average
-from rkv_vllm.bench.roofline import Ceilings
+from rkv_vllm.bench.roofline import HardwareLimits
 from rkv_vllm.bench.rows import Kind, Row
 from rkv_vllm.bench.window import Window
 
 FACTS = llama_8b.FACTS.model_copy(update={"pool_pages": 200})
-STEP_TIME = StepTime(FACTS, Ceilings(bytes_per_second=1e12, operations_per_second=1e14))
+STEP_TIME = StepTime(FACTS, HardwareLimits(bytes_per_second=1e12, operations_per_second=1e14))
 STOCK_ALONE = Path(__file__).parents[3] / "benchmarks/results/throughput-h100/5-stock-life.json"
 ROW = Row(name="", input=16, output=480, budget=64, buffer=16, rkv_entry="compacted")
 
@@ -76,7 +76,7 @@ def test_stretches_are_of_calculated_seconds() -> None:
     [
         ({}, "16K", "row: none is called 16K, but 16K budget 1024"),
         ({}, "16K budget 1024", "row: 16K budget 1024 was not measured on rkv"),
-        ({"ceilings": None}, "16K budget 1024", "device: only a GPU's floors are known"),
+        ({"limits": None}, "16K budget 1024", "device: only a GPU's floors are known"),
     ],
 )
 def test_results_that_do_not_serve_are_refused(

@@ -17,7 +17,7 @@ PAGE_SIZE = 10
 
 
 def report_of(setting: Setting, tokens: int = PROMPT_TOKENS + OUTPUT_TOKENS) -> KvCacheReport:
-    """What an engine says about a request of so many tokens."""
+    """What an engine says about a request of this length."""
     pages = -(-tokens // PAGE_SIZE)
     if setting == FULL_CACHE:
         return KvCacheReport(

@@ -33,7 +33,7 @@ from rkv_vllm.evaluation.fidelity import (
     settings_of,
     show,
 )
-from rkv_vllm.evaluation.forced_decoder import MODEL_STUDENT, STUDENT, Lesson, TeacherForcing, compare
+from rkv_vllm.evaluation.forced_decoder import REFERENCE, VARIANT, TeacherForcing, WindowComparison, compare
 from rkv_vllm.settings.config import CompactionSettings, RkvConfig
 
 
@@ -150,70 +150,70 @@ def test_settings_are_every_combination_behind_the_control() -> None:
 
 
 @pytest.fixture
-def lesson(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lesson]:
+def comparison(monkeypatch: pytest.MonkeyPatch) -> Iterator[WindowComparison]:
     """Three prompt tokens, two forced ones, over a vocabulary of four."""
-    lesson = Lesson(Window("text", (0, 1, 2), (3, 1)), 2, lambda: None)
-    monkeypatch.setattr(forced_decoder, "_lesson", lesson)
-    yield lesson
+    comparison = WindowComparison(Window("text", (0, 1, 2), (3, 1)), 2, lambda: None)
+    monkeypatch.setattr(forced_decoder, "_comparison", comparison)
+    yield comparison
 
 
-def test_a_lesson_forces_the_text_and_sees_the_logits_first(lesson: Lesson) -> None:
+def test_a_lesson_forces_the_text_and_sees_the_logits_first(comparison: WindowComparison) -> None:
     """Proves that prompt steps are left alone, and others remembered, compared and then overwritten."""
     early = torch.arange(4.0)
-    lesson.attend(early, MODEL_STUDENT, 2)
+    comparison.observe(early, REFERENCE, 2)
     assert early.tolist() == [0, 1, 2, 3]
-    for student in (MODEL_STUDENT, 1):
+    for variant in (REFERENCE, 1):
         for index, token in enumerate((3, 1)):
             logits = torch.arange(4.0) * (index + 1)
-            lesson.attend(logits, student, 3 + index)
+            comparison.observe(logits, variant, 3 + index)
             assert logits.argmax() == token and logits.isinf().sum() == 3
-    assert lesson.reference.tolist() == [[0, 1, 2, 3], [0, 2, 4, 6]]
-    assert lesson.seen[1, :, :2].tolist() == [[0.0, 1.0]] * 2
-    assert lesson.seen[0].isnan().all()
+    assert comparison.reference.tolist() == [[0, 1, 2, 3], [0, 2, 4, 6]]
+    assert comparison.seen[1, :, :2].tolist() == [[0.0, 1.0]] * 2
+    assert comparison.seen[0].isnan().all()
 
 
 def test_a_token_predicted_again_counts_once() -> None:
     """Proves that of two predictions of a token the later is kept, and that progress sees one."""
     tokens: list[None] = []
-    lesson = Lesson(Window("text", (0, 1, 2), (3, 1)), 1, lambda: tokens.append(None))
+    comparison = WindowComparison(Window("text", (0, 1, 2), (3, 1)), 1, lambda: tokens.append(None))
     for logits in (torch.zeros(4), torch.arange(4.0)):
-        lesson.attend(logits, MODEL_STUDENT, 3)
+        comparison.observe(logits, REFERENCE, 3)
     for logits in (torch.zeros(4), torch.arange(4.0)):
-        lesson.attend(logits, 0, 3)
+        comparison.observe(logits, 0, 3)
     assert len(tokens) == 2
-    assert lesson.seen[0, 0, :2].tolist() == [0.0, 1.0]
+    assert comparison.seen[0, 0, :2].tolist() == [0.0, 1.0]
 
 
-def test_rows_are_followed_through_the_v1_batch(lesson: Lesson) -> None:
+def test_rows_are_followed_through_the_v1_batch(comparison: WindowComparison) -> None:
     """Proves that removed, added, moved and swapped rows lead to the right requests, strangers left alone."""
     processor = TeacherForcing()
     assert not processor.is_argmax_invariant()
     outputs: list[list[int]] = [[], [3], []]
 
-    def added(row: int, student: int | None, output: list[int]) -> Any:
-        extra = None if student is None else {STUDENT: student}
+    def added(row: int, variant: int | None, output: list[int]) -> Any:
+        extra = None if variant is None else {VARIANT: variant}
         return (row, SamplingParams(extra_args=extra), [0, 1, 2], output)
 
-    first = [added(0, MODEL_STUDENT, outputs[0]), added(1, None, [9]), added(2, 0, outputs[1])]
+    first = [added(0, REFERENCE, outputs[0]), added(1, None, [9]), added(2, 0, outputs[1])]
     processor.update_state(BatchUpdate(batch_size=3, removed=[], added=first, moved=[]))
     moved = [(2, 0, MoveDirectionality.SWAP), (0, 1, MoveDirectionality.UNIDIRECTIONAL)]
     processor.update_state(BatchUpdate(batch_size=3, removed=[1], added=[], moved=moved))
     processor.update_state(None)
     # Row 0 went to 2, and row 2 over 0 to 1.
-    lesson.reference = torch.zeros(2, 4)
+    comparison.reference = torch.zeros(2, 4)
     logits = torch.arange(12.0).reshape(3, 4)
     processor.apply(logits)
     assert logits[0].tolist() == [0, 1, 2, 3]
-    assert lesson.reference[0].tolist() == [8, 9, 10, 11]  # no output yet: the first forced token
-    assert lesson.seen[0, 1].isfinite().all() and lesson.seen[0, 0].isnan().all()
+    assert comparison.reference[0].tolist() == [8, 9, 10, 11]  # no output yet: the first forced token
+    assert comparison.seen[0, 1].isfinite().all() and comparison.seen[0, 0].isnan().all()
     assert logits.argmax(dim=1).tolist() == [3, 1, 3]
 
 
-def test_slots_are_followed_through_the_v2_batch(lesson: Lesson) -> None:
+def test_slots_are_followed_through_the_v2_batch(comparison: WindowComparison) -> None:
     """Proves that rows find their request slots, and that a slot forgets its last request."""
     processor = TeacherForcing()
-    assert processor.add_request(4, SamplingParams(extra_args={STUDENT: MODEL_STUDENT}))
-    assert processor.add_request(2, SamplingParams(extra_args={STUDENT: 1}))
+    assert processor.add_request(4, SamplingParams(extra_args={VARIANT: REFERENCE}))
+    assert processor.add_request(2, SamplingParams(extra_args={VARIANT: 1}))
     assert not processor.add_request(2, SamplingParams())
     context: Any = SimpleNamespace(
         idx_mapping_np=np.array([2, 4]), seq_lens_upper_bound_np=np.array([4, 4], dtype=np.int32)
@@ -221,14 +221,14 @@ def test_slots_are_followed_through_the_v2_batch(lesson: Lesson) -> None:
     logits = torch.arange(8.0).reshape(2, 4)
     processor.apply(logits, context)
     assert logits[0].tolist() == [0, 1, 2, 3]
-    assert lesson.reference[1].tolist() == [4, 5, 6, 7]
+    assert comparison.reference[1].tolist() == [4, 5, 6, 7]
     assert logits[1].argmax() == 1
 
 
 def test_nothing_is_touched_outside_a_lesson() -> None:
     """Proves that warm-up's logits, which belong to no window, stay as they are."""
     processor = TeacherForcing()
-    processor.add_request(0, SamplingParams(extra_args={STUDENT: 0}))
+    processor.add_request(0, SamplingParams(extra_args={VARIANT: 0}))
     assert processor.apply(torch.ones(1, 4)).tolist() == [[1.0] * 4]
 
 
