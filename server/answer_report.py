@@ -12,7 +12,7 @@ import json
 from starlette.datastructures import MutableHeaders
 from starlette.types import Message, Send
 
-from rkv_vllm.server.engine_client import Call
+from rkv_vllm.server.engine_client import RequestContext
 from rkv_vllm.server.protocol import FIELD
 
 END_OF_STREAM = b"data: [DONE]"
@@ -29,9 +29,9 @@ class ReportingSend:
     events, the one that completes the response has it in the response object.
     """
 
-    def __init__(self, send: Send, call: Call) -> None:
+    def __init__(self, send: Send, context: RequestContext) -> None:
         self._send = send
-        self._call = call
+        self._context = context
         self._start: Message | None = None  # of a JSON answer, until its length is known
         self._body = b""
         self._streaming = False
@@ -44,7 +44,7 @@ class ReportingSend:
             await self._send(message)
         elif self._start is not None:
             await self._on_json(message)
-        elif self._streaming and self._call.report is not None:
+        elif self._streaming and self._context.report is not None:
             await self._on_chunk(message)
         else:
             await self._send(message)
@@ -54,7 +54,7 @@ class ReportingSend:
         content_type = headers.get("content-type", "")
         plain = message["status"] == 200 and "content-encoding" not in headers
         self._streaming = plain and content_type.startswith("text/event-stream")
-        if plain and content_type.startswith("application/json") and self._call.report is not None:
+        if plain and content_type.startswith("application/json") and self._context.report is not None:
             self._start = message
         else:
             await self._send(message)
@@ -93,13 +93,13 @@ class ReportingSend:
     def _with_report(self, body: bytes) -> bytes:
         """`body`, which ends in a JSON object of at least one member, with the report as its last one."""
         text = body.rstrip()
-        report = self._call.report
+        report = self._context.report
         if report is None or not text.endswith(b"}"):
             return body
         return text[:-1] + b',"%s":%s}' % (FIELD.encode(), report.to_json()) + body[len(text) :]
 
     def _with_report_in_response(self, body: bytes) -> bytes:
-        report = self._call.report
+        report = self._context.report
         assert report is not None
         event = json.loads(body.removeprefix(RESPONSE_COMPLETED))
         event["response"][FIELD] = json.loads(report.to_json())

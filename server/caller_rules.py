@@ -1,4 +1,4 @@
-"""What the requests to a server may ask for, and what they get where they do not: for all, and by API key."""
+"""What the requests of a caller may ask for and what they get by default: for all callers, and by API key."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ BudgetOrFull = Annotated[BudgetTokens | Literal["full"], BeforeValidator(_number
 Names = Annotated[tuple[PolicyName, ...], Field(min_length=1), BeforeValidator(_names), NoDecode]
 
 
-class KvPolicy(BaseModel):
+class CallerRules(BaseModel):
     """Defaults and bounds of one caller's requests."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -108,7 +108,7 @@ class KvPolicy(BaseModel):
             policy=PolicyChoice(default=self.policy, allowed=list(self.policies)),
         )
 
-    def settle(self, asked: KvCacheRequest) -> RequestedSettings:
+    def resolve(self, asked: KvCacheRequest) -> RequestedSettings:
         """What the engine is told about a request.
 
         Raises: KvCacheError that names the member of `kv_cache` which is out of bounds, or missing.
@@ -150,8 +150,11 @@ class KvPolicy(BaseModel):
         )
 
 
-class KvSettings(KvPolicy, BaseSettings):
-    """The policy for all callers and where the overrides are: from flags, else from the environment."""
+class KvSettings(CallerRules, BaseSettings):
+    """The rules for all callers, the engine's settings, and the file of rules by API key.
+
+    Each setting comes from a flag, else from the environment.
+    """
 
     model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX, extra="forbid", frozen=True)
 
@@ -189,37 +192,37 @@ class KvSettings(KvPolicy, BaseSettings):
 
 
 @dataclass(frozen=True, slots=True)
-class KvPolicies:
-    """The policy of every caller.
+class RulesByApiKey:
+    """The rules of every caller.
 
-    `by_key` has the policies of the API keys that differ, under the SHA-256 of the key in hexadecimal, so
+    `by_key` has the rules of the API keys that differ, under the SHA-256 of the key in hexadecimal, so
     that neither the file nor this process need hold a key.
     """
 
-    server: KvPolicy
-    by_key: Mapping[str, KvPolicy]
+    server: CallerRules
+    by_key: Mapping[str, CallerRules]
 
     @classmethod
-    def load(cls, settings: KvSettings) -> KvPolicies:
+    def load(cls, settings: KvSettings) -> RulesByApiKey:
         """Raises: ValueError, naming the file, the key and the setting; OSError if there is no such file."""
-        common = settings.model_dump(include=set(KvPolicy.model_fields))
-        server = KvPolicy.model_validate(common)
+        common = settings.model_dump(include=set(CallerRules.model_fields))
+        server = CallerRules.model_validate(common)
         path = settings.key_policies
         return cls(server, {} if path is None else dict(_overrides(path, common)))
 
-    def of(self, key: str | None) -> KvPolicy:
-        """The policy of a request with this API key, or with none."""
+    def of(self, key: str | None) -> CallerRules:
+        """The rules for a request with this API key, or with none (None)."""
         if key is None or not self.by_key:
             return self.server
         return self.by_key.get(hashlib.sha256(key.encode()).hexdigest(), self.server)
 
     def describe(self) -> list[str]:
         """Lines for the log at start; no key appears, only the beginning of its digest."""
-        keys = (f"API key {digest[:12]}...: {policy.describe()}" for digest, policy in self.by_key.items())
+        keys = (f"API key {digest[:12]}...: {rules.describe()}" for digest, rules in self.by_key.items())
         return [f"KV cache: {self.server.describe()}", *keys]
 
 
-def _overrides(path: Path, common: dict[str, Any]) -> Iterator[tuple[str, KvPolicy]]:
+def _overrides(path: Path, common: dict[str, Any]) -> Iterator[tuple[str, CallerRules]]:
     try:
         entries = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
@@ -232,6 +235,6 @@ def _overrides(path: Path, common: dict[str, Any]) -> Iterator[tuple[str, KvPoli
         if not isinstance(settings, dict):
             raise ValueError(f"{path}: key {digest[:12]}...: takes settings, such as `budget: 512`")
         try:
-            yield digest, KvPolicy.model_validate({**common, **settings})
+            yield digest, CallerRules.model_validate({**common, **settings})
         except ValidationError as error:
             raise ValueError(f"{path}: key {digest[:12]}...: {explain(error, depth=1)}") from None

@@ -16,36 +16,36 @@ from weakref import WeakKeyDictionary
 from vllm.exceptions import VLLMValidationError
 
 from rkv_vllm.decisions.messages import REFUSAL_KEY, RESULT_KEY
-from rkv_vllm.server.caller_rules import KvPolicy
+from rkv_vllm.server.caller_rules import CallerRules
 from rkv_vllm.server.protocol import KvCacheReport, combined
 from rkv_vllm.server.request import KvCacheError, read_xargs
 from rkv_vllm.settings.config import XARGS_PREFIX, RequestedSettings
 
 
-class Call:
+class RequestContext:
     """One HTTP request, as the generations that it starts see it.
 
-    `settings` are those its body asks for, already checked against `policy`; None on routes whose bodies are
+    `settings` are those its body asks for, already checked against `rules`; None on routes whose bodies are
     not read, where each generation's own `vllm_xargs` are checked.
     """
 
-    def __init__(self, policy: KvPolicy, settings: RequestedSettings | None = None) -> None:
-        self.policy = policy
+    def __init__(self, rules: CallerRules, settings: RequestedSettings | None = None) -> None:
+        self.rules = rules
         self.settings = settings
         self._reports: list[KvCacheReport] = []  # of its finished generations
 
     @property
     def report(self) -> KvCacheReport | None:
-        """Of all finished generations together: several prompts, or turns between tool calls."""
+        """The sum over all finished generations: several prompts, or turns between tool calls."""
         return combined(self._reports) if self._reports else None
 
     def apply(self, sampling_params: Any) -> None:
         """Write the settings where the engine reads them.
 
-        Raises: VLLMValidationError, which vLLM answers with HTTP 400, for what the policy does not allow.
+        Raises: VLLMValidationError, which vLLM answers with HTTP 400, for what the rules do not allow.
         """
         given = sampling_params.extra_args or {}
-        settings = self.settings or settle_xargs(self.policy, given)
+        settings = self.settings or resolve_xargs(self.rules, given)
         others = {key: value for key, value in given.items() if not key.startswith(XARGS_PREFIX)}
         sampling_params.extra_args = {**others, **settings.model_dump()}
 
@@ -56,26 +56,26 @@ class Call:
             self._reports.append(report)
 
 
-def settle_xargs(policy: KvPolicy, xargs: Mapping[str, Any] | None) -> RequestedSettings:
+def resolve_xargs(rules: CallerRules, xargs: Mapping[str, Any] | None) -> RequestedSettings:
     """Raises: VLLMValidationError that names the wrong key."""
     try:
-        return policy.settle(read_xargs(xargs))
+        return rules.resolve(read_xargs(xargs))
     except KvCacheError as error:
         param = error.param(xargs=True)
         raise VLLMValidationError(f"{param} {error}", parameter=param) from None
 
 
-_call: ContextVar[Call | None] = ContextVar("rkv_call", default=None)
+_current: ContextVar[RequestContext | None] = ContextVar("rkv_request_context", default=None)
 
 
 @contextmanager
-def serving(call: Call) -> Iterator[None]:
-    """Whatever generates within, also in tasks that are started within, belongs to `call`."""
-    token = _call.set(call)
+def request_context(context: RequestContext) -> Iterator[None]:
+    """Everything generated within, also by tasks that are started within, belongs to `context`."""
+    token = _current.set(context)
     try:
         yield
     finally:
-        _call.reset(token)
+        _current.reset(token)
 
 
 def wrap(engine_client: Any) -> None:
@@ -88,25 +88,27 @@ def wrap(engine_client: Any) -> None:
 def _generate(
     generate: Callable[..., AsyncGenerator[Any, None]],
 ) -> Callable[..., AsyncGenerator[Any, None]]:
-    def generate_for_call(
+    def generate_in_context(
         prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:
-        call = _call.get()
-        if call is None:
+        context = _current.get()
+        if context is None:
             return generate(prompt, sampling_params, *args, **kwargs)
-        call.apply(sampling_params)
-        return _kept(generate(prompt, sampling_params, *args, **kwargs), call)
+        context.apply(sampling_params)
+        return _with_report(generate(prompt, sampling_params, *args, **kwargs), context)
 
-    return generate_for_call
+    return generate_in_context
 
 
-async def _kept(outputs: AsyncGenerator[Any, None], call: Call) -> AsyncGenerator[Any, None]:
+async def _with_report(
+    outputs: AsyncGenerator[Any, None], context: RequestContext
+) -> AsyncGenerator[Any, None]:
     async with aclosing(outputs):  # closing this generator aborts the request, as it does without us
         async for output in outputs:
             if output.finished:
                 if reason := (output.kv_transfer_params or {}).get(REFUSAL_KEY):
                     raise ValueError(f"The request {reason}")  # vLLM answers HTTP 400
-                call.keep(output.kv_transfer_params)
+                context.keep(output.kv_transfer_params)
             yield output
 
 

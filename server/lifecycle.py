@@ -105,7 +105,7 @@ class Lifecycle:
         await response(scope, receive, send)
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answer = CuttableAnswer(send, self._cut)
+        answer = AbortableSend(send, self._cut)
         self._running += 1
         try:
             await self.app(scope, disconnecting(receive, self._cut), answer)
@@ -132,7 +132,7 @@ def disconnecting(receive: Receive, cut: asyncio.Event) -> Receive:
     return receive_or_cut
 
 
-class CuttableAnswer:
+class AbortableSend:
     """ASGI `send` that passes nothing on once `cut` is set; `end` then tells the client why."""
 
     def __init__(self, send: Send, cut: asyncio.Event) -> None:

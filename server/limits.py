@@ -27,12 +27,12 @@ SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one API server process; None: no limit.
+    """Limits of one API server process; None: no limit.
 
     Attributes:
-        body_bytes: of a request's body.
-        max_tokens: that a request may ask for, by any of `LENGTHS`.
-        n: answers a request may ask for: `n` times its prompts.
+        body_bytes: length of a request's body.
+        max_tokens: tokens that a request may ask for, by any of `LENGTHS`.
+        n: answers that a request may ask for: `n` times its prompts.
         concurrent: requests that run at a time.
         concurrent_per_key: requests of one API key that run at a time; all without a key count as one.
     """

@@ -12,8 +12,8 @@ from rkv_vllm.server import engine_client
 from rkv_vllm.server.answer_report import ReportingSend
 from rkv_vllm.server.auth import presented_key
 from rkv_vllm.server.body import ClientGone, read_body, replay
-from rkv_vllm.server.caller_rules import KvPolicies, KvPolicy, KvSettings
-from rkv_vllm.server.engine_client import Call
+from rkv_vllm.server.caller_rules import CallerRules, KvSettings, RulesByApiKey
+from rkv_vllm.server.engine_client import RequestContext
 from rkv_vllm.server.errors import error_response
 from rkv_vllm.server.openapi import with_kv_cache
 from rkv_vllm.server.protocol import FIELD
@@ -29,12 +29,12 @@ BOUNDS_PATH = "/v1/kv_cache"
 class KvCacheMiddleware:
     """ASGI middleware for an application whose `state.engine_client` is vLLM's engine client.
 
-    It reads `KvSettings` from the environment unless it is given policies.
+    It reads `KvSettings` from the environment unless it is given rules.
     """
 
-    def __init__(self, app: ASGIApp, policies: KvPolicies | None = None) -> None:
+    def __init__(self, app: ASGIApp, rules: RulesByApiKey | None = None) -> None:
         self.app = app
-        self.policies = policies or KvPolicies.load(KvSettings())
+        self.rules = rules or RulesByApiKey.load(KvSettings())
         self._prepared: object = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -42,27 +42,27 @@ class KvCacheMiddleware:
             await self.app(scope, receive, send)
             return
         self._prepare(scope["app"])
-        policy = self.policies.of(presented_key(Headers(scope=scope)))
+        rules = self.rules.of(presented_key(Headers(scope=scope)))
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         if scope["type"] == "http" and path == BOUNDS_PATH:
-            await bounds(policy, scope)(scope, receive, send)
+            await bounds(rules, scope)(scope, receive, send)
         elif scope["type"] == "http" and scope["method"] == "POST" and path in PATHS:
-            await self._generate(policy, scope, receive, send)
+            await self._generate(rules, scope, receive, send)
         else:
-            with engine_client.serving(Call(policy)):
+            with engine_client.request_context(RequestContext(rules)):
                 await self.app(scope, receive, send)
 
-    async def _generate(self, policy: KvPolicy, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _generate(self, rules: CallerRules, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             body = await read_body(scope, receive)
-            call = Call(policy, settings_of(policy, parse_body(body)))
+            context = RequestContext(rules, settings_of(rules, parse_body(body)))
         except ClientGone:
             return  # nobody is left to answer
         except Refused as error:
             await error_response(400, str(error), param=error.param)(scope, receive, send)
             return
-        with engine_client.serving(call):
-            await self.app(scope, replay(body, receive), ReportingSend(send, call))
+        with engine_client.request_context(context):
+            await self.app(scope, replay(body, receive), ReportingSend(send, context))
 
     def _prepare(self, app: Any) -> None:
         """Wrap what vLLM has made by the time of the first request."""
@@ -81,7 +81,7 @@ class Refused(Exception):
         self.param = param
 
 
-def settings_of(policy: KvPolicy, body: dict[str, Any] | None) -> RequestedSettings | None:
+def settings_of(rules: CallerRules, body: dict[str, Any] | None) -> RequestedSettings | None:
     """What the engine is told about a request with this body; None where vLLM will refuse the body.
 
     Raises: Refused.
@@ -93,13 +93,13 @@ def settings_of(policy: KvPolicy, body: dict[str, Any] | None) -> RequestedSetti
     if flat and asked is not None:
         raise Refused(FIELD, f"and the {XARGS_PREFIX} keys of {XARGS} exclude each other")
     try:
-        return policy.settle(read_xargs(xargs) if flat else read_kv_cache(asked))
+        return rules.resolve(read_xargs(xargs) if flat else read_kv_cache(asked))
     except KvCacheError as error:
         raise Refused(error.param(xargs=flat), str(error)) from None
 
 
-def bounds(policy: KvPolicy, scope: Scope) -> JSONResponse:
+def bounds(rules: CallerRules, scope: Scope) -> JSONResponse:
     if scope["method"] not in ("GET", "HEAD"):
         content = {"message": "Method Not Allowed", "type": "Method Not Allowed", "param": None, "code": 405}
         return JSONResponse({"error": content}, status_code=405, headers={"allow": "GET, HEAD"})
-    return JSONResponse(policy.bounds().model_dump())
+    return JSONResponse(rules.bounds().model_dump())

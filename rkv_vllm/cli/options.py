@@ -48,7 +48,7 @@ def with_vllm_options(whose: str) -> dict[str, Any]:
 
 
 def given(**values: Any) -> dict[str, Any]:
-    """Those that are not None."""
+    """The values that are not None."""
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -64,7 +64,7 @@ def rkv_config(**settings: Any) -> config.RkvConfig:
 
 
 def missing(*packages: str) -> str:
-    """Those that are not installed, separated by commas."""
+    """The packages that are not installed, separated by commas."""
     return ", ".join(name for name in packages if find_spec(name) is None)
 
 

@@ -11,7 +11,7 @@ import typer
 from pydantic import ValidationError
 
 from rkv_vllm.cli.options import given
-from rkv_vllm.server.caller_rules import ENVIRONMENT_PREFIX, KvPolicies, KvSettings
+from rkv_vllm.server.caller_rules import ENVIRONMENT_PREFIX, KvSettings, RulesByApiKey
 from rkv_vllm.server.operations import PREFIX, OperationSettings
 from rkv_vllm.settings.config import Granularity, Order, PolicyName, Scope
 from rkv_vllm.settings.error_text import explain
@@ -102,7 +102,7 @@ def _kv_settings(**flags: Any) -> KvSettings:
     try:
         settings = KvSettings(**chosen)
         settings.engine  # noqa: B018 - checks the engine's own settings together
-        lines = KvPolicies.load(settings).describe()
+        lines = RulesByApiKey.load(settings).describe()
     except ValidationError as error:
         raise typer.BadParameter(explain(error, depth=1)) from None
     except (ValueError, OSError) as error:

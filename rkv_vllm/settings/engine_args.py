@@ -31,7 +31,7 @@ def rkv_engine_args(**settings: Any) -> dict[str, Any]:
 
 
 def rkv_serve_flags(config: RkvConfig) -> list[str]:
-    """The same as flags of `vllm serve`; each is one word without blanks or quotes."""
+    """What `rkv_engine_args` gives, as flags of `vllm serve`; each is one word without blanks or quotes."""
     flags = [
         f"--scheduler-cls={SCHEDULER}",
         f"--worker-cls={_worker_class()}",

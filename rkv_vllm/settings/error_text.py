@@ -1,4 +1,4 @@
-"""What is wrong with settings, in pydantic's findings but for people (pure)."""
+"""Formats a pydantic ValidationError as one line."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from rkv_vllm import __version__
 from rkv_vllm.cli import app
-from rkv_vllm.server.caller_rules import KvPolicies, KvSettings
+from rkv_vllm.server.caller_rules import KvSettings, RulesByApiKey
 from rkv_vllm.server.operations import OperationSettings
 from rkv_vllm.settings.config import PolicyName
 
@@ -371,7 +371,7 @@ def test_the_files_of_keys_and_policies_are_those_that_the_server_reads(tmp_path
     ]
     policies.write_text(text)
     settings = KvSettings(budget=1024, key_policies=policies)
-    assert KvPolicies.load(settings).by_key[DIGEST].budget == 512
+    assert RulesByApiKey.load(settings).by_key[DIGEST].budget == 512
 
 
 def test_scaling_asks_for_metrics_of_this_release_alone() -> None:

@@ -15,8 +15,8 @@ from starlette.testclient import TestClient
 
 from rkv_vllm.server import engine_client
 from rkv_vllm.server.answer_report import ReportingSend
-from rkv_vllm.server.caller_rules import KvPolicies, KvPolicy
-from rkv_vllm.server.engine_client import Call
+from rkv_vllm.server.caller_rules import CallerRules, RulesByApiKey
+from rkv_vllm.server.engine_client import RequestContext
 from rkv_vllm.server.middleware import KvCacheMiddleware
 from rkv_vllm.server.protocol import KvCacheReport, combined
 
@@ -58,7 +58,7 @@ class FakeEngine:
 
 
 class FakeOutputProcessor:
-    """Of vLLM's, what the results of several answers are added up with."""
+    """The part of vLLM's output processor with which the results of several answers are added up."""
 
     def __init__(self) -> None:
         self.request_states: dict[str, SimpleNamespace] = {}
@@ -96,7 +96,7 @@ def application(engine: FakeEngine, *, usage: bool = True) -> FastAPI:
             {"texts": [output.text async for output in app.state.engine_client.generate("prompt", params())]}
         )
 
-    app.add_middleware(KvCacheMiddleware, policies=KvPolicies(KvPolicy(), {}))
+    app.add_middleware(KvCacheMiddleware, rules=RulesByApiKey(CallerRules(), {}))
     return app
 
 
@@ -180,7 +180,7 @@ def test_report_of_a_full_cache_says_why() -> None:
 
 async def leave_early(engine: FakeEngine) -> None:
     engine_client.wrap(engine)
-    with engine_client.serving(Call(KvPolicy())):
+    with engine_client.request_context(RequestContext(CallerRules())):
         outputs = engine.generate("prompt", params())
     await anext(outputs)
     await outputs.aclose()
@@ -196,13 +196,13 @@ def test_closing_the_stream_reaches_the_engine() -> None:
 def test_chunks_pass_untouched_until_the_report_is_there() -> None:
     """On the hot path a message goes on as the same object; a held chunk is never lost at a body's end."""
     sent: list[Any] = []
-    call = Call(KvPolicy())
+    context = RequestContext(CallerRules())
 
     async def record(message: Any) -> None:
         sent.append(message)
 
     async def drive() -> None:
-        send = ReportingSend(record, call)
+        send = ReportingSend(record, context)
         start = {
             "type": "http.response.start",
             "status": 200,
@@ -212,7 +212,7 @@ def test_chunks_pass_untouched_until_the_report_is_there() -> None:
         await send(start)
         await send(chunk)
         assert sent == [start, chunk] and sent[1] is chunk
-        call.keep({"rkv": RESULT})
+        context.keep({"rkv": RESULT})
         await send(chunk)
         await send({"type": "http.response.body", "body": b": keep-alive\n\n", "more_body": True})
         assert len(sent) == 3
@@ -281,7 +281,7 @@ def test_the_answers_of_one_request_are_added_up_where_they_finish() -> None:
 def test_the_event_that_completes_a_response_carries_the_report() -> None:
     """Proves that it goes into the response object, and that all other events pass as they are."""
     sent: list[Any] = []
-    call = Call(KvPolicy())
+    context = RequestContext(CallerRules())
     delta = b'event: response.output_text.delta\ndata: {"delta": "a"}\n\n'
     completed = b'event: response.completed\ndata: {"response": {"id": "\xc3\xa9"}, "type": "x"}\n\n'
 
@@ -289,11 +289,11 @@ def test_the_event_that_completes_a_response_carries_the_report() -> None:
         sent.append(message)
 
     async def drive() -> None:
-        send = ReportingSend(record, call)
+        send = ReportingSend(record, context)
         headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": delta, "more_body": True})
-        call.keep({"rkv": RESULT})
+        context.keep({"rkv": RESULT})
         await send({"type": "http.response.body", "body": delta, "more_body": True})
         await send({"type": "http.response.body", "body": completed, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

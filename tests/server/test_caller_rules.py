@@ -9,28 +9,28 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from rkv_vllm.server.caller_rules import KvPolicies, KvPolicy, KvSettings
+from rkv_vllm.server.caller_rules import CallerRules, KvSettings, RulesByApiKey
 from rkv_vllm.server.request import KvCacheError, KvCacheRequest, read_kv_cache, read_xargs
 from rkv_vllm.settings.config import POLICY_NAMES, RequestedSettings
 from rkv_vllm.settings.error_text import explain
 
 KEY = "the key of a caller"
 DIGEST = hashlib.sha256(KEY.encode()).hexdigest()
-BOUNDED = KvPolicy(budget=512, budget_min=256, budget_max=1024, policies=("rkv", "snapkv"))
+BOUNDED = CallerRules(budget=512, budget_min=256, budget_max=1024, policies=("rkv", "snapkv"))
 
 
-def settled(policy: KvPolicy, /, **asked: Any) -> tuple[int | None, int | None, str | None]:
-    request = policy.settle(KvCacheRequest(**asked))
+def resolved(rules: CallerRules, /, **asked: Any) -> tuple[int | None, int | None, str | None]:
+    request = rules.resolve(KvCacheRequest(**asked))
     return request.rkv_budget, request.rkv_buffer, request.rkv_policy
 
 
 def test_a_request_gets_what_it_asks_for_and_defaults_for_the_rest() -> None:
     """Proves that every setting reaches the engine explicitly, whether it was named or not."""
-    assert settled(BOUNDED) == (512, 128, "rkv")
-    assert settled(BOUNDED, budget=256) == (256, 128, "rkv")
-    assert settled(BOUNDED, budget=1024, buffer=64, policy="snapkv") == (1024, 64, "snapkv")
-    assert settled(KvPolicy()) == settled(KvPolicy(budget=512), budget="full") == (0, 128, "rkv")
-    assert settled(KvPolicy(), budget=9) == (9, 128, "rkv")
+    assert resolved(BOUNDED) == (512, 128, "rkv")
+    assert resolved(BOUNDED, budget=256) == (256, 128, "rkv")
+    assert resolved(BOUNDED, budget=1024, buffer=64, policy="snapkv") == (1024, 64, "snapkv")
+    assert resolved(CallerRules()) == resolved(CallerRules(budget=512), budget="full") == (0, 128, "rkv")
+    assert resolved(CallerRules(), budget=9) == (9, 128, "rkv")
 
 
 @pytest.mark.parametrize(
@@ -46,16 +46,16 @@ def test_a_request_gets_what_it_asks_for_and_defaults_for_the_rest() -> None:
 def test_what_is_out_of_bounds_is_refused_by_name(asked: dict[str, Any], field: str) -> None:
     """Proves that each bound holds, that of memory (budget + buffer) among them."""
     with pytest.raises(KvCacheError) as refused:
-        BOUNDED.settle(KvCacheRequest(**asked))
+        BOUNDED.resolve(KvCacheRequest(**asked))
     assert refused.value.field == field
 
 
 def test_a_budget_may_be_required() -> None:
     """Proves that silence is refused then, and that `full` is an answer."""
-    policy = KvPolicy(require_budget=True)
+    rules = CallerRules(require_budget=True)
     with pytest.raises(KvCacheError, match="required"):
-        policy.settle(KvCacheRequest(buffer=64))
-    assert settled(policy, budget="full") == (0, 128, "rkv")
+        rules.resolve(KvCacheRequest(buffer=64))
+    assert resolved(rules, budget="full") == (0, 128, "rkv")
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_a_budget_may_be_required() -> None:
 def test_settings_that_contradict_are_refused_by_name(settings: dict[str, Any], named: str) -> None:
     """Proves that a server does not start with a default that it would refuse, and says which it is."""
     with pytest.raises(ValidationError) as refused:
-        KvPolicy(**settings)
+        CallerRules(**settings)
     assert explain(refused.value, depth=1).startswith(f"{named}: ")
 
 
@@ -99,9 +99,9 @@ def test_settings_come_from_the_environment_and_flags_win(monkeypatch: pytest.Mo
 
 def test_without_settings_everything_is_allowed_and_nothing_compacted() -> None:
     """Proves that the extension changes no request unless someone says so."""
-    policy = KvPolicies.load(KvSettings()).of(None)
-    assert settled(policy)[0] == 0
-    assert policy.bounds().model_dump() == {
+    rules = RulesByApiKey.load(KvSettings()).of(None)
+    assert resolved(rules)[0] == 0
+    assert rules.bounds().model_dump() == {
         "object": "kv_cache.bounds",
         "budget": {"default": "full", "required": False, "min": 9, "max": None, "full": True},
         "buffer": {"default": 128, "min": 8, "max": None},
@@ -109,20 +109,20 @@ def test_without_settings_everything_is_allowed_and_nothing_compacted() -> None:
     }
 
 
-def load(tmp_path: Path, text: str, **settings: Any) -> KvPolicies:
+def load(tmp_path: Path, text: str, **settings: Any) -> RulesByApiKey:
     path = tmp_path / "keys.yaml"
     path.write_text(text)
-    return KvPolicies.load(KvSettings(key_policies=path, **settings))
+    return RulesByApiKey.load(KvSettings(key_policies=path, **settings))
 
 
 def test_a_key_has_what_differs_and_the_servers_settings_for_the_rest(tmp_path: Path) -> None:
     """Proves that overrides are found by the digest of the API key, and only there."""
-    policies = load(tmp_path, f"{DIGEST}: {{budget: 256}}", budget=512, budget_max=1024)
-    of_key = policies.of(KEY)
+    rules = load(tmp_path, f"{DIGEST}: {{budget: 256}}", budget=512, budget_max=1024)
+    of_key = rules.of(KEY)
     assert (of_key.budget, of_key.budget_max) == (256, 1024)
     for other in (None, "", DIGEST, "another"):
-        assert policies.of(other).budget == 512
-    assert not any(KEY in line or DIGEST in line for line in policies.describe())
+        assert rules.of(other).budget == 512
+    assert not any(KEY in line or DIGEST in line for line in rules.describe())
 
 
 @pytest.mark.parametrize(
@@ -204,6 +204,6 @@ def test_flat_keys_mean_the_same() -> None:
 
 
 def test_what_the_engine_is_told_is_valid_there() -> None:
-    """Proves that the engine reads the settled settings as they were meant."""
-    request = BOUNDED.settle(KvCacheRequest(budget=1024))
+    """Proves that the engine reads the resolved settings as they were meant."""
+    request = BOUNDED.resolve(KvCacheRequest(budget=1024))
     assert RequestedSettings.from_extra_args(request.model_dump()) == request

@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from rkv_vllm.cli import app
 from rkv_vllm.server import launch
-from rkv_vllm.server.caller_rules import KvPolicies, KvSettings
+from rkv_vllm.server.caller_rules import KvSettings, RulesByApiKey
 
 
 @pytest.fixture(autouse=True)
@@ -39,9 +39,9 @@ def test_flags_go_before_the_environment_and_reach_vllms_processes(launched: lis
     options = ("--kv-budget=1024", "--kv-budget-max", "2048", "--kv-policies", "rkv,snapkv", "--port", "1")
     result = serve("some/model", *options)
     assert result.exit_code == 0, result.output
-    policy = KvPolicies.load(KvSettings()).server
-    assert (policy.budget, policy.budget_max, policy.buffer) == (1024, 2048, 64)
-    assert policy.policies == ("rkv", "snapkv")
+    rules = RulesByApiKey.load(KvSettings()).server
+    assert (rules.budget, rules.budget_max, rules.buffer) == (1024, 2048, 64)
+    assert rules.policies == ("rkv", "snapkv")
     [arguments] = launched
     assert arguments[:3] == ["some/model", "--port", "1"]
     assert "--additional-config.rkv.budget=1024" in arguments
@@ -68,7 +68,7 @@ def test_a_wrong_setting_is_named_before_anything_starts(
     assert launched == []
 
 
-def test_the_policies_of_keys_are_printed_without_the_keys(launched: list[list[str]], tmp_path: Path) -> None:
+def test_the_rules_of_keys_are_printed_without_the_keys(launched: list[list[str]], tmp_path: Path) -> None:
     """Proves that an operator can see in the log that the file was read."""
     digest = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
     path = tmp_path / "keys.yaml"

@@ -15,12 +15,12 @@ from pydantic import BaseModel
 from starlette.testclient import TestClient
 from vllm.exceptions import VLLMValidationError
 
-from rkv_vllm.server.caller_rules import KvPolicies, KvPolicy
+from rkv_vllm.server.caller_rules import CallerRules, RulesByApiKey
 from rkv_vllm.server.middleware import KvCacheMiddleware, Refused, settings_of
 from rkv_vllm.server.request import KvCacheRequest
 from rkv_vllm.settings.config import POLICY_NAMES
 
-POLICY = KvPolicy(budget=512, budget_min=256, budget_max=1024)
+RULES = CallerRules(budget=512, budget_min=256, budget_max=1024)
 DEFAULT = {"rkv_budget": 512, "rkv_buffer": 128, "rkv_policy": "rkv"}
 
 
@@ -41,7 +41,7 @@ class Engine:
         yield SimpleNamespace(finished=True, kv_transfer_params=None)
 
 
-def application(engine: Engine, policy: KvPolicy = POLICY) -> TestClient:
+def application(engine: Engine, rules: CallerRules = RULES) -> TestClient:
     app = FastAPI()
     app.state.engine_client = engine
 
@@ -58,7 +58,7 @@ def application(engine: Engine, policy: KvPolicy = POLICY) -> TestClient:
     for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"):
         app.post(path)(generate)
     app.post("/echo")(echo)
-    app.add_middleware(KvCacheMiddleware, policies=KvPolicies(policy, {}))
+    app.add_middleware(KvCacheMiddleware, rules=RulesByApiKey(rules, {}))
     return TestClient(app)
 
 
@@ -185,16 +185,16 @@ MEMBERS = st.fixed_dictionaries(
 
 @settings(deadline=None)
 @given(MEMBERS | JSON)
-def test_any_value_is_settled_within_the_bounds_or_refused_by_name(value: Any) -> None:
+def test_any_value_is_resolved_within_the_bounds_or_refused_by_name(value: Any) -> None:
     """Proves that nothing a client can write leads to another error, or around a bound."""
     try:
-        settled = settings_of(POLICY, {"kv_cache": value})
+        resolved = settings_of(RULES, {"kv_cache": value})
     except Refused as refused:
         assert refused.param.startswith("kv_cache")
         return
-    assert settled is not None and settled.rkv_budget is not None and settled.rkv_buffer is not None
-    assert 256 <= settled.rkv_budget <= 1024
-    assert 8 <= settled.rkv_buffer <= 128
+    assert resolved is not None and resolved.rkv_budget is not None and resolved.rkv_buffer is not None
+    assert 256 <= resolved.rkv_budget <= 1024
+    assert 8 <= resolved.rkv_buffer <= 128
 
 
 @settings(deadline=None)
@@ -205,7 +205,7 @@ def test_the_published_schema_accepts_what_the_server_accepts(value: Any) -> Non
         return  # JSON Schema takes 512.0 for an integer
     published = jsonschema.Draft202012Validator(KvCacheRequest.model_json_schema())
     try:
-        settings_of(KvPolicy(), {"kv_cache": value})
+        settings_of(CallerRules(), {"kv_cache": value})
     except Refused:
         assert not published.is_valid(value)
     else:
