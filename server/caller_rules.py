@@ -20,12 +20,10 @@ from rkv_vllm.settings.config import (
     WINDOW,
     BudgetTokens,
     BufferTokens,
-    Granularity,
-    Order,
+    EngineSettings,
     PolicyName,
     RequestedSettings,
     RkvConfig,
-    Scope,
 )
 from rkv_vllm.settings.error_text import explain
 
@@ -150,7 +148,7 @@ class CallerRules(BaseModel):
         )
 
 
-class KvSettings(CallerRules, BaseSettings):
+class KvSettings(EngineSettings, CallerRules, BaseSettings):
     """The rules for all callers, the engine's settings, and the file of rules by API key.
 
     Each setting comes from a flag, else from the environment.
@@ -158,18 +156,6 @@ class KvSettings(CallerRules, BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX, extra="forbid", frozen=True)
 
-    mix_lambda: float = Field(
-        default=RkvConfig.model_fields["mix_lambda"].default,
-        ge=0.0,
-        le=1.0,
-        description=RkvConfig.model_fields["mix_lambda"].description,
-    )
-    granularity: Granularity = Field(
-        default="token", description=RkvConfig.model_fields["granularity"].description
-    )
-    scope: Scope = Field(default="head", description=RkvConfig.model_fields["scope"].description)
-    order: Order = Field(default="temporal", description=RkvConfig.model_fields["order"].description)
-    beyond_pool: bool = Field(default=False, description=RkvConfig.model_fields["beyond_pool"].description)
     key_policies: Path | None = Field(
         default=None,
         description="YAML file with what differs by API key: SHA-256 of the key, and settings below it.",
@@ -178,17 +164,8 @@ class KvSettings(CallerRules, BaseSettings):
     @property
     def engine(self) -> RkvConfig:
         """The engine's own defaults, which are there for requests that come to it without HTTP."""
-        budget = None if self.budget == FULL else self.budget
-        return RkvConfig(
-            budget=budget,
-            buffer=self.buffer,
-            policy=self.policy,
-            mix_lambda=self.mix_lambda,
-            beyond_pool=self.beyond_pool,
-            granularity=self.granularity,
-            scope=self.scope,
-            order=self.order,
-        )
+        settings = self.model_dump(include=set(RkvConfig.model_fields))
+        return RkvConfig(**(settings | {"budget": None if self.budget == FULL else self.budget}))
 
 
 @dataclass(frozen=True, slots=True)

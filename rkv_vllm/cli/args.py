@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Any
 
 import typer
 
 from rkv_vllm.cli import options
+from rkv_vllm.cli.options import OptionGroup
+from rkv_vllm.settings.config import RkvConfig
 
 
-def args(
-    budget: options.Budget = None,
-    buffer: options.Buffer = None,
-    policy: options.Policy = None,
-    mix_lambda: options.MixLambda = None,
-    beyond_pool: Annotated[bool, options.beyond_pool("--beyond-pool")] = False,
-    granularity: options.Granularity = None,
-    scope: options.Scope = None,
-    order: options.Order = None,
-) -> None:
+@options.takes(OptionGroup("settings", RkvConfig))
+def args(settings: dict[str, Any]) -> None:
     """Print the engine options that switch R-KV on: `vllm serve MODEL $(rkv-vllm args --budget 1024)`."""
-    config = options.rkv_config(
-        budget=budget,
-        buffer=buffer,
-        policy=policy,
-        mix_lambda=mix_lambda,
-        beyond_pool=beyond_pool,
-        granularity=granularity,
-        scope=scope,
-        order=order,
-    )
+    config = options.rkv_config(**settings)
     with options.vllm_on_stderr():  # what is printed here goes onto a command line
         from rkv_vllm.settings.engine_args import rkv_serve_flags
 

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from rkv_vllm.cli import options
+from rkv_vllm.cli.options import OptionGroup
+from rkv_vllm.settings.config import RkvConfig
 
 
+@options.takes(OptionGroup("settings", RkvConfig, prefix="--kv-"))
 def doctor(
     context: typer.Context,
-    kv_budget: options.Budget = None,
-    kv_buffer: options.Buffer = None,
-    kv_policy: options.Policy = None,
-    kv_mix_lambda: options.MixLambda = None,
-    kv_beyond_pool: Annotated[bool, options.beyond_pool("--kv-beyond-pool")] = False,
-    kv_granularity: options.Granularity = None,
-    kv_scope: options.Scope = None,
-    kv_order: options.Order = None,
+    settings: dict[str, Any],
     length: Annotated[
         int | None, typer.Option(help="Tokens of a request, prompt and answer; default: max_model_len.")
     ] = None,
@@ -29,16 +25,7 @@ def doctor(
     Takes the arguments of `rkv-vllm serve`, starts nothing, and exits with 1 where something is refused.
     Without a MODEL it looks at the installation alone.
     """
-    config = options.rkv_config(
-        budget=kv_budget,
-        buffer=kv_buffer,
-        policy=kv_policy,
-        mix_lambda=kv_mix_lambda,
-        beyond_pool=kv_beyond_pool,
-        granularity=kv_granularity,
-        scope=kv_scope,
-        order=kv_order,
-    )
+    config = options.rkv_config(**settings)
     from rkv_vllm.cli.diagnosis import diagnose, show
 
     try:

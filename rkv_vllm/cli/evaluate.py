@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from rkv_vllm.cli import options
+from rkv_vllm.cli.options import OptionGroup
 from rkv_vllm.provenance import command_line
+from rkv_vllm.settings.config import RkvConfig
 
 
+@options.takes(OptionGroup("shared", RkvConfig, prefix="--kv-", names=options.SHARED_SETTINGS))
 def evaluate(
     context: typer.Context,
     task: Annotated[str, typer.Option(help="`derivation`, `jsonl:FILE` or `reasoning-gym:NAME`.")],
@@ -42,19 +45,15 @@ def evaluate(
     ] = None,
     chat: Annotated[bool, typer.Option(help="Put questions into the model's chat template.")] = True,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 256,
-    kv_mix_lambda: options.MixLambda = None,
-    kv_granularity: options.Granularity = None,
-    kv_scope: options.Scope = None,
-    kv_order: options.Order = None,
+    *,
+    shared: dict[str, Any],
     json: Annotated[bool, options.json("a table")] = False,
 ) -> None:
     """Measure what budgets cost in accuracy, against the full cache of the same engine.
 
     Every policy with every budget and buffer is one setting of requests, and all run mixed in one engine.
     """
-    config = options.rkv_config(
-        mix_lambda=kv_mix_lambda, granularity=kv_granularity, scope=kv_scope, order=kv_order
-    )
+    config = options.rkv_config(**shared)
     _need_eval_extra()
     from rkv_vllm.evaluation.command import Evaluation
     from rkv_vllm.evaluation.command import evaluate as run

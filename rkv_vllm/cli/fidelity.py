@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from rkv_vllm.cli import options
+from rkv_vllm.cli.options import OptionGroup
 from rkv_vllm.provenance import command_line
-from rkv_vllm.settings.config import POLICY_NAMES
+from rkv_vllm.settings.config import POLICY_NAMES, RkvConfig
 
 
+@options.takes(OptionGroup("shared", RkvConfig, prefix="--kv-", names=options.SHARED_SETTINGS))
 def fidelity(
     context: typer.Context,
     model: Annotated[str, typer.Option(help="Directory or name of the model.")],
@@ -24,19 +26,15 @@ def fidelity(
     windows: Annotated[int, typer.Option(min=1, help="Windows of each text, at most.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="Of the intervals' bootstrap.")] = 0,
     out: Annotated[Path | None, typer.Option(help="File for the result as JSON.")] = None,
-    kv_mix_lambda: options.MixLambda = None,
-    kv_granularity: options.Granularity = None,
-    kv_scope: options.Scope = None,
-    kv_order: options.Order = None,
+    *,
+    shared: dict[str, Any],
     json: Annotated[bool, options.json("tables")] = False,
 ) -> None:
     """Measure what budgets change in a model's predictions of a text, against the engine's own full cache.
 
     The engine decodes the text itself, so that no answers are needed; compactions happen as in serving.
     """
-    config = options.rkv_config(
-        mix_lambda=kv_mix_lambda, granularity=kv_granularity, scope=kv_scope, order=kv_order
-    )
+    config = options.rkv_config(**shared)
     from rich.console import Console
 
     from rkv_vllm.evaluation.fidelity import settings_of, show

@@ -2,37 +2,116 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Annotated, Any
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from rkv_vllm.settings import config
+from rkv_vllm.settings.config import EngineSettings, RkvConfig
 from rkv_vllm.settings.error_text import explain
 
-
-def _field(name: str) -> str:
-    return config.RkvConfig.model_fields[name].description or ""
-
-
-# The settings of `RkvConfig`; a parameter's name says what the option is called.
-Budget = Annotated[int | None, typer.Option(help=_field("budget"))]
-Buffer = Annotated[int | None, typer.Option(help=_field("buffer"))]
-Policy = Annotated[config.PolicyName | None, typer.Option(help=_field("policy"))]
-MixLambda = Annotated[float | None, typer.Option(help=_field("mix_lambda"))]
-Granularity = Annotated[config.Granularity | None, typer.Option(help=_field("granularity"))]
-Scope = Annotated[config.Scope | None, typer.Option(help=_field("scope"))]
-Order = Annotated[config.Order | None, typer.Option(help=_field("order"))]
+#: Settings of `RkvConfig` that no request can override; without a default budget one of them is refused.
+SHARED_SETTINGS = tuple(name for name in EngineSettings.model_fields if name != "beyond_pool")
 
 
-def beyond_pool(option: str) -> Any:
-    """A flag, whose name has to be given so that it has no `--no-` beside it."""
-    return typer.Option(option, help=_field("beyond_pool"))
+@dataclass(frozen=True)
+class OptionGroup:
+    """Options made of a model's fields, so that a field is declared once.
+
+    Attributes:
+        argument: parameter of the command that receives those options which were given, by field.
+        model: whose fields they are.
+        prefix: what the options begin with.
+        names: the fields; None: all.
+        environment: prefix of the variable that is named beside each.
+        panel: title under which `--help` shows them.
+    """
+
+    argument: str
+    model: type[BaseModel]
+    prefix: str = "--"
+    names: tuple[str, ...] | None = None
+    environment: str | None = None
+    panel: str | None = None
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return tuple(self.model.model_fields) if self.names is None else self.names
+
+    def parameter_of(self, field: str) -> str:
+        """The Python name of a field's option."""
+        return f"{self.prefix}{field}".lstrip("-").replace("-", "_")
+
+    def parameters(self) -> Iterator[inspect.Parameter]:
+        """The options as typer reads them."""
+        for name in self.fields:
+            field = self.model.model_fields[name]
+            variable = "" if self.environment is None else f" [{self.environment}{name.upper()}]"
+            option = typer.Option(
+                # Named, so that a flag has no `--no-` beside it.
+                f"{self.prefix}{name.replace('_', '-')}",
+                help=f"{field.description}{variable}",
+                rich_help_panel=self.panel,
+            )
+            yield inspect.Parameter(
+                self.parameter_of(name),
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[_cli_type(field.annotation) | None, option],
+            )
+
+
+def takes(*groups: OptionGroup) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command the options of each group, in place of the parameter that receives them."""
+    by_argument = {group.argument: group for group in groups}
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        parameters: list[inspect.Parameter] = []
+        for parameter in inspect.signature(command, eval_str=True).parameters.values():
+            group = by_argument.get(parameter.name)
+            own = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            parameters += [own] if group is None else group.parameters()
+
+        def call(**arguments: Any) -> None:
+            for group in groups:
+                values = {name: arguments.pop(group.parameter_of(name)) for name in group.fields}
+                arguments[group.argument] = given(**values)
+            command(**arguments)
+
+        call.__name__, call.__doc__ = command.__name__, command.__doc__
+        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return call
+
+    return decorate
+
+
+def _cli_type(annotation: Any) -> Any:
+    """What a command line takes for a field: its one plain type or choice, and text for anything else."""
+    kinds = {kind for kind in _leaves(annotation) if kind is not type(None)}
+    (kind,) = kinds if len(kinds) == 1 else (str,)
+    plain = kind in (bool, int, float, Path) or get_origin(kind) is Literal
+    return kind if plain else str
+
+
+def _leaves(annotation: Any) -> Iterator[Any]:
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        yield from _leaves(get_args(annotation)[0])
+    elif origin in (Union, UnionType):
+        for member in get_args(annotation):
+            yield from _leaves(member)
+    else:
+        yield annotation
 
 
 def json(instead_of: str) -> Any:
@@ -52,13 +131,13 @@ def given(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def rkv_config(**settings: Any) -> config.RkvConfig:
+def rkv_config(**settings: Any) -> RkvConfig:
     """The settings that were given, validated.
 
     Raises: typer.BadParameter that names each wrong one.
     """
     try:
-        return config.RkvConfig(**given(**settings))
+        return RkvConfig(**settings)
     except ValidationError as error:
         raise typer.BadParameter(explain(error, depth=1)) from None
 

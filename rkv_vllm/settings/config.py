@@ -76,8 +76,8 @@ def extra_args(settings: CompactionSettings | None) -> dict[str, int | str]:
     return {"rkv_budget": settings.budget, "rkv_buffer": settings.buffer, "rkv_policy": settings.policy}
 
 
-class RkvConfig(BaseModel):
-    """Server-wide settings, carried in vLLM's `additional_config["rkv"]`."""
+class RequestDefaults(BaseModel):
+    """Settings of a request that the server has a default for."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -87,6 +87,13 @@ class RkvConfig(BaseModel):
     )
     buffer: BufferTokens = Field(default=128, description="Tokens collected between two compactions.")
     policy: PolicyName = Field(default="rkv", description="What scores tokens.")
+
+
+class EngineSettings(BaseModel):
+    """Settings that all requests of an engine share."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
     mix_lambda: float = Field(
         default=0.1, ge=0.0, le=1.0, description="Weight of importance against redundancy in policy rkv."
     )
@@ -94,15 +101,6 @@ class RkvConfig(BaseModel):
         default=False,
         description="Let max_model_len exceed what the pool holds; a request that cannot fit is refused.",
     )
-
-    @field_validator("beyond_pool")
-    @classmethod
-    def _needs_budget(cls, beyond: bool, info: ValidationInfo) -> bool:
-        # Where the budget itself was refused it is not in `data`, and that is the error to show.
-        if beyond and info.data.get("budget", "refused") is None:
-            raise ValueError("needs a default budget: without one, long requests would keep their full cache")
-        return beyond
-
     granularity: Granularity = Field(
         default="token",
         description=(
@@ -128,6 +126,18 @@ class RkvConfig(BaseModel):
         if value not in ("head", "temporal") and info.data.get("granularity") == "page":
             raise ValueError(f"{value} needs granularity token: whole pages leave for all, and none is moved")
         return value
+
+
+class RkvConfig(EngineSettings, RequestDefaults):
+    """Server-wide settings, carried in vLLM's `additional_config["rkv"]`."""
+
+    @field_validator("beyond_pool")
+    @classmethod
+    def _needs_budget(cls, beyond: bool, info: ValidationInfo) -> bool:
+        # Where the budget itself was refused it is not in `data`, and that is the error to show.
+        if beyond and info.data.get("budget", "refused") is None:
+            raise ValueError("needs a default budget: without one, long requests would keep their full cache")
+        return beyond
 
     @classmethod
     def from_additional_config(cls, additional_config: Mapping[str, Any]) -> RkvConfig:

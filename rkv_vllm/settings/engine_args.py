@@ -14,8 +14,7 @@ def rkv_engine_args(**settings: Any) -> dict[str, Any]:
     """Keyword arguments for `vllm.LLM`, `EngineArgs` and `AsyncEngineArgs`.
 
     Args:
-        settings: fields of `RkvConfig`: budget, buffer, policy, mix_lambda, beyond_pool,
-            granularity, scope, order.
+        settings: fields of `RkvConfig`, by name.
 
     Returns: arguments to pass on, as in `LLM(model=..., **rkv_engine_args(budget=1024))`.
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 from unittest.mock import patch
 
 import kubernetes_validate
@@ -23,7 +24,7 @@ from rkv_vllm import __version__
 from rkv_vllm.cli import app
 from rkv_vllm.server.caller_rules import KvSettings, RulesByApiKey
 from rkv_vllm.server.operations import OperationSettings
-from rkv_vllm.settings.config import PolicyName
+from rkv_vllm.settings.config import POLICY_NAMES
 
 SCHEMA = json.loads((CHART / "values.schema.json").read_text())
 VALUES = yaml.safe_load((CHART / "values.yaml").read_text())
@@ -278,7 +279,20 @@ def test_every_value_is_described_and_has_a_default() -> None:
         for name in ("initialDelaySeconds", "successThreshold")
     }
     assert set(missing(VALUES, SCHEMA, "")) == optional | {".global"}
-    assert SCHEMA["properties"]["kvCache"]["properties"]["policy"]["enum"] == list(get_args(PolicyName))
+
+
+def test_the_chart_has_every_setting_of_the_server() -> None:
+    """Proves that values below `kvCache` are the server's settings, with the same choices."""
+    properties = SCHEMA["properties"]["kvCache"]["properties"]
+    camel_case = {
+        re.sub(r"_(\w)", lambda match: match[1].upper(), name): name for name in KvSettings.model_fields
+    }
+    assert properties.keys() == camel_case.keys()
+    for value, name in camel_case.items():
+        annotation = KvSettings.model_fields[name].annotation
+        if get_origin(annotation) is Literal:
+            assert properties[value]["enum"] == list(get_args(annotation)), value
+    assert properties["policies"]["items"]["enum"] == list(POLICY_NAMES)
 
 
 def test_lint_finds_nothing() -> None:
