@@ -1,7 +1,7 @@
 """First pass over the keys: the softmax statistics of importance, and what redundancy needs of each key.
 
-One program reads some tokens of one (layer, request, KV head). Formulas: rkv_spec 1.3 (importance) and
-4.4 B (the sum of the normalised keys); reference: ``naive.importance``.
+One program reads some tokens of one (layer, request, KV head). Formulas: rkv_spec 1.2 (importance) and
+3.1 B (the sum of the normalised keys); reference: ``naive.importance``.
 """
 
 # Triton reads its kernels' arguments without types.

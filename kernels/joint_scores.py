@@ -1,6 +1,6 @@
 """Joint scores from window attention and sums of similarities; the mass of each page on request.
 
-Formulas: rkv_spec 1.3 step 6, 1.4 steps 5 and 6, and 1.5; references: ``naive.rkv_scores``,
+Formulas: rkv_spec 1.2 step 6, 1.3 steps 5 and 6, and 1.4; references: ``naive.rkv_scores``,
 ``naive.page_scores``.
 """
 

@@ -10,7 +10,7 @@ own first key on, and notes the newest match of the whole block. A second one co
 have none: it visits the columns of an older block only where that block noted a match as new as this one, for
 otherwise no pair between the two can exceed the threshold.
 
-Formulas: rkv_spec 1.4 and 4.4 B and C; reference: ``naive.redundancy``.
+Formulas: rkv_spec 1.3 and 3.1 B and C; reference: ``naive.redundancy``.
 """
 
 # Triton reads its kernels' arguments without types.

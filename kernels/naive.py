@@ -5,7 +5,7 @@ it is given float64 tensors (in float32 otherwise). Every faster path of this pa
 
 Sources: R-KV (arXiv 2505.24133), sections 3.2 to 3.4, in the variant of the authors' code: keys are cached
 after rotary embedding, the window's keys take work in redundancy, and each row cuts exactly one link
-(rkv_spec 1.3 to 1.5 and 1.10).
+(rkv_spec 1.2 to 1.4 and 1.9).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def importance(
     pool_kernel: int,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Attention that the newest queries pay to each candidate key (rkv_spec 1.3; paper section 3.2).
+    """Attention that the newest queries pay to each candidate key (rkv_spec 1.2; paper section 3.2).
 
     Args:
         queries: [Hq, rows, D], the window's queries after rotary embedding; their order does not matter.
@@ -60,7 +60,7 @@ def importance(
 
 
 def similarity(keys: torch.Tensor, *, eps: float = 1e-8) -> torch.Tensor:
-    """Cosine similarity of all pairs of keys with a zero diagonal (rkv_spec 1.4, steps 1 and 2).
+    """Cosine similarity of all pairs of keys with a zero diagonal (rkv_spec 1.3, steps 1 and 2).
 
     Args:
         keys: [H, N, D].
@@ -77,7 +77,7 @@ def similarity(keys: torch.Tensor, *, eps: float = 1e-8) -> torch.Tensor:
 
 
 def newest_match(similarities: torch.Tensor, *, threshold: float) -> torch.Tensor:
-    """For each row the newest key more similar than the threshold, or slot 0 (rkv_spec 1.4, steps 3 and 4).
+    """For each row the newest key more similar than the threshold, or slot 0 (rkv_spec 1.3, steps 3 and 4).
 
     Args:
         similarities: [H, N, N] with a zero diagonal.
@@ -91,7 +91,7 @@ def newest_match(similarities: torch.Tensor, *, threshold: float) -> torch.Tenso
 
 
 def redundancy(keys: torch.Tensor, *, threshold: float, eps: float = 1e-8) -> torch.Tensor:
-    """How much each key resembles the others, its newest duplicate spared (rkv_spec 1.4; paper section 3.3).
+    """How much each key resembles the others, its newest duplicate spared (rkv_spec 1.3; paper section 3.3).
 
     Args:
         keys: [H, N, D], all cached keys, window included, oldest first.
@@ -117,7 +117,7 @@ def rkv_scores(
     pool_kernel: int,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """``lam * importance - (1 - lam) * redundancy`` of each candidate (rkv_spec 1.5; paper section 3.4).
+    """``lam * importance - (1 - lam) * redundancy`` of each candidate (rkv_spec 1.4; paper section 3.4).
 
     Args:
         queries: [Hq, rows, D].
@@ -140,7 +140,7 @@ def rkv_scores(
 
 
 def shared_scores(scores: torch.Tensor, scope: Literal["head", "layer", "global"]) -> torch.Tensor:
-    """What every head selects by: its own scores, its layer's, or those of all layers (rkv_spec 1.9).
+    """What every head selects by: its own scores, its layer's, or those of all layers (rkv_spec 1.8).
 
     Args:
         scores: [L, H, candidates]; where one head's score is NaN, so is what it is shared in.
@@ -160,7 +160,7 @@ def shared_scores(scores: torch.Tensor, scope: Literal["head", "layer", "global"
 def select(
     scores: torch.Tensor, count: int, order: Literal["temporal", "score"] = "temporal"
 ) -> torch.Tensor:
-    """Indices of the highest scores; among equal scores the lower index wins (rkv_spec 1.5, 1.7).
+    """Indices of the highest scores; among equal scores the lower index wins (rkv_spec 1.4, 1.6).
 
     Args:
         scores: [H, candidates]; NaN counts as the lowest score.
@@ -183,7 +183,7 @@ def select(
 def kept_indices(
     scores: torch.Tensor, keep: int, length: int, order: Literal["temporal", "score"] = "temporal"
 ) -> torch.Tensor:
-    """The survivors of a round: the best candidates in their order, then the window (rkv_spec 1.5, 1.7).
+    """The survivors of a round: the best candidates in their order, then the window (rkv_spec 1.4, 1.6).
 
     Args:
         scores: [H, candidates]; the ``length - candidates`` newest tokens are the window.

@@ -3,7 +3,7 @@
 No sort: the score at the cut is found two bits at a time on an order-preserving integer view of float32,
 each time with one count over the scores; one more pass writes the slots above the cut and, lowest first, as
 many at the cut as there is room for. For the order of the scores a second kernel counts, for each chosen
-slot, those that go before it. Formulas: rkv_spec 1.5 and 1.7; reference: ``naive.select``.
+slot, those that go before it. Formulas: rkv_spec 1.4 and 1.6; reference: ``naive.select``.
 """
 
 # Triton reads its kernels' arguments without types.

@@ -1,7 +1,7 @@
 """One set of scores for all KV heads of a layer, or of all layers, in place of each head's own.
 
 Heads and layers are added one after the other by the program that owns the tokens, so that the sums do not
-depend on how a request was cut into slices, nor on what else is in the batch. Formula: rkv_spec 1.9;
+depend on how a request was cut into slices, nor on what else is in the batch. Formula: rkv_spec 1.8;
 reference: ``naive.shared_scores``.
 """
 

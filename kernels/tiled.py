@@ -5,7 +5,7 @@ dimensions (several layers, say), and without a temporary above ``TEMPORARY_BYTE
 matrix never exists as a whole.
 
 Redundancy uses that all column sums follow from the sum ``g`` of the normalised keys ``u`` (``sum_i s_ij =
-u_j . g - |u_j|^2``, rkv_spec 4.4 B), so that only the newest match of each row needs the similarities. On a
+u_j . g - |u_j|^2``, rkv_spec 3.1 B), so that only the newest match of each row needs the similarities. On a
 CPU the columns are visited from the newest on, and a row leaves the search as soon as it has found its
 match.
 """
@@ -44,7 +44,7 @@ def importance(
     pool_kernel: int,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Attention that the newest queries pay to each candidate key (rkv_spec 1.3; paper section 3.2).
+    """Attention that the newest queries pay to each candidate key (rkv_spec 1.2; paper section 3.2).
 
     Args:
         queries: [..., Hq, rows, D], the window's queries after rotary embedding; their order does not matter.
@@ -136,7 +136,7 @@ def _search_newest_first(
 
 
 def redundancy(keys: torch.Tensor, *, threshold: float, eps: float = 1e-8) -> torch.Tensor:
-    """How much each key resembles the others, its newest duplicate spared (rkv_spec 1.4; paper section 3.3).
+    """How much each key resembles the others, its newest duplicate spared (rkv_spec 1.3; paper section 3.3).
 
     Args:
         keys: [..., H, N, D], all cached keys, window included, oldest first.
@@ -180,7 +180,7 @@ def rkv_scores(
     pool_kernel: int,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """``lam * importance - (1 - lam) * redundancy`` of each candidate (rkv_spec 1.5; paper section 3.4).
+    """``lam * importance - (1 - lam) * redundancy`` of each candidate (rkv_spec 1.4; paper section 3.4).
 
     Args:
         queries: [..., Hq, rows, D].
@@ -207,7 +207,7 @@ def rkv_scores(
 def select(
     scores: torch.Tensor, count: int, order: Literal["temporal", "score"] = "temporal"
 ) -> torch.Tensor:
-    """Indices of the highest scores; among equal scores the lower index wins (rkv_spec 1.5, 1.7).
+    """Indices of the highest scores; among equal scores the lower index wins (rkv_spec 1.4, 1.6).
 
     Args:
         scores: [..., candidates]; NaN counts as the lowest score.

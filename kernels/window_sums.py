@@ -1,7 +1,7 @@
 """Second pass over the keys: attention of the window, and sums of similarities without the cut links.
 
-The sums follow from the sum of the normalised keys and each key's newest match (rkv_spec 4.4 B), in O(N D).
-Formulas: rkv_spec 1.3 (importance), 1.4 and 4.4 B (redundancy); references: ``naive.importance``,
+The sums follow from the sum of the normalised keys and each key's newest match (rkv_spec 3.1 B), in O(N D).
+Formulas: rkv_spec 1.2 (importance), 1.3 and 3.1 B (redundancy); references: ``naive.importance``,
 ``naive.redundancy``.
 """
 

@@ -160,6 +160,6 @@ def load_rows(kv, offsets, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def inverse_norm(keys):
-    """[tokens, D] -> float32 [tokens]: one over the Euclidean norm, with rkv_spec 1.4's epsilon."""
+    """[tokens, D] -> float32 [tokens]: one over the Euclidean norm, with rkv_spec 1.3's epsilon."""
     wide = keys.to(tl.float32)
     return 1.0 / (tl.sqrt(tl.sum(wide * wide, axis=1)) + 1e-8)

@@ -28,7 +28,7 @@ class Rkv:
         return cls(kernel_weight)
 
     def scores(self, inputs: ScoreInputs) -> torch.Tensor:
-        """Returns: float32 [H, N - WINDOW] (rkv_spec 1.5).
+        """Returns: float32 [H, N - WINDOW] (rkv_spec 1.4).
 
         Raises: AssertionError where the queries are missing.
         """

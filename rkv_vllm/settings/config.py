@@ -23,7 +23,7 @@ from rkv_vllm.settings.policy_table import POLICY_NAMES, QUERY_POLICIES, PolicyN
 WINDOW = 8
 #: Width of the max-pool over candidates' importance.
 POOL_KERNEL = 7
-#: Cosine similarity above which two keys count as redundant (T in rkv_spec 1.4).
+#: Cosine similarity above which two keys count as redundant (T in rkv_spec 1.3).
 SIMILARITY_THRESHOLD = 0.5
 
 Granularity = Literal["token", "page"]
