@@ -11,7 +11,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rkv_vllm.server.scopes import is_request, request_state, route_path
+from rkv_vllm.server.asgi import is_request, request_state, route_path
 
 #: Asked every few seconds by whatever watches the server.
 PROBES = frozenset({"/health", "/ready"})

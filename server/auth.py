@@ -10,8 +10,8 @@ from pathlib import Path
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from rkv_vllm.server.asgi import is_request, request_state, route_path
 from rkv_vllm.server.errors import error_response
-from rkv_vllm.server.scopes import is_request, request_state, route_path
 
 #: Digits of a key's SHA-256 that name it where its owner gave it no name.
 NAME_DIGITS = 8

@@ -18,8 +18,8 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from rkv_vllm.server.asgi import route_path
 from rkv_vllm.server.errors import error_response
-from rkv_vllm.server.scopes import route_path
 
 READY = "/ready"
 #: Answered by vLLM whatever this server is doing, and not waited for.

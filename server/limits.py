@@ -13,9 +13,8 @@ from starlette.datastructures import MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rkv_vllm.server.body import BodyTooLarge, ClientGone, read_body, replay
+from rkv_vllm.server.asgi import BodyTooLarge, ClientGone, is_request, read_body, replay, request_state
 from rkv_vllm.server.errors import error_response
-from rkv_vllm.server.scopes import is_request, request_state
 
 #: Every name under which the APIs of OpenAI and Anthropic know the length of an answer.
 LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")

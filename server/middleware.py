@@ -10,8 +10,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rkv_vllm.server import engine_client
 from rkv_vllm.server.answer_report import ReportingSend
+from rkv_vllm.server.asgi import ClientGone, is_request, read_body, replay, route_path
 from rkv_vllm.server.auth import presented_key
-from rkv_vllm.server.body import ClientGone, read_body, replay
 from rkv_vllm.server.caller_rules import CallerRules, KvSettings, RulesByApiKey
 from rkv_vllm.server.engine_client import RequestContext
 from rkv_vllm.server.errors import error_response
@@ -38,12 +38,12 @@ class KvCacheMiddleware:
         self._prepared: object = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] not in ("http", "websocket"):
+        if not is_request(scope):
             await self.app(scope, receive, send)
             return
         self._prepare(scope["app"])
         rules = self.rules.of(presented_key(Headers(scope=scope)))
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        path = route_path(scope)
         if scope["type"] == "http" and path == BOUNDS_PATH:
             await bounds(rules, scope)(scope, receive, send)
         elif scope["type"] == "http" and scope["method"] == "POST" and path in PATHS:

@@ -8,8 +8,8 @@ import uuid
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from rkv_vllm.server.asgi import is_request, request_state
 from rkv_vllm.server.errors import error_response
-from rkv_vllm.server.scopes import is_request, request_state
 
 HEADER = "X-Request-ID"
 #: What is taken from a client: fit for log lines, file names and vLLM's own ids.

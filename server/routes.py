@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from starlette.routing import compile_path
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from rkv_vllm.server.asgi import is_request, route_path
 from rkv_vllm.server.errors import error_response
-from rkv_vllm.server.scopes import is_request, route_path
 
 OPEN_ROUTES = (
     "/health",

@@ -7,8 +7,6 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ValidationError
-from rich.console import Console
-from rich.table import Table
 
 from rkv_vllm.decisions.lengths import RequestLengths, make_request_lengths
 from rkv_vllm.decisions.sizing import KvShape, Pool, peak_slots
@@ -197,55 +195,3 @@ def _pool_bytes(vllm_config: VllmConfig) -> tuple[int, str, bool]:
         "weights; activations and CUDA graphs take more"
     )
     return int(memory * cache.gpu_memory_utilization) - weights, source, True
-
-
-def show(found: Diagnosis, console: Console) -> None:
-    """Prints what was found as tables."""
-    versions = Table(title="Installation", title_justify="left", show_header=False)
-    for name, number in found.versions.items():
-        versions.add_row(name, number)
-    versions.add_row("platform", found.platform)
-    console.print(versions)
-    subject = "this configuration" if found.model else "this installation"
-    if found.refused:
-        console.print(f"R-KV refuses {subject}:", style="red")
-        for problem in found.problems:
-            console.print(f"  - {problem}", markup=False, highlight=False)
-    else:
-        console.print(f"R-KV works with {subject}.", style="green")
-    if found.sizes is not None:
-        _show_sizes(found.sizes, console)
-
-
-def _show_sizes(sizes: Sizes, console: Console) -> None:
-    console.print("Layers are checked when the model is loaded (sliding window, ALiBi, shared caches).")
-    facts = Table(title="KV cache of one device", title_justify="left", show_header=False)
-    facts.add_row(
-        "KV bytes a token",
-        f"{sizes.kv_bytes_per_token:,} (K and V, {sizes.layers} layers, {sizes.kv_heads} KV heads of "
-        f"{sizes.head_size}, {sizes.dtype})",
-    )
-    facts.add_row("page", f"{sizes.page_size} tokens, {sizes.kv_bytes_per_token * sizes.page_size:,} bytes")
-    size = "" if sizes.pool_bytes is None else f"{sizes.pool_bytes / GIB:.2f} GiB, "
-    guess = "estimate: " if sizes.pool_is_estimate else ""
-    facts.add_row("pool", f"{size}{sizes.pool_pages:,} pages ({guess}{sizes.pool_source})")
-    console.print(facts)
-    title = f"Requests of {sizes.length:,} tokens that fit"
-    table = Table("cache", "tokens held", "pages", "requests", title=title, title_justify="left")
-    for row in sizes.rows:
-        kind = "full" if row.budget is None else f"budget {row.budget}, buffer {row.buffer}"
-        table.add_row(kind, f"{row.tokens_held:,}", f"{row.pages_per_request:,}", f"{row.requests:,}")
-    console.print(table)
-    if len(sizes.rows) == 1:
-        console.print("See what a budget does with --kv-budget TOKENS.")
-    else:
-        console.print("A prompt longer than budget + buffer is held whole until decoding begins.")
-    fit = max(row.requests for row in sizes.rows)
-    if fit > sizes.max_num_seqs:
-        console.print(f"max_num_seqs lets {sizes.max_num_seqs:,} run at the same time.")
-    run = min(fit, sizes.max_num_seqs)
-    if sizes.largest_graph is not None and run > sizes.largest_graph:
-        console.print(
-            f"More than {sizes.largest_graph:,} requests would run without a CUDA graph: "
-            f"--max-cudagraph-capture-size={run} captures larger ones."
-        )

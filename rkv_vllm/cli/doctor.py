@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rkv_vllm.cli import options
 from rkv_vllm.cli.options import OptionGroup
 from rkv_vllm.settings.config import RkvConfig
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from rkv_vllm.cli.diagnosis import Diagnosis, Sizes
 
 
 @options.takes(OptionGroup("settings", RkvConfig, prefix="--kv-"))
@@ -26,7 +31,7 @@ def doctor(
     Without a MODEL it looks at the installation alone.
     """
     config = options.rkv_config(**settings)
-    from rkv_vllm.cli.diagnosis import diagnose, show
+    from rkv_vllm.cli.diagnosis import diagnose
 
     try:
         with options.vllm_on_stderr(level="ERROR"):
@@ -40,3 +45,61 @@ def doctor(
 
         show(found, Console())
     raise typer.Exit(1 if found.refused else 0)
+
+
+def show(found: Diagnosis, console: Console) -> None:
+    """Prints what was found as tables."""
+    from rich.table import Table
+
+    versions = Table(title="Installation", title_justify="left", show_header=False)
+    for name, number in found.versions.items():
+        versions.add_row(name, number)
+    versions.add_row("platform", found.platform)
+    console.print(versions)
+    subject = "this configuration" if found.model else "this installation"
+    if found.refused:
+        console.print(f"R-KV refuses {subject}:", style="red")
+        for problem in found.problems:
+            console.print(f"  - {problem}", markup=False, highlight=False)
+    else:
+        console.print(f"R-KV works with {subject}.", style="green")
+    if found.sizes is not None:
+        _show_sizes(found.sizes, console)
+
+
+def _show_sizes(sizes: Sizes, console: Console) -> None:
+    from rich.table import Table
+
+    from rkv_vllm.cli.diagnosis import GIB
+
+    console.print("Layers are checked when the model is loaded (sliding window, ALiBi, shared caches).")
+    facts = Table(title="KV cache of one device", title_justify="left", show_header=False)
+    facts.add_row(
+        "KV bytes a token",
+        f"{sizes.kv_bytes_per_token:,} (K and V, {sizes.layers} layers, {sizes.kv_heads} KV heads of "
+        f"{sizes.head_size}, {sizes.dtype})",
+    )
+    facts.add_row("page", f"{sizes.page_size} tokens, {sizes.kv_bytes_per_token * sizes.page_size:,} bytes")
+    size = "" if sizes.pool_bytes is None else f"{sizes.pool_bytes / GIB:.2f} GiB, "
+    guess = "estimate: " if sizes.pool_is_estimate else ""
+    facts.add_row("pool", f"{size}{sizes.pool_pages:,} pages ({guess}{sizes.pool_source})")
+    console.print(facts)
+    title = f"Requests of {sizes.length:,} tokens that fit"
+    table = Table("cache", "tokens held", "pages", "requests", title=title, title_justify="left")
+    for row in sizes.rows:
+        kind = "full" if row.budget is None else f"budget {row.budget}, buffer {row.buffer}"
+        table.add_row(kind, f"{row.tokens_held:,}", f"{row.pages_per_request:,}", f"{row.requests:,}")
+    console.print(table)
+    if len(sizes.rows) == 1:
+        console.print("See what a budget does with --kv-budget TOKENS.")
+    else:
+        console.print("A prompt longer than budget + buffer is held whole until decoding begins.")
+    fit = max(row.requests for row in sizes.rows)
+    if fit > sizes.max_num_seqs:
+        console.print(f"max_num_seqs lets {sizes.max_num_seqs:,} run at the same time.")
+    run = min(fit, sizes.max_num_seqs)
+    if sizes.largest_graph is not None and run > sizes.largest_graph:
+        console.print(
+            f"More than {sizes.largest_graph:,} requests would run without a CUDA graph: "
+            f"--max-cudagraph-capture-size={run} captures larger ones."
+        )

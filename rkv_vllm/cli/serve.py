@@ -32,8 +32,8 @@ def serve(context: typer.Context, kv: dict[str, Any], operation: dict[str, Any])
     """
     settings = _kv_settings(kv)
     _operation_settings(operation)
+    from rkv_vllm.settings.command_line import serve_arguments
     from rkv_vllm.settings.engine_args import rkv_serve_flags
-    from rkv_vllm.settings.serve_arguments import serve_arguments
 
     try:
         arguments = serve_arguments(context.args, rkv_serve_flags(settings.engine))

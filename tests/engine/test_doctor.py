@@ -15,7 +15,8 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from rkv_vllm.cli import app
-from rkv_vllm.cli.diagnosis import Diagnosis, Sizes, show
+from rkv_vllm.cli.diagnosis import Diagnosis, Sizes
+from rkv_vllm.cli.doctor import show
 from rkv_vllm.demo.model import prepare
 from rkv_vllm.host.contract import VLLM_VERSION
 

@@ -8,9 +8,9 @@ import pytest
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from rkv_vllm.settings.command_line import MIDDLEWARE, OPERATIONS, serve_arguments
 from rkv_vllm.settings.config import RkvConfig
 from rkv_vllm.settings.engine_args import SCHEDULER, VALIDATOR, rkv_serve_flags
-from rkv_vllm.settings.serve_arguments import MIDDLEWARE, OPERATIONS, serve_arguments
 
 
 def parsed(*users: str) -> Namespace:
