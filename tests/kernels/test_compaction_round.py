@@ -4,72 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.paged_cache import DEVICE, GPU, WINDOW, PagedCache
 
 from rkv_vllm.kernels import naive
 from rkv_vllm.kernels.batch import CompactionBatch
-from rkv_vllm.kernels.cache_layout import PagedKV
 from rkv_vllm.kernels.compaction_round import RkvRound
 from rkv_vllm.kernels.options import Order, Scope
 from rkv_vllm.kernels.shared_scores import add_layers, share_in_layer
 
-GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
-WINDOW = 8
 THRESHOLD = 0.5
 POOL = 7
 
 
-class Cache:
-    """A paged cache of random keys and values, with requests placed in it."""
-
-    def __init__(
-        self,
-        lengths: list[int],
-        *,
-        layers: int = 1,
-        heads: int = 1,
-        group: int = 1,
-        head_size: int = 64,
-        page_size: int = 16,
-        dtype: torch.dtype = torch.float32,
-        shift: float = 0.7,
-        token_major: bool = False,
-        apart: bool = False,
-        seed: int = 0,
-    ) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        pages_of = [-(-length // page_size) for length in lengths]
-        self.num_pages = 2 * sum(pages_of) + 3
-        shape = (self.num_pages, heads, page_size, 2 * head_size)
-        self.layers = []
-        for _ in range(layers):
-            mean = torch.randn(1, heads, 1, 2 * head_size, generator=generator)
-            data = (torch.randn(shape, generator=generator) + shift * mean).to(dtype).to(DEVICE)
-            if token_major:
-                data = data.transpose(1, 2).contiguous().transpose(1, 2)
-            self.layers.append(data)
-        if not apart:
-            strides = self.layers[0].stride()
-            backing = torch.empty(layers, self.layers[0].numel(), dtype=dtype, device=DEVICE)
-            views = [
-                backing[index].as_strided(shape, strides, index * backing.stride(0))
-                for index in range(layers)
-            ]
-            for view, layer in zip(views, self.layers, strict=True):
-                view.copy_(layer)
-            self.layers = views
-        self.kv = PagedKV(self.layers)
-        self.lengths = lengths
-        order = torch.randperm(self.num_pages, generator=generator).tolist()
-        self.source: list[list[int]] = []
-        for count in pages_of:
-            self.source.append(order[:count])
-            order = order[count:]
-        self.free = order
-        self.rows = torch.randperm(len(lengths) + 2, generator=generator)[: len(lengths)].tolist()
-        ring = (layers, len(lengths) + 2, WINDOW, heads * group, head_size)
-        self.queries = (2.0 * torch.randn(ring, generator=generator)).to(dtype).to(DEVICE)
-        self.group = group
+class Cache(PagedCache):
+    """A random cache, and rounds over it that are checked against the reference."""
 
     def batch(
         self, keeps: list[int], targets: list[list[int]] | None = None, order: Order = "temporal"
@@ -81,21 +29,9 @@ class Cache:
             target_pages=self.source if targets is None else targets,
             query_rows=self.rows,
             page_size=self.kv.page_size,
-            device=DEVICE,
+            device=self.device,
             order=order,
         )
-
-    def tokens(self, layer: int, pages: list[int], length: int) -> torch.Tensor:
-        """[H, length, 2 * D] of a request, gathered."""
-        data = self.layers[layer][torch.tensor(pages, device=DEVICE)]
-        return data.transpose(0, 1).flatten(1, 2)[:, :length]
-
-    def keys(self, layer: int, request: int) -> torch.Tensor:
-        tokens = self.tokens(layer, self.source[request], self.lengths[request])
-        return tokens[..., : self.kv.head_size]
-
-    def window_queries(self, layer: int, request: int) -> torch.Tensor:
-        return self.queries[layer, self.rows[request]].transpose(0, 1)
 
     def round(self, **settings: object) -> RkvRound:
         return RkvRound(self.kv, window=WINDOW, threshold=THRESHOLD, pool_kernel=POOL, **settings)  # type: ignore
@@ -199,8 +135,13 @@ if GPU:
     ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def shape_id(shape: tuple[int, int, int, list[int]]) -> str:
+    head_size, group, page_size, lengths = shape
+    return f"B{len(lengths)}-T{max(lengths)}-G{group}-D{head_size}-P{page_size}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
 def test_scores_equal_the_float64_reference(
     shape: tuple[int, int, int, list[int]], dtype: torch.dtype
 ) -> None:
@@ -252,7 +193,9 @@ def test_matches_that_only_older_tokens_offer() -> None:
     assert_scores(cache, [0.0])
 
 
-@pytest.mark.parametrize("pair", [(3, 128), (127, 128), (0, 1), (60, 64), (5, 149)], ids=str)
+@pytest.mark.parametrize(
+    "pair", [(3, 128), (127, 128), (0, 1), (60, 64), (5, 149)], ids="{0[0]}-{0[1]}".format
+)
 def test_the_only_pair_is_found_from_both_of_its_keys(pair: tuple[int, int]) -> None:
     """Proves that no tile with a pair is passed over: two equal keys among random ones, at blocks' edges."""
     for dtype in DTYPES:

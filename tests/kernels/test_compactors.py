@@ -1,4 +1,9 @@
-"""The CPU's and the GPU's compactor against the reference: every policy, shared scores, both orders."""
+"""What both compactors make of given scores, for every policy: how they are shared, ordered, and followed.
+
+The expected scores are computed by the policies themselves, as the CPU's compactor does, so that nothing is
+proved of them here: they are compared with the reference in ``tests/unit/test_policies.py``, and the kernels'
+in ``test_compaction_round.py``. Sharing, order and movement are the reference's.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.paged_cache import DEVICE, PagedCache
 
 from rkv_vllm.decisions.messages import TokenCompaction
 from rkv_vllm.execution.cpu.compactor import CpuTokenCompactor
@@ -15,9 +21,8 @@ from rkv_vllm.execution.gpu.compactor import GpuTokenCompactor
 from rkv_vllm.execution.stopwatch import CpuStopwatch
 from rkv_vllm.kernels import naive
 from rkv_vllm.policies import ScoreInputs, make_policies
-from rkv_vllm.settings.config import POLICY_NAMES, WINDOW, Order, PolicyName, RkvConfig, Scope
+from rkv_vllm.settings.config import POLICY_NAMES, Order, PolicyName, RkvConfig, Scope
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PAGE, LAYERS, HEADS, GROUP, SIZE = 16, 3, 2, 2, 32
 SCALE = SIZE**-0.5
 #: Length, tokens that stay and logical length of each policy's request; all have been compacted before.
@@ -78,12 +83,19 @@ class Setup:
     def __init__(self, scope: Scope, order: Order) -> None:
         self.config = RkvConfig(mix_lambda=0.3, scope=scope, order=order)
         self.policies = make_policies(self.config)
-        generator = torch.Generator().manual_seed(7)
-        pages = -(-LENGTH // PAGE)
-        shape = (LAYERS, pages * len(POLICY_NAMES), HEADS, PAGE, 2 * SIZE)
-        self.layers = torch.randn(shape, generator=generator)
-        self.queries = torch.randn(LAYERS, 6, WINDOW, HEADS * GROUP, SIZE, generator=generator)
-        ids = torch.randperm(shape[1], generator=generator).tolist()
+        cache = PagedCache(
+            [LENGTH] * len(POLICY_NAMES),
+            layers=LAYERS,
+            heads=HEADS,
+            group=GROUP,
+            head_size=SIZE,
+            page_size=PAGE,
+            shift=0.0,
+            seed=7,
+            device=torch.device("cpu"),
+        )
+        self.layers = torch.stack(cache.layers)
+        self.queries = cache.queries
         self.compactions = [
             TokenCompaction(
                 request_id=policy,
@@ -91,9 +103,9 @@ class Setup:
                 keep=KEEP,
                 evicted=LOGICAL - KEEP,
                 policy=policy,
-                query_row=index if policy in ("rkv", "snapkv") else -1,
-                source_pages=tuple(ids[index * pages : (index + 1) * pages]),
-                target_pages=tuple(ids[index * pages :][: -(-KEEP // PAGE)]),
+                query_row=cache.rows[index] if policy in ("rkv", "snapkv") else -1,
+                source_pages=tuple(cache.source[index]),
+                target_pages=tuple(cache.source[index][: -(-KEEP // PAGE)]),
             )
             for index, policy in enumerate(POLICY_NAMES)
         ]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from support.paged_cache import DEVICE, PagedCache
 
 from rkv_vllm.decisions.messages import PageCompaction, PageReport
 from rkv_vllm.execution.gpu.compactor import GpuPageCompactor
@@ -16,7 +17,6 @@ from rkv_vllm.kernels.page_eviction import choose_pages, drop_pages
 from rkv_vllm.policies import ScoreInputs, make_policies
 from rkv_vllm.settings.config import WINDOW, PolicyName, RkvConfig
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PAGE = 16
 
 
@@ -71,12 +71,7 @@ class Tables:
 
 def test_the_gpu_compactor_drops_the_pages_of_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
     """Proves for every policy, in one batch, that the lowest means over tokens, heads and layers leave."""
-    generator = torch.Generator().manual_seed(3)
-    layers = [torch.randn(40, 2, PAGE, 64, generator=generator).to(DEVICE) for _ in range(2)]
-    queries = torch.randn(2, 5, WINDOW, 4, 32, generator=generator).to(DEVICE)
     config, scale = RkvConfig(granularity="page", mix_lambda=0.3), 32**-0.5
-    policies = make_policies(config)
-    compactor = GpuPageCompactor(layers, queries, scale, config, policies)
     rounds: list[tuple[PolicyName, int, int]] = [
         ("rkv", 121, 3),  # policy, length, pages that stay; the window lies on two pages
         ("keydiff", 80, 2),
@@ -85,13 +80,17 @@ def test_the_gpu_compactor_drops_the_pages_of_the_definition(monkeypatch: pytest
         ("random", 97, 4),
         ("rkv", 72, 4),
     ]
-    ids = torch.randperm(40, generator=generator).tolist()
-    table = torch.full((9, 10), 39, dtype=torch.int32, device=DEVICE)
-    evictions, before = [], []
+    cache = PagedCache(
+        [length for _, length, _ in rounds], layers=2, heads=2, group=2, head_size=32, shift=0.0, seed=3
+    )
+    layers, queries, before, unused = cache.layers, cache.queries, cache.source, cache.free[0]
+    policies = make_policies(config)
+    compactor = GpuPageCompactor(layers, queries, scale, config, policies)
+    table = torch.full((9, 10), unused, dtype=torch.int32, device=DEVICE)
+    evictions = []
     for index, (policy, length, keep) in enumerate(rounds):
         pages = -(-length // PAGE)
-        before.append([ids.pop() for _ in range(pages)])
-        table[index + 2, :pages] = torch.tensor(before[-1], dtype=torch.int32)
+        table[index + 2, :pages] = torch.tensor(before[index], dtype=torch.int32)
         dropped = pages - keep
         evictions.append(
             PageCompaction(
@@ -100,7 +99,7 @@ def test_the_gpu_compactor_drops_the_pages_of_the_definition(monkeypatch: pytest
                 keep=length - dropped * PAGE,
                 evicted=dropped * PAGE,
                 policy=policy,
-                query_row=index % 5 if policy in ("rkv", "snapkv") else -1,
+                query_row=cache.rows[index] if policy in ("rkv", "snapkv") else -1,
                 eviction_id=index,
             )
         )
@@ -133,4 +132,4 @@ def test_the_gpu_compactor_drops_the_pages_of_the_definition(monkeypatch: pytest
         stay = [page for number, page in enumerate(pages) if number not in leave]
         assert table[index + 2, : len(stay)].tolist() == stay
         assert tables.num_pages[str(index)] == len(stay)
-    assert (table[:2] == 39).all() and (table[len(rounds) + 2 :] == 39).all()
+    assert (table[:2] == unused).all() and (table[len(rounds) + 2 :] == unused).all()

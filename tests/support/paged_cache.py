@@ -1,0 +1,102 @@
+"""A random paged cache with requests in it, for every test that compacts one."""
+
+from __future__ import annotations
+
+import torch
+
+from rkv_vllm.kernels.cache_layout import PagedKV
+from rkv_vllm.settings.config import WINDOW
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+
+
+class PagedCache:
+    """Random keys and values in pages, requests scattered over them, and the requests' window queries.
+
+    Attributes:
+        layers: one [pages, H, page size, 2 * D] a layer.
+        kv: the same, as the kernels take it.
+        lengths: tokens of each request.
+        source: page ids of each request, in the order of its tokens.
+        free: ids of all other pages.
+        rows: row of ``queries`` of each request.
+        queries: ring of window queries [L, rows, WINDOW, Hq, D].
+        device: where all of it lies.
+    """
+
+    def __init__(
+        self,
+        lengths: list[int],
+        *,
+        layers: int = 1,
+        heads: int = 1,
+        group: int = 1,
+        head_size: int = 64,
+        page_size: int = 16,
+        dtype: torch.dtype = torch.float32,
+        shift: float = 0.7,
+        token_major: bool = False,
+        apart: bool = False,
+        seed: int = 0,
+        device: torch.device = DEVICE,
+    ) -> None:
+        """Fill the cache.
+
+        Args:
+            lengths: tokens of each request.
+            layers, heads, group, head_size, page_size, dtype: L, H, Hq / H, D, tokens a page, and elements.
+            shift: weight of a direction common to all keys of a head: the larger, the more keys match.
+            token_major: whether a page holds its tokens' heads side by side.
+            apart: whether layers lie in buffers of their own.
+            seed: of all random numbers.
+            device: where all of it lies.
+        """
+        self.device = device
+        generator = torch.Generator().manual_seed(seed)
+        pages_of = [-(-length // page_size) for length in lengths]
+        self.num_pages = 2 * sum(pages_of) + 3
+        shape = (self.num_pages, heads, page_size, 2 * head_size)
+        self.layers = []
+        for _ in range(layers):
+            mean = torch.randn(1, heads, 1, 2 * head_size, generator=generator)
+            data = (torch.randn(shape, generator=generator) + shift * mean).to(dtype).to(device)
+            if token_major:
+                data = data.transpose(1, 2).contiguous().transpose(1, 2)
+            self.layers.append(data)
+        if not apart:
+            strides = self.layers[0].stride()
+            backing = torch.empty(layers, self.layers[0].numel(), dtype=dtype, device=device)
+            views = [
+                backing[index].as_strided(shape, strides, index * backing.stride(0))
+                for index in range(layers)
+            ]
+            for view, layer in zip(views, self.layers, strict=True):
+                view.copy_(layer)
+            self.layers = views
+        self.kv = PagedKV(self.layers)
+        self.lengths = lengths
+        order = torch.randperm(self.num_pages, generator=generator).tolist()
+        self.source: list[list[int]] = []
+        for count in pages_of:
+            self.source.append(order[:count])
+            order = order[count:]
+        self.free = order
+        self.rows = torch.randperm(len(lengths) + 2, generator=generator)[: len(lengths)].tolist()
+        ring = (layers, len(lengths) + 2, WINDOW, heads * group, head_size)
+        self.queries = (2.0 * torch.randn(ring, generator=generator)).to(dtype).to(device)
+        self.group = group
+
+    def tokens(self, layer: int, pages: list[int], length: int) -> torch.Tensor:
+        """[H, length, 2 * D] of a request, gathered."""
+        data = self.layers[layer][torch.tensor(pages, device=self.device)]
+        return data.transpose(0, 1).flatten(1, 2)[:, :length]
+
+    def keys(self, layer: int, request: int) -> torch.Tensor:
+        """[H, N, D] of a request."""
+        tokens = self.tokens(layer, self.source[request], self.lengths[request])
+        return tokens[..., : self.kv.head_size]
+
+    def window_queries(self, layer: int, request: int) -> torch.Tensor:
+        """[Hq, WINDOW, D] of a request."""
+        return self.queries[layer, self.rows[request]].transpose(0, 1)
