@@ -2,14 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 TESTS ?= tests
+# A file whose tests share an engine stays with one worker.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv model demo test monitoring image type lint format bench clean
+.PHONY: help venv model demo test test-fast monitoring image type lint format bench clean
 
 help: ## list these commands
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 venv: ## prepare .venv with vLLM's CPU build and this package (done by all commands below)
 	@$(PYTHON) scripts/install_cpu.py
@@ -21,7 +23,10 @@ demo: venv ## serve a small model on this CPU and stream four answers with diffe
 	@$(BIN)/rkv-vllm demo
 
 test: venv model ## run the whole test suite; TESTS=tests/server picks a part
-	$(BIN)/python -m pytest $(TESTS)
+	$(PYTEST) --durations=25 $(TESTS)
+
+test-fast: venv ## the tests that start no engine or server and need no model
+	$(PYTEST) -m "not engine" $(TESTS)
 
 monitoring: venv model ## prove dashboards and alert rules against a served model and Debian's Prometheus
 	@folder=$$($(BIN)/python scripts/install_prometheus.py) && \

@@ -21,12 +21,23 @@ if TYPE_CHECKING:
 Encode = Callable[[str], list[int]]
 StartEngine = Callable[[Settings], Engine]
 
+#: Fixtures of the whole run that start an engine: of several workers, one runs all files that use them.
+COMMON = {"stock", "rkv", "long_run"}
 
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
-    for item in items:
-        if here in item.path.parents:
-            item.add_marker(pytest.mark.engine)
+    ours = [item for item in items if here in item.path.parents]
+    shared = {item.path for item in ours if COMMON & _fixtures(item)}
+    for item in ours:
+        item.add_marker(pytest.mark.engine)
+        if item.path in shared:
+            item.add_marker(pytest.mark.xdist_group("common engines"))
+
+
+def _fixtures(item: pytest.Item) -> set[str]:
+    return set(getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture(scope="session")
@@ -85,9 +96,11 @@ def long_run(model: Path, long_ask: Ask) -> Iterator[Future[Run]]:
     engine.close()
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def start_long_run_first(request: pytest.FixtureRequest) -> None:
-    if any("long_run" in getattr(item, "fixturenames", ()) for item in request.session.items):
+    """With the first test that shares an engine: a worker that runs none of those starts nothing."""
+    wanted = any("long_run" in _fixtures(item) for item in request.session.items)
+    if wanted and request.node.get_closest_marker("xdist_group").args == ("common engines",):
         request.getfixturevalue("long_run")
 
 

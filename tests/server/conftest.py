@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import pytest
 from live_server import MODEL, OPTIONS, StartServer
 
 from rkv_vllm.demo.model import prepare
 from rkv_vllm.demo.server import serving
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if here == item.path.parent and item.path.stem.endswith("_live"):
+            item.add_marker(pytest.mark.engine)
 
 
 @pytest.fixture(scope="session")

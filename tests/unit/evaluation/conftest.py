@@ -11,6 +11,6 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def keep_environment() -> Iterator[None]:
-    """The command tells vLLM, through the environment, where to log."""
-    with patch.dict(os.environ):
+    """The command tells vLLM, through the environment, where to log; errors name files of any length."""
+    with patch.dict(os.environ, COLUMNS="300"):
         yield
