@@ -1,4 +1,4 @@
-"""The check of the installed vLLM against the methods that are overridden or called."""
+"""The check of the installed vLLM against the methods and attributes that are relied on."""
 
 from __future__ import annotations
 
@@ -60,6 +60,61 @@ def test_local_builds_of_the_release_pass(installed: str, monkeypatch: pytest.Mo
     """Proves that a build tag does not make another release of it."""
     monkeypatch.setattr(host_contract, "_installed_version", lambda: installed)
     assert contract_problems() == []
+
+
+class Renamed:
+    """Stands for a class of vLLM whose attributes are a property, an annotation, and two assignments."""
+
+    annotated: int
+
+    def __init__(self) -> None:
+        self.assigned, self.typed = 1, 2
+
+    @property
+    def computed(self) -> int:
+        return self.assigned + self.typed
+
+
+class Derived(Renamed):
+    pass
+
+
+@pytest.mark.parametrize("owner", [Renamed, Derived])
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("annotated", True),
+        ("assigned", True),
+        ("typed", True),
+        ("computed", True),
+        ("watermark_pages", False),
+    ],
+)
+def test_a_renamed_attribute_is_noticed(
+    owner: type, name: str, found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Proves that an attribute is found where a class or its base declares it, and missed where none does."""
+    monkeypatch.setattr("vllm.v1.core.kv_cache_manager.KVCacheManager", owner)
+    attribute = f"vllm.v1.core.kv_cache_manager.KVCacheManager.{name}"
+    assert contract_problems({attribute: None}) == (
+        [] if found else [f"{attribute} does not exist in this vLLM"]
+    )
+
+
+@pytest.mark.parametrize(
+    "attribute",
+    [
+        "core.kv_cache_manager.KVCacheManager.watermark_blocks",
+        "core.sched.scheduler.Scheduler.prev_step_scheduled_req_ids",
+        "worker.cpu_model_runner.CPUModelRunner.optimistic_seq_lens_cpu",
+    ],
+)
+def test_attributes_of_vllm_are_read_from_its_source(attribute: str) -> None:
+    """Proves on vLLM's own classes that an assigned attribute is seen, and one of nearly its name is not."""
+    name = f"vllm.v1.{attribute}"
+    assert name in {**CONTRACT, **CONTRACT_V1_RUNNER}
+    assert contract_problems({name: None}) == []
+    assert contract_problems({f"{name}s": None}) == [f"{name}s does not exist in this vLLM"]
 
 
 def test_all_contracts_are_checked() -> None:
