@@ -44,7 +44,7 @@ class Row(BaseModel):
         default=8, description="Requests beyond what the pool holds, without a fixed concurrency."
     )
     batch: Count | None = Field(
-        default=None, description="In place of a steady state: so many requests at once, from start to end."
+        default=None, description="In place of a steady state: requests sent at once, from start to end."
     )
     ages: tuple[int, int] | None = Field(
         default=None, description="Ages of the first requests, from (with) and to (without); none: all."

@@ -58,10 +58,10 @@ def bench(
         int, typer.Option(min=1, help="Steps in which as many requests must run as in those before.")
     ] = 64,
     settle_seconds: Annotated[
-        float, typer.Option(min=0.0, help="Measure after so long even if the load is not steady.")
+        float, typer.Option(min=0.0, help="Seconds after which to measure even if the load is not steady.")
     ] = 20.0,
     profile: Annotated[
-        int, typer.Option(min=0, help="Record so many steps with torch's profiler behind the last load.")
+        int, typer.Option(min=0, help="Steps to record with torch's profiler behind the last load.")
     ] = 0,
     time_limit: Annotated[float | None, typer.Option(help="Seconds for everything.")] = None,
     stock_arg: Annotated[

@@ -36,7 +36,7 @@ ABOVE_ANY_LENGTH = 4096
 
 @dataclass(frozen=True)
 class Settings:
-    """Of an engine.
+    """Settings of an engine.
 
     `rkv`: with R-KV's classes, or stock; `pages`: of the pool, the null page included; `ranks`: workers that
     share each layer (tensor parallelism); `beyond_pool`: budget and buffer of a server that lets

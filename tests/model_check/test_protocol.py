@@ -20,21 +20,34 @@ from rkv_vllm.settings.config import Granularity, RkvConfig
 RUNS_PER_TEST = 8
 
 
-@pytest.mark.parametrize("first_seed", range(0, 96, RUNS_PER_TEST))
-def test_every_slot_holds_what_it_should(first_seed: int, totals: Counter[str]) -> None:
-    """Proves on random small engines of depth 1 to 3 that no step reads wrong KV, queries or cached pages."""
+@pytest.mark.parametrize(
+    ("first_seed", "granularity"),
+    [
+        *((seed, "token") for seed in range(0, 96, RUNS_PER_TEST)),
+        *((seed, "page") for seed in range(0, 24, RUNS_PER_TEST)),
+    ],
+)
+def test_every_slot_holds_what_it_should(first_seed: int, granularity: str, totals: Counter[str]) -> None:
+    """Proves on random small engines of depth 1 to 3 that no step reads wrong KV, queries or cached pages.
+
+    Where whole pages leave, the scheduler learns which one to three steps late.
+    """
     seen: Counter[str] = Counter()
     for seed in range(first_seed, first_seed + RUNS_PER_TEST):
         chance = random.Random(seed)
         arrivals = random_arrivals(chance, count=chance.randrange(4, 14), by_step=True)
+        setup = random_setup(chance, arrivals)
+        if granularity == "page":
+            setup = by_page(setup, arrivals)
         setup = replace(
-            random_setup(chance, arrivals),
+            setup,
             depth=1 + seed % 3,
             reset_at_steps=frozenset(chance.sample(range(200), chance.choice((0, 0, 2)))),
         )
         seen += Engine(setup, arrivals).run().counts
     totals.update(seen, runs=RUNS_PER_TEST)
-    assert all(seen[what] for what in ("compactions", "copied pages", "preemptions", "replayed compactions"))
+    own = "copied pages" if granularity == "token" else "late reports"
+    assert all(seen[what] for what in ("compactions", own, "preemptions", "replayed compactions"))
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
@@ -57,23 +70,6 @@ def test_what_the_pool_cannot_hold_is_refused_alone(depth: int) -> None:
     assert all(
         found.tokens[arrival.request_id] == expected.tokens[arrival.request_id] for arrival in arrivals
     )
-
-
-@pytest.mark.parametrize("first_seed", range(0, 24, RUNS_PER_TEST))
-def test_every_slot_holds_what_it_should_by_page(first_seed: int, totals: Counter[str]) -> None:
-    """Proves the same where whole pages leave, which the scheduler learns one to three steps late."""
-    seen: Counter[str] = Counter()
-    for seed in range(first_seed, first_seed + RUNS_PER_TEST):
-        chance = random.Random(seed)
-        arrivals = random_arrivals(chance, count=chance.randrange(4, 14), by_step=True)
-        setup = replace(
-            by_page(random_setup(chance, arrivals), arrivals),
-            depth=1 + seed % 3,
-            reset_at_steps=frozenset(chance.sample(range(200), chance.choice((0, 0, 2)))),
-        )
-        seen += Engine(setup, arrivals).run().counts
-    totals.update(seen, runs=RUNS_PER_TEST)
-    assert all(seen[what] for what in ("compactions", "late reports", "preemptions", "replayed compactions"))
 
 
 def alone(setup: Setup, arrival: Arrival) -> Outcome:
