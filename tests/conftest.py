@@ -18,6 +18,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+pytest.register_assert_rewrite("support.identical")
+
 # No test measures time: an example may take as long as a busy machine needs.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")

@@ -18,7 +18,6 @@ from rkv_vllm.demo.model import prepare
 if TYPE_CHECKING:
     from hf_reference import HfReference
 
-Encode = Callable[[str], list[int]]
 StartEngine = Callable[[Settings], Engine]
 
 #: Fixtures of the whole run that start an engine: of several workers, one runs all files that use them.
@@ -48,7 +47,7 @@ def model() -> Path:
 
 
 @pytest.fixture(scope="session")
-def encode(model: Path) -> Encode:
+def encode(model: Path) -> texts.Encode:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(model).encode
@@ -82,7 +81,7 @@ def reference(model: Path) -> Iterator[HfReference]:
 
 
 @pytest.fixture(scope="session")
-def long_ask(encode: Encode) -> Ask:
+def long_ask(encode: texts.Encode) -> Ask:
     """2,097 tokens, 1,073 of them the prompt."""
     prompt = encode(texts.squares(90))[:1073]
     return Ask(prompt, 1024, {"rkv_budget": 512, "rkv_buffer": 128, "rkv_policy": "rkv"})

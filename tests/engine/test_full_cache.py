@@ -9,12 +9,13 @@ import identity_scheduler
 import pytest
 import texts
 from engine_process import ABOVE_ANY_LENGTH, Ask, Engine, Run, Settings
+from support.identical import assert_bit_identical
 
 FULL = {"rkv_budget": ABOVE_ANY_LENGTH}
 
 
 @pytest.fixture(scope="module")
-def asks(encode: Callable[[str], list[int]]) -> Callable[[Mapping[str, Any]], list[Ask]]:
+def asks(encode: texts.Encode) -> Callable[[Mapping[str, Any]], list[Ask]]:
     # The last prompt is prefilled in two chunks.
     prompts = [texts.multiples(7), texts.COUNTDOWN, texts.KING, texts.squares(40)]
     tokens = [encode(prompt) for prompt in prompts]
@@ -27,19 +28,13 @@ def stock_run(stock: Engine, asks: Callable[[Mapping[str, Any]], list[Ask]]) -> 
     return stock.run(asks({}))
 
 
-def assert_bit_identical(run: Run, stock_run: Run) -> None:
-    for answer, expected in zip(run.answers, stock_run.answers, strict=True):
-        assert answer.tokens == expected.tokens
-        assert answer.logprobs == expected.logprobs
-
-
 def test_budget_above_the_length_is_stock(
     rkv: Engine, asks: Callable[[Mapping[str, Any]], list[Ask]], stock_run: Run
 ) -> None:
     """Requests that never reach their budget get stock's tokens and logprobs to the bit."""
     run = rkv.run(asks(FULL))
 
-    assert_bit_identical(run, stock_run)
+    assert_bit_identical(run.answers, stock_run.answers)
     assert not any(step.compacted for step in run.steps)
 
 
@@ -52,6 +47,6 @@ def test_identity_compaction_is_stock(
     engine = start_engine(Settings(scheduler="identity_scheduler.IdentityScheduler"))
     run = engine.run(asks(FULL))
 
-    assert_bit_identical(run, stock_run)
+    assert_bit_identical(run.answers, stock_run.answers)
     for index, answer in enumerate(run.answers):
         assert run.compactions(index) == (len(answer.tokens) - 2) // identity_scheduler.EVERY + 1

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import texts
 from engine_process import Ask, Engine, Run
@@ -20,7 +18,7 @@ TOKENS = 170
 
 
 @pytest.fixture(scope="module")
-def asks(encode: Callable[[str], list[int]]) -> dict[tuple[str, str], Ask]:
+def asks(encode: texts.Encode) -> dict[tuple[str, str], Ask]:
     return {
         (case, policy): Ask(
             encode(prompt), TOKENS, {"rkv_budget": budget, "rkv_buffer": buffer, "rkv_policy": policy}

@@ -9,8 +9,7 @@ import pytest
 import texts
 from engine_process import ABOVE_ANY_LENGTH, PAGE_SIZE, Ask, Engine, Run, Settings
 from hf_reference import HfReference
-
-Encode = Callable[[str], list[int]]
+from support.identical import assert_alike, assert_bit_identical
 
 PAGES = 31
 TOKENS = 140
@@ -29,7 +28,7 @@ def paged(start_engine: Callable[[Settings], Engine]) -> Engine:
 
 
 @pytest.fixture(scope="module")
-def asks(encode: Encode) -> dict[str, Ask]:
+def asks(encode: texts.Encode) -> dict[str, Ask]:
     return {
         case: Ask(encode(prompt), TOKENS, {"rkv_budget": budget, "rkv_buffer": buffer, "rkv_policy": policy})
         for case, (prompt, budget, buffer, policy) in CASES.items()
@@ -41,15 +40,13 @@ def run(paged: Engine, asks: dict[str, Ask]) -> Run:
     return paged.run(list(asks.values()))
 
 
-def test_budget_above_the_length_is_stock(paged: Engine, stock: Engine, encode: Encode) -> None:
+def test_budget_above_the_length_is_stock(paged: Engine, stock: Engine, encode: texts.Encode) -> None:
     """Requests that never reach their budget get stock's tokens and logprobs to the bit."""
     prompts = [encode(text) for text in (texts.multiples(7), texts.COUNTDOWN)]
     expected = stock.submit([Ask(prompt, 60) for prompt in prompts])
     found = paged.run([Ask(prompt, 60, {"rkv_budget": ABOVE_ANY_LENGTH}) for prompt in prompts])
 
-    for answer, stock_answer in zip(found.answers, expected.result().answers, strict=True):
-        assert answer.tokens == stock_answer.tokens
-        assert answer.logprobs == stock_answer.logprobs
+    assert_bit_identical(found.answers, expected.result().answers)
     assert not any(step.compacted for step in found.steps)
 
 
@@ -65,7 +62,7 @@ def test_generation_equals_transformers(reference: HfReference, asks: dict[str, 
         assert teaching.worst_difference(answer.tokens, answer.logprobs) < 1e-3
 
 
-def test_820_tokens_within_a_budget_of_256(paged: Engine, encode: Encode) -> None:
+def test_820_tokens_within_a_budget_of_256(paged: Engine, encode: texts.Encode) -> None:
     """A request of 820 tokens never holds more than budget + buffer and one page, and says what happened."""
     ask = Ask(encode(texts.squares(40))[:380], 440, {"rkv_budget": 256, "rkv_buffer": 128})
     alone = paged.run([ask])
@@ -80,7 +77,7 @@ def test_820_tokens_within_a_budget_of_256(paged: Engine, encode: Encode) -> Non
 
 
 def test_preempted_requests_replay_their_evictions(
-    paged: Engine, asks: dict[str, Ask], run: Run, encode: Encode
+    paged: Engine, asks: dict[str, Ask], run: Run, encode: texts.Encode
 ) -> None:
     """Requests that lose all pages after an eviction end as in a run without preemption."""
     growing = [Ask(encode(texts.multiples(n)), 130, {"rkv_budget": 0}) for n in (3, 4, 6, 9)]
@@ -90,7 +87,6 @@ def test_preempted_requests_replay_their_evictions(
     preempted = {index - len(growing) for step in crowd.steps for index in step.preempted}
     again = [i for i in preempted if i >= 0 and crowd.compactions(i + len(growing)) > run.compactions(i)]
     assert again, "no request was preempted after an eviction"
-    for answer, expected in zip(crowd.answers[len(growing) :], run.answers, strict=False):
-        assert answer.tokens == expected.tokens
-        assert answer.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+    assert_alike(crowd.answers[len(growing) :], run.answers[:3])
+    for answer, expected in zip(crowd.answers[len(growing) :], run.answers[:3], strict=True):
         assert answer.result["evicted_tokens"] == expected.result["evicted_tokens"]

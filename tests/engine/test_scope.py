@@ -20,7 +20,7 @@ CASES = {
 
 def test_generation_with_shared_scores_equals_transformers(
     start_engine: Callable[[Settings], Engine],
-    encode: Callable[[str], list[int]],
+    encode: texts.Encode,
     reference: HfReference,
 ) -> None:
     """Every token over several compactions is the one that transformers predicts, and no other scope's."""

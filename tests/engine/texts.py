@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+#: Text to tokens.
+Encode = Callable[[str], list[int]]
+
 COUNTDOWN = "Count down from 100: 100, 99, 98, 97,"
 KING = "Once upon a time there was a king who had three sons. The eldest"
 
