@@ -33,7 +33,6 @@ from rkv_vllm.settings.config import POLICY_NAMES
 
 VARIABLES, PASSES = 24, 6
 ALL_BUDGETS, TWO_BUDGETS = "full,10%,16%,24%,37%", "full,24%,37%"
-POLICIES = POLICY_NAMES
 LAMBDAS = ("0", "0.01", "0.03", "0.3", "0.5", "1.0")
 #: In flight in each process: the more, the fewer steps, which take turns on the GPU.
 REQUESTS = 512
@@ -65,7 +64,7 @@ def runs() -> list[Run]:
         return Run(group, name, ("--budgets", budgets, "--policies", policy, *options))
 
     return [
-        *(run("policies", f"policy-{policy}", ALL_BUDGETS, policy=policy) for policy in POLICIES),
+        *(run("policies", f"policy-{policy}", ALL_BUDGETS, policy=policy) for policy in POLICY_NAMES),
         *(run("scope", f"scope-{each}", ALL_BUDGETS, "--kv-scope", each) for each in ("layer", "global")),
         *(
             run("buffers", f"buffers-{each}", f"full,{each}%", "--buffers", "32,64,128,256")

@@ -127,11 +127,9 @@ class RoundPlanner:
     ) -> int:
         """How many of `num_new_tokens` the request may compute in this step.
 
-        A chunk ends where the next round is due, and before the window while no query row is free.
+        A chunk ends where the next round is due, and before the window while no query row is free. Up to
+        `tracked.unconstrained_until` nothing bounds it, and this need not be asked.
         """
-        # Most steps of a request are far from its next round.
-        if num_computed_tokens + num_new_tokens <= tracked.unconstrained_until:
-            return num_new_tokens
         lengths = tracked.lengths
         tracked.unconstrained_until = lengths.unconstrained_until
         num_new_tokens = lengths.end_of_chunk(num_computed_tokens, num_new_tokens)

@@ -216,7 +216,8 @@ class CompactingSchedulerMixin(_Scheduler):
         if request.status != RequestStatus.RUNNING:
             self._admission.set_watermark(request)
         tracked = self._tracked.get(request.request_id)
-        if tracked is not None:
+        # Asked for every request in every step, most of which are far from the request's next round.
+        if tracked is not None and num_computed_tokens + num_new_tokens > tracked.unconstrained_until:
             num_new_tokens = self._planner.end_of_chunk(request, tracked, num_computed_tokens, num_new_tokens)
         return super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
 
