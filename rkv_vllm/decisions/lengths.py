@@ -111,8 +111,9 @@ class PageLengths(RequestLengths):
 
     @property
     def due_slots(self) -> int:
-        # With a small buffer the threshold may come before there is a page to drop.
-        return max(self.settings.threshold, self.kept_slots + 1)
+        # With a small buffer the threshold may come before there is a page to drop, or a round so soon after
+        # the last one that its window holds tokens whose queries went into a row that was given back.
+        return max(self.settings.threshold, self.kept_slots + WINDOW)
 
     def is_due(self, logical: int) -> bool:
         return not self.leaving and logical >= self.next_due

@@ -171,6 +171,8 @@ class RoundPlanner:
         query_row = self._query_rows.row_of(request_id) if tracked.settings.needs_queries else NO_QUERY_ROW
         self._query_rows.release(request_id)
         lengths.compact(logical)
+        # The row was given back: the next round's window must lie behind this length as a whole.
+        assert lengths.capture_from >= logical, f"{request_id}: two rounds share queries of one window"
         counts = Compaction(
             request_id=request_id,
             length=length,

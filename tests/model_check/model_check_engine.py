@@ -7,6 +7,7 @@ import random
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 from request_model import STOP_TOKEN, VOCABULARY, RequestModel, unshortened
 from symbolic_worker import Memory, SymbolicRunner
@@ -30,6 +31,7 @@ from rkv_vllm.decisions.messages import (
 )
 from rkv_vllm.decisions.query_rows import num_query_rows
 from rkv_vllm.observability.tally import read
+from rkv_vllm.scheduling import scheduler as scheduler_module
 from rkv_vllm.scheduling.scheduler import CompactingAsyncScheduler, CompactingScheduler
 from rkv_vllm.settings.config import CompactionSettings, RequestedSettings, RkvConfig
 
@@ -70,6 +72,7 @@ class Setup:
     """An engine. `depth` is the number of steps in flight: 1 for the sync scheduler.
 
     Without `keeps_room` requests are admitted as in stock vLLM, so that more of them are preempted.
+    `query_rows` are as many as on a server of `max_num_seqs` where it is None.
     """
 
     num_pages: int
@@ -80,10 +83,15 @@ class Setup:
     prefix_caching: bool = True
     priorities: bool = False
     keeps_room: bool = True
+    query_rows: int | None = None
     v2_runner: bool = False
     config: RkvConfig = field(default_factory=RkvConfig)
     reset_at_steps: frozenset[int] = frozenset()
     seed: int = 0
+
+    @property
+    def num_query_rows(self) -> int:
+        return self.query_rows or num_query_rows(self.max_num_seqs)
 
     @property
     def evicted_page_size(self) -> int | None:
@@ -101,19 +109,20 @@ class Outcome:
 
 
 def make_scheduler(setup: Setup) -> CompactingScheduler | CompactingAsyncScheduler:
-    scheduler = modelless.make_scheduler(
-        setup.config.model_dump(exclude_unset=True),
-        num_blocks=setup.num_pages,
-        page_size=setup.page_size,
-        max_num_seqs=setup.max_num_seqs,
-        max_num_batched_tokens=setup.max_num_batched_tokens,
-        max_model_len=MAX_MODEL_LEN,
-        asynchronous=setup.depth > 1,
-        vocabulary=VOCABULARY,
-        prefix_caching=setup.prefix_caching,
-        policy="priority" if setup.priorities else "fcfs",
-        v2_runner=setup.v2_runner,
-    )
+    with patch.object(scheduler_module, "num_query_rows", lambda max_num_seqs: setup.num_query_rows):
+        scheduler = modelless.make_scheduler(
+            setup.config.model_dump(exclude_unset=True),
+            num_blocks=setup.num_pages,
+            page_size=setup.page_size,
+            max_num_seqs=setup.max_num_seqs,
+            max_num_batched_tokens=setup.max_num_batched_tokens,
+            max_model_len=MAX_MODEL_LEN,
+            asynchronous=setup.depth > 1,
+            vocabulary=VOCABULARY,
+            prefix_caching=setup.prefix_caching,
+            policy="priority" if setup.priorities else "fcfs",
+            v2_runner=setup.v2_runner,
+        )
     if not setup.keeps_room:
         scheduler._admission.set_watermark = lambda request: None  # type: ignore[method-assign]
     return scheduler
@@ -132,7 +141,7 @@ class Engine:
             for arrival in arrivals
         }
         self.arrivals = {arrival.request_id: arrival for arrival in arrivals}
-        self.memory = Memory(setup.num_pages, setup.page_size, num_query_rows(setup.max_num_seqs))
+        self.memory = Memory(setup.num_pages, setup.page_size, setup.num_query_rows)
         self.runner = SymbolicRunner(self.memory, self.models, runs_ahead=setup.depth > 1)
         self.requests: dict[str, Request] = {}
         self.tokens: dict[str, list[int]] = {arrival.request_id: [] for arrival in arrivals}

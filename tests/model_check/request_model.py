@@ -78,7 +78,7 @@ def due_slots(settings: CompactionSettings, page_size: int | None) -> int:
     """Physical length of the next round in decode, straight from the definition."""
     if page_size is None:
         return settings.threshold
-    return max(settings.threshold, kept_pages(settings, page_size) * page_size + 1)
+    return max(settings.threshold, kept_pages(settings, page_size) * page_size + WINDOW)
 
 
 @dataclass

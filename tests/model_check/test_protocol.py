@@ -14,7 +14,6 @@ from vllm.v1.request import Request
 from workload import by_page, random_arrivals, random_setup, smallest_pool
 
 from rkv_vllm.decisions.messages import PageReport, plan_of
-from rkv_vllm.scheduling import scheduler as scheduler_module
 from rkv_vllm.settings.config import Granularity, RkvConfig
 
 RUNS_PER_TEST = 8
@@ -135,6 +134,27 @@ def test_page_evictions_follow_from_the_definition() -> None:
         assert outcome.points["one"] == [first, *range(second, last + 1, 16)]
 
 
+@pytest.mark.parametrize(
+    ("page_size", "length", "budget", "buffer"), [(16, 48, 24, 8), (32, 64, 33, 24), (128, 512, 130, 128)]
+)
+def test_no_eviction_looks_at_a_neighbours_queries(
+    page_size: int, length: int, budget: int, buffer: int
+) -> None:
+    """Proves that after a round which leaves the last page full, the next waits for queries of its own."""
+    extra_args = {"rkv_budget": budget, "rkv_buffer": buffer, "rkv_policy": "rkv"}
+    arrivals = [Arrival(f"{i}", prompt(length, i), 160, extra_args, stops_early=False) for i in range(3)]
+    setup = Setup(
+        num_pages=200,
+        page_size=page_size,
+        max_num_batched_tokens=2048,
+        prefix_caching=False,
+        config=RkvConfig(granularity="page"),
+    )
+    together = Engine(setup, arrivals).run()
+    for arrival in arrivals:
+        assert together.tokens[arrival.request_id] == alone(setup, arrival).tokens[arrival.request_id]
+
+
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_a_request_outgrows_the_pool_by_page(depth: int) -> None:
     """Proves that pages which are leaving do not stop a request that has the smallest pool for itself."""
@@ -207,14 +227,13 @@ def test_sharers_of_a_full_pool_are_compacted_when_they_are_due() -> None:
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
-def test_too_few_query_rows_change_no_answer(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_few_query_rows_change_no_answer(depth: int) -> None:
     """Proves that a request without a query row waits before its window, and is compacted where it is due."""
     budget = {"rkv_budget": 24, "rkv_buffer": 8, "rkv_policy": "rkv"}
     arrivals = [Arrival(f"{i}", prompt(20, i), 90, budget) for i in range(6)]
     setup = Setup(num_pages=60, depth=depth)
     enough = Engine(setup, arrivals).run()
-    monkeypatch.setattr(scheduler_module, "num_query_rows", lambda max_num_seqs: 2)
-    too_few = Engine(setup, arrivals).run()
+    too_few = Engine(replace(setup, query_rows=2), arrivals).run()
     assert too_few.counts["schedules"] > enough.counts["schedules"]
     assert too_few.tokens == enough.tokens and too_few.points == enough.points
 

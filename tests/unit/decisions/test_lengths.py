@@ -101,13 +101,14 @@ def test_max_slots(prompt: int, slots: int) -> None:
     [
         (256, 128, 16, 16, 384),
         (250, 128, 16, 16, 378),
-        (24, 8, 16, 2, 33),
-        (9, 8, 16, 2, 33),
-        (9, 8, 4, 3, 17),
+        (24, 8, 16, 2, 40),
+        (9, 8, 16, 2, 40),
+        (9, 8, 4, 3, 20),
     ],
 )
 def test_pages_of_a_budget(budget: int, buffer: int, page: int, kept: int, due: int) -> None:
-    """Proves that a budget is rounded up to whole pages, to the window's at least, and that one can leave."""
+    """Proves that a budget is rounded up to whole pages, to the window's at least, and that one can leave, a
+    window of tokens after the last at the earliest."""
     lengths = PageLengths(1, CompactionSettings(budget, buffer, "rkv"), page_size=page)
     assert (lengths.kept_pages, lengths.due_slots) == (kept, due)
 
@@ -126,6 +127,7 @@ def test_whole_pages_leave(prompt: int, settings: CompactionSettings, page: int)
         assert lengths.leaving * page == before - after > 0
         assert (lengths.kept_pages - 1) * page < after <= lengths.kept_pages * page
         assert lengths.leaving <= (before - WINDOW) // page  # pages that hold no token of the window
+        assert lengths.capture_from >= logical  # no query of this round's window is looked at again
         assert lengths.allocated_slots(logical) == before <= lengths.max_slots - page
         chunk = lengths.end_of_chunk(logical, 10_000)
         assert chunk >= 1 and lengths.allocated_slots(logical + chunk) <= lengths.max_slots
