@@ -48,6 +48,7 @@ class ModellessEngine:
         max_num_batched_tokens: int,
         max_model_len: int,
         asynchronous: bool = True,
+        policy: SchedulerPolicy = "fcfs",
     ) -> None:
         """`rkv`: fields of `RkvConfig`; None: stock vLLM. `pages`: that requests can hold."""
         self.scheduler = make_scheduler(
@@ -58,19 +59,39 @@ class ModellessEngine:
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
             asynchronous=asynchronous,
+            policy=policy,
         )
         self._block_hasher = get_request_block_hasher(page_size, sha256)
         self._in_flight: deque[tuple[SchedulerOutput, set[str]]] = deque()
         self._depth = 2 if asynchronous else 1
 
-    def add(self, request_id: str, prompt_token_ids: list[int], max_tokens: int) -> None:
+    def add(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        max_tokens: int,
+        *,
+        extra_args: dict[str, Any] | None = None,
+        stop: str | None = None,
+        priority: int = 0,
+        resumable: bool = False,
+    ) -> None:
+        """Adds a request; `extra_args` are as over the API, `resumable` means a streaming-input session."""
         self.scheduler.add_request(
             Request(
                 request_id=request_id,
                 prompt_token_ids=prompt_token_ids,
-                sampling_params=SamplingParams(max_tokens=max_tokens, ignore_eos=True),
+                sampling_params=SamplingParams(
+                    max_tokens=max_tokens,
+                    ignore_eos=True,
+                    extra_args=extra_args,
+                    stop=stop,
+                    detokenize=stop is not None,
+                ),
                 pooling_params=None,
                 block_hasher=self._block_hasher,
+                priority=priority,
+                resumable=resumable,
             )
         )
 
@@ -116,6 +137,7 @@ def make_scheduler(
     prefix_caching: bool = True,
     policy: SchedulerPolicy = "fcfs",
     v2_runner: bool = True,
+    **scheduler_settings: Any,
 ) -> Scheduler:
     """vLLM's own scheduler, or ours, for a model that exists as a configuration only.
 
@@ -123,6 +145,7 @@ def make_scheduler(
         rkv: fields of `RkvConfig`; None: stock vLLM.
         num_blocks: of the pool, vLLM's null block included.
         v2_runner: whether it is told, as on a GPU, that Model Runner V2 runs its steps.
+        **scheduler_settings: other fields of vLLM's `SchedulerConfig`.
     """
     cache_config = CacheConfig(block_size=page_size, enable_prefix_caching=prefix_caching)
     cache_config.num_gpu_blocks = num_blocks
@@ -136,6 +159,7 @@ def make_scheduler(
             is_encoder_decoder=False,
             enable_chunked_prefill=True,
             policy=policy,
+            **scheduler_settings,
         ),
         additional_config={} if rkv is None else {"rkv": rkv},
     )

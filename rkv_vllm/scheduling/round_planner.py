@@ -119,7 +119,7 @@ class RoundPlanner:
     # -- a request -----------------------------------------------------------------------------------------
 
     def forget(self, request_id: str) -> None:
-        """Takes the query row of a request that was preempted or has ended."""
+        """Takes the query row, or the place in line, of a request that was preempted or has ended."""
         self._query_rows.release(request_id)
 
     def end_of_chunk(
@@ -137,7 +137,10 @@ class RoundPlanner:
         if (
             tracked.settings.needs_queries
             and num_computed_tokens + num_new_tokens > first
-            and not self._query_rows.hold(request.request_id)
+            # One that may not be admitted takes what nobody waits for.
+            and not self._query_rows.hold(
+                request.request_id, gets_in_line=request.status == RequestStatus.RUNNING
+            )
         ):
             # Without a row it stays before the window, and waits there for one.
             self._tally.deferred("no_query_row")

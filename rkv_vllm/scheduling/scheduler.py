@@ -225,8 +225,9 @@ class CompactingSchedulerMixin(_Scheduler):
         blocks, num_hit_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
         tracked = self._tracked.get(request.request_id)
         if tracked is not None:
-            # The queries of the window are to be captured, so that its tokens have to be computed here.
-            most = tracked.lengths.capture_from // self._page_size * self._page_size
+            # The window's tokens are computed here, for their queries, and one or more before them: with
+            # nothing to compute until it finds a query row, it would stop vLLM's scan of those behind it.
+            most = (tracked.lengths.capture_from - 1) // self._page_size * self._page_size
             if num_hit_tokens > most:
                 blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, most)
                 num_hit_tokens = most
