@@ -15,6 +15,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_utils import get_block_hash, get_request_block_hasher
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
@@ -72,7 +73,8 @@ class Setup:
     """An engine. `depth` is the number of steps in flight: 1 for the sync scheduler.
 
     Without `keeps_room` requests are admitted as in stock vLLM, so that more of them are preempted.
-    `query_rows` are as many as on a server of `max_num_seqs` where it is None.
+    `query_rows` are as many as on a server of `max_num_seqs` where it is None. `restless` is an operator who
+    pauses the engine now and then, and a data-parallel neighbour that asks for steps without prefill.
     """
 
     num_pages: int
@@ -84,6 +86,9 @@ class Setup:
     priorities: bool = False
     keeps_room: bool = True
     query_rows: int | None = None
+    watermark: float = 0.0
+    long_prefill_token_threshold: int = 0
+    restless: bool = False
     v2_runner: bool = False
     config: RkvConfig = field(default_factory=RkvConfig)
     reset_at_steps: frozenset[int] = frozenset()
@@ -122,6 +127,8 @@ def make_scheduler(setup: Setup) -> CompactingScheduler | CompactingAsyncSchedul
             prefix_caching=setup.prefix_caching,
             policy="priority" if setup.priorities else "fcfs",
             v2_runner=setup.v2_runner,
+            watermark=setup.watermark,
+            long_prefill_token_threshold=setup.long_prefill_token_threshold,
         )
     if not setup.keeps_room:
         scheduler._admission.set_watermark = lambda request: None  # type: ignore[method-assign]
@@ -155,7 +162,9 @@ class Engine:
         self._gauges: dict[tuple[str, ...], float] = {}
         self._computed: Counter[str] = Counter()
         self._random = random.Random(setup.seed)
+        self._operator = random.Random(setup.seed + 1)
         self._step = 0
+        self._paused_until = 0
         self._in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
 
     # -- the loop ------------------------------------------------------------------------------------------
@@ -166,7 +175,7 @@ class Engine:
         Raises: AssertionError where anything is not as it should be, at the step in which it shows.
         """
         to_come = deque(sorted(self.arrivals.values(), key=lambda arrival: arrival.at_step))
-        while to_come or self.scheduler.has_requests() or self._in_flight:
+        while to_come or self.scheduler.has_requests() or self._in_flight or self._paused_until:
             assert self._step < most_steps, "the engine does not come to an end"
             while to_come and to_come[0].at_step <= self._step:
                 self._add(to_come.popleft())
@@ -198,6 +207,14 @@ class Engine:
         self.scheduler.add_request(request)
 
     def _clients_and_operator(self) -> None:
+        if self._paused_until and self._paused_until <= self._step:
+            self.scheduler.set_pause_state(PauseState.UNPAUSED)
+            self._paused_until = 0
+        elif self.setup.restless and not self._paused_until and self._operator.random() < 0.03:
+            state = self._operator.choice((PauseState.PAUSED_ALL, PauseState.PAUSED_NEW))
+            self.scheduler.set_pause_state(state)
+            self._paused_until = self._step + self._operator.randrange(1, 6)
+            self.counts["pauses"] += 1
         for request_id in [r for r in self.requests if self.arrivals[r].abort_at_step == self._step]:
             self._abort(request_id)
         if self._step in self.setup.reset_at_steps:
@@ -223,7 +240,7 @@ class Engine:
 
     def schedule(self) -> SchedulerOutput:
         due = [request.request_id for request in self.scheduler.running if self._is_due(request)]
-        output = self.scheduler.schedule()
+        output = self.scheduler.schedule(self.setup.restless and self._operator.random() < 0.3)
         plan = plan_of(output)
         preempted = output.preempted_req_ids or set()
         planned = {round_.request_id for round_ in plan.rounds}

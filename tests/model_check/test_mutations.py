@@ -24,7 +24,7 @@ from rkv_vllm.scheduling.tracked_request import TrackedRequest
 from rkv_vllm.settings.config import WINDOW
 
 Break = Callable[[pytest.MonkeyPatch], None]
-MOST_RUNS = 30
+MOST_RUNS = 60
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def cache_compacted_pages(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(CompactingManager, "cache_blocks", FullAttentionManager.cache_blocks)
 
 
-@mutation(raises=ValueError, message="Cannot get .* free blocks")
+@mutation(message="holds .* pages, not")
 def allocate_by_logical_length(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(CompactingManager, "allocate_new_blocks", FullAttentionManager.allocate_new_blocks)
 

@@ -22,7 +22,7 @@ def random_arrivals(chance: random.Random, count: int, by_step: bool = False) ->
     stems = [_tokens(chance, chance.randrange(20, 140)) for _ in range(2)]
     arrivals: list[Arrival] = []
     for index in range(count):
-        if arrivals and chance.random() < 0.25:  # another sample of the same prompt
+        if arrivals and chance.random() < 0.3:  # another sample of the same prompt
             arrivals.append(replace(arrivals[-1], request_id=f"request-{index}"))
             continue
         stem = chance.choice(stems)
@@ -54,12 +54,16 @@ def random_setup(chance: random.Random, arrivals: list[Arrival]) -> Setup:
     )
     setup = Setup(
         num_pages=0,
-        page_size=chance.choice((8, 16, 16, 32)),
+        page_size=chance.choice((8, 8, 16, 16, 16, 32, 128)),
         max_num_seqs=chance.choice((2, 4, 8, 12)),
+        query_rows=chance.choice((None, 1, 2, 3, 4)),
         max_num_batched_tokens=chance.choice((16, 32, 64, 256)),
         prefix_caching=chance.random() < 0.75,
         priorities=chance.random() < 0.25,
         v2_runner=chance.random() < 0.5,
+        watermark=chance.choice((0.0, 0.0, 0.0, 0.1)),
+        long_prefill_token_threshold=chance.choice((0, 0, 0, 24)),
+        restless=chance.random() < 0.3,
         config=config,
         seed=chance.randrange(1 << 30),
     )
