@@ -13,7 +13,11 @@ two, in cycles of `buffer` steps:
 
 vLLM admits whatever fits at the moment, so that a full pool would keep preempting: the newest request gives
 way to the growth of others, comes back once some page is free, and gives way again. What a request will hold
-is known here, so that a new one can wait until there is room for all.
+is known here, so that a new one can wait until there is room for all, for as long as it will be there itself:
+one that is gone before the others have grown takes nothing from them.
+
+Requests with a common prefix share its pages until each of them is compacted, which needs pages of its own.
+So what is counted of a request are its own pages: those that nobody else holds.
 
 A request ends at the latest with its last allowed token. Those that end before are taken to do so at a
 constant rate, which is learnt: many workloads end most requests long before a generous budget is full, and
@@ -23,17 +27,19 @@ room kept for all of it would stay empty.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-_Ints: TypeAlias = npt.NDArray[np.int32]
+_Ints: TypeAlias = npt.NDArray[np.int64]
 _Floats: TypeAlias = npt.NDArray[np.float64]
 
 #: Intervals within the next compaction cycle, and after it.
 _INTERVALS_IN_NEXT_CYCLE, _INTERVALS_AFTER = 64, 64
+#: From one to the next of the intervals that reach into the far future, and are short in the near one.
+_GROWTH_OF_INTERVALS = 1.5
 #: Exponential decay of what was learnt, per finished request.
 _DECAY_PER_REQUEST = 1 / 256
 
@@ -44,15 +50,21 @@ class RequestForecast:
 
     Attributes:
         slots_now: before this step; for a request that was never compacted, with all of its prompt.
-        peak_slots: right before its next compaction.
+        peak_slots: right before its next compaction, or when it ends.
         cycle_steps: steps from one compaction to the next, and slots evicted in each; 0 before the first.
-        tokens_remaining: tokens that it may still generate.
+        steps_remaining: steps after which it will have ended.
+        due_slots: right before each compaction after its next one; 0 where that never comes.
+        shared_pages: pages that others hold too, until its next compaction.
+        prompt_steps: steps in which a prompt longer than `due_slots` is still held whole.
     """
 
     slots_now: int
     peak_slots: int
     cycle_steps: int
-    tokens_remaining: int
+    steps_remaining: int
+    due_slots: int = 0
+    shared_pages: int = 0
+    prompt_steps: int = 0
 
 
 class EarlyStopRate:
@@ -77,7 +89,7 @@ class EarlyStopRate:
 
 
 class PoolForecast:
-    """Upper estimate of the pages that the running requests hold together in each future interval.
+    """Upper estimate of the pages that the running requests have of their own in each future interval.
 
     Requests that were compacted rise and fall. Where they do so at different times, their sum hardly moves;
     where they were started together, all peak together.
@@ -91,14 +103,16 @@ class PoolForecast:
         newcomer: RequestForecast | None,
         early_stops: float,
         page_size: int,
+        horizon: int,
     ) -> None:
-        """Looks ahead as far as the youngest request, or the newcomer who may follow, grows.
+        """Looks ahead closely while those that run and the first newcomer grow, and coarsely after that.
 
         Args:
             requests: those that run.
             newcomer: the next to be asked for; not counted.
             early_stops: rate of early stops per token.
             page_size: tokens in a page.
+            horizon: steps in which any newcomer may grow.
         """
         self._page_size, self._early_stops = page_size, early_stops
         cycling = _columns([request for request in requests if request.cycle_steps])
@@ -109,9 +123,9 @@ class PoolForecast:
         if newcomer is not None:
             growth = np.append(growth, newcomer.peak_slots - newcomer.slots_now)
         next_cycle = np.arange(stride, self._longest_cycle + stride, stride)  # [I1]
-        after = self._ends_after(int(next_cycle[-1]), growth)
-        self._ends = np.concatenate((next_cycle, after)).astype(np.int32)  # [I], last step of each
-        self._begins = np.concatenate(([0], self._ends[:-1])).astype(np.int32)  # [I], in steps from now
+        after = self._ends_after(int(next_cycle[-1]), growth, horizon)
+        self._ends = np.concatenate((next_cycle, after))  # [I], last step of each
+        self._begins = np.concatenate(([0], self._ends[:-1]))  # [I], in steps from now
 
         low = cycling.peak_slots - cycling.cycle_steps  # [R, 1], right after a compaction
         phase = (cycling.slots_now - low + self._begins[: next_cycle.size]) % cycling.cycle_steps  # [R, I1]
@@ -124,66 +138,86 @@ class PoolForecast:
         )  # [R, I]
         # Two standard deviations of a request's place in its cycle, in pages.
         deviation = 2 * cycling.cycle_steps / page_size / 12**0.5  # [R, 1]
-        self._sums = self._sum(cycling, pages, deviation) + self._grown(growing)  # [3, I]
+        limit = self._pages(cycling.peak_slots)  # [R, 1]
+        self._sums = self._sum(cycling, pages, limit, deviation) + self._grown(growing)  # [3, I]
 
     def peak_pages(self, newcomer: RequestForecast | None = None) -> int:
-        """The largest estimate of all intervals, with a newcomer if there is one."""
-        mean, variance, limit = self._sums if newcomer is None else self._with(newcomer)
+        """The largest estimate of all intervals, or of those in which a newcomer is there too."""
+        sums = self._sums
+        if newcomer is not None:
+            sums = self._with(newcomer)[:, self._begins < max(newcomer.steps_remaining, 1)]
+        mean, variance, limit = sums
         return int(np.ceil(np.minimum(mean + np.sqrt(variance), limit).max()))
 
     def add(self, newcomer: RequestForecast) -> None:
         """Counts a request that was never compacted among those that run."""
         self._sums = self._with(newcomer)
 
-    def _ends_after(self, next_cycle_end: int, growth: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def _ends_after(self, next_cycle_end: int, growth: _Ints, horizon: int) -> _Ints:
         """Last steps of the intervals after the next cycle: [I - I1].
 
-        Evenly spaced, and where some request stops growing: several may have been started together.
+        Evenly spaced, and where some request stops growing: several may have been started together. Others
+        get longer and longer: what is near matters to a newcomer that is soon gone.
         """
-        if not growth.size:
-            return np.empty(0, dtype=np.int64)
-        even = np.linspace(self._longest_cycle, growth.max(), _INTERVALS_AFTER // 2).astype(np.int64)
-        quantiles = np.linspace(0, 1, _INTERVALS_AFTER // 2)
-        ends = np.union1d(even, np.quantile(growth, quantiles, method="nearest"))
+        num_longer = int(np.log(max(horizon, 2)) / np.log(_GROWTH_OF_INTERVALS)) + 2
+        ends = (_GROWTH_OF_INTERVALS ** np.arange(num_longer)).astype(np.int64)
+        if growth.size:
+            even = np.linspace(self._longest_cycle, growth.max(), _INTERVALS_AFTER // 2).astype(np.int64)
+            quantiles = np.quantile(growth, np.linspace(0, 1, _INTERVALS_AFTER // 2), method="nearest")
+            ends = np.concatenate((ends, even, quantiles))
+        ends = np.unique(ends)
         return ends[ends > next_cycle_end]
 
     def _with(self, newcomer: RequestForecast) -> _Floats:
         return self._sums + self._grown(_columns([newcomer]))
 
     def _grown(self, requests: _Columns) -> _Floats:
-        """[3, I] for requests that were never compacted: they stay at their peak once they are there."""
+        """[3, I] for requests that were never compacted.
+
+        From their first compaction on, which copies what was shared, they are taken to be as large as right
+        before a later one.
+        """
         slots = np.minimum(requests.slots_now + self._ends, requests.peak_slots)  # [R, I]
-        return self._sum(requests, self._pages(slots), 0.0)
+        before = self._pages(slots) - requests.shared_pages
+        after = np.where(requests.due_slots > 0, self._pages(requests.due_slots), before)
+        in_prompt = self._begins < requests.prompt_steps
+        at_peak = np.where(in_prompt, np.maximum(before, after), after)
+        pages = np.where(slots < requests.peak_slots, before, at_peak)
+        return self._sum(requests, pages, pages, 0.0)
 
     def _pages(self, slots: _Ints) -> _Ints:
-        return -(-slots // np.int32(self._page_size))
+        return -(-slots // self._page_size)
 
-    def _sum(self, requests: _Columns, pages: _Ints, deviation: _Floats | float) -> _Floats:
+    def _sum(self, requests: _Columns, pages: _Ints, limit: _Ints, deviation: _Floats | float) -> _Floats:
         """Mean, variance and upper limit of all pages in each interval: [3, I]; who ends in it counts.
 
         Args:
             requests: R of them.
             pages: [R, I].
+            limit: [R, I] or [R, 1], that no request exceeds.
             deviation: [R, 1], deviation of each request's pages after the next cycle.
         """
-        runs = self._begins < requests.tokens_remaining  # [R, I]
+        runs = self._begins < requests.steps_remaining  # [R, I]
         alive = np.exp(-self._early_stops * self._begins)  # [I], share that has not stopped early
         mean = np.where(runs, pages, 0).sum(axis=0) * alive
         variance = (runs * np.square(deviation)).sum(axis=0) * (self._begins >= self._longest_cycle)
         if self._early_stops:
             variance = variance + np.where(runs, np.square(pages), 0).sum(axis=0) * alive * (1.0 - alive)
-        return np.stack((mean, variance, (runs * self._pages(requests.peak_slots)).sum(axis=0)))
+        return np.stack((mean, variance, (runs * limit).sum(axis=0)))
 
 
 class _Columns(NamedTuple):
-    """The fields of R `RequestForecast`s, each int32 [R, 1]."""
+    """The fields of R `RequestForecast`s, each int64 [R, 1]."""
 
     slots_now: _Ints
     peak_slots: _Ints
     cycle_steps: _Ints
-    tokens_remaining: _Ints
+    steps_remaining: _Ints
+    due_slots: _Ints
+    shared_pages: _Ints
+    prompt_steps: _Ints
 
 
 def _columns(requests: Sequence[RequestForecast]) -> _Columns:
-    rows = [(r.slots_now, r.peak_slots, r.cycle_steps, r.tokens_remaining) for r in requests]
-    return _Columns(*np.array(rows, dtype=np.int32).reshape(-1, 4).T[:, :, None])
+    rows = [astuple(request) for request in requests]
+    return _Columns(*np.array(rows, dtype=np.int64).reshape(-1, len(_Columns._fields)).T[:, :, None])

@@ -2,56 +2,99 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.sched.request_queue import RequestQueue
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from rkv_vllm.decisions.pages import num_pages
 from rkv_vllm.decisions.pool_forecast import EarlyStopRate, PoolForecast, RequestForecast
 from rkv_vllm.decisions.sizing import peak_slots
+from rkv_vllm.scheduling.block_manager import CompactingManager
 from rkv_vllm.scheduling.tracked_request import TrackedRequest
 
 #: Steps between two forecasts; an arrival or departure forces one.
 _STEPS_PER_FORECAST = 8
+#: How much longer a prompt may take than alone: others are computed beside it.
+_PROMPT_DELAY = 4
+#: How a request ended -> whether it was done before its last allowed token. All other ends, such as that of a
+#: client who left, say nothing of how long answers are. (Where the API server finds a stop string it aborts
+#: the request too: the two cannot be told apart here.)
+_ENDS_EARLY = {
+    RequestStatus.FINISHED_STOPPED: True,
+    RequestStatus.FINISHED_REPETITION: True,
+    RequestStatus.FINISHED_LENGTH_CAPPED: False,
+}
+
+
+@dataclass(slots=True)
+class _Outlook:
+    """What the running requests that a newcomer has to leave room for will hold.
+
+    Attributes:
+        forecast: of their own pages: those that nobody else holds.
+        request_ids: who they are.
+        shared_pages: how many of the pages that they hold together are not their own.
+        held_pages: pages that they hold in this step; None: not counted yet.
+    """
+
+    forecast: PoolForecast
+    request_ids: list[str]
+    shared_pages: int
+    held_pages: int | None = None
 
 
 class AdmissionControl:
     """Tells vLLM how many pages to leave free when it admits a request.
 
-    Reads the tracked requests, and writes `watermark_blocks` of vLLM's KV cache manager alone.
+    A request with its full cache is admitted as in stock vLLM. One with a budget leaves room for the growth
+    of all that run with a budget, for as long as it will be there itself; under vLLM's policy `priority` for
+    the growth of those that would not be preempted for it.
+
+    Reads the tracked requests and their pages, and writes `watermark_blocks` of vLLM's KV cache manager.
     """
 
     def __init__(
-        self, kv_cache_manager: KVCacheManager, page_size: int, tracked: Mapping[str, TrackedRequest]
+        self,
+        kv_cache_manager: KVCacheManager,
+        manager: CompactingManager,
+        tracked: Mapping[str, TrackedRequest],
+        *,
+        max_model_len: int,
+        max_num_batched_tokens: int,
     ) -> None:
         """
         Args:
             kv_cache_manager: vLLM's, whose watermark is set.
-            page_size: tokens in a page.
+            manager: holds the requests' pages.
             tracked: the requests with a budget by id, kept up to date by the scheduler.
+            max_model_len: tokens of the longest request.
+            max_num_batched_tokens: tokens of the largest step.
         """
         self._kv_cache_manager = kv_cache_manager
-        self._page_size = page_size
+        self._manager = manager
+        self._page_size: int = manager.block_size
         self._tracked = tracked
+        self._max_model_len = max_model_len
+        self._max_num_batched_tokens = max_num_batched_tokens
         self._operators_watermark: int = kv_cache_manager.watermark_blocks
         self._usable_pages = kv_cache_manager.block_pool.num_gpu_blocks - 1  # one is vLLM's null page
         self.early_stop_rate = EarlyStopRate()
-        self._forecast = PoolForecast([], None, 0.0, page_size)  # of the running requests with a budget
-        self._held_pages = 0  # lower bound on the pages that they hold
-        self._admitted: RequestForecast | None = None  # in this step, if vLLM asks for another
+        self._running: Sequence[Request] = ()
+        self._outlooks: dict[int, _Outlook] = {}  # by the newcomer's priority; 0 for all where it is ignored
+        self._asked: tuple[Request, RequestForecast] | None = None  # of whom vLLM asked last in this step
         self._steps_to_forecast = 0
 
-    def refusal(self, request: Request, max_model_len: int) -> str | None:
+    def refusal(self, request: Request) -> str | None:
         """Why a request has to be refused: the whole pool cannot hold it; None where it can.
 
         It would wait for ever, and all requests behind it. None is refused unless the server lets
         max_model_len exceed the pool.
         """
-        length = max_model_len
-        if not request.resumable:  # a streaming-input session may grow that far
-            length = min(length, request.num_prompt_tokens + request.max_tokens)
+        # A streaming-input session may grow as far as the model allows.
+        length = self._max_model_len if request.resumable else self._final_length(request)
         tracked = self._tracked.get(request.request_id)
         needed = self._pages(peak_slots(length, tracked.lengths if tracked else None))
         if needed <= self._usable_pages:
@@ -65,66 +108,129 @@ class AdmissionControl:
         """Forces a forecast in the next step: a request came, went or was preempted."""
         self._steps_to_forecast = 0
 
-    def pages_freed(self, pages: int) -> None:
-        """Records that running requests gave pages back to the pool."""
-        self._held_pages -= pages
+    def request_ended(self, request: Request) -> None:
+        """Learns from a request with a budget how long answers are."""
+        self.running_requests_changed()
+        early = _ENDS_EARLY.get(request.status)
+        if early is not None:
+            self.early_stop_rate.observe(request.num_output_tokens, early=early)
 
-    def begin_step(self, running: Iterable[Request], waiting: RequestQueue) -> None:
-        """Recomputes the forecast from time to time, if a request is waiting for pages."""
-        self._admitted = None
+    def begin_step(self, running: Sequence[Request]) -> None:
+        """Has the forecasts made again from time to time, once vLLM asks for a request that waits for pages.
+
+        Args:
+            running: vLLM's list, to which it appends whom it admits.
+        """
+        self._running = running
+        self._asked = None
         if self._steps_to_forecast:
             self._steps_to_forecast -= 1
-            return
-        if not waiting:
-            return
-        self._steps_to_forecast = _STEPS_PER_FORECAST
-        forecasts, held_pages, generated = [], 0, 0
-        for request in running:
-            tracked = self._tracked.get(request.request_id)
-            if tracked is not None:
-                forecasts.append(_forecast(request, tracked))
-                held_pages += self._pages(tracked.lengths.allocated_slots(request.num_computed_tokens))
-                generated += request.num_output_tokens
-        self._held_pages = held_pages
-        first = waiting.peek_request()
-        tracked = self._tracked.get(first.request_id)
-        newcomer = None if tracked is None else _forecast(first, tracked)
-        self._forecast = PoolForecast(
-            forecasts, newcomer, self.early_stop_rate.per_token(generated), self._page_size
-        )
+            for outlook in self._outlooks.values():
+                outlook.held_pages = None
+        else:
+            self._steps_to_forecast = _STEPS_PER_FORECAST
+            self._outlooks.clear()
 
-    def set_watermark(self, request: Request) -> None:
-        """Sets how many pages vLLM leaves free if it admits this request: for its growth and all others'.
+    def set_watermark(self, request: Request, num_computed_tokens: int, *, by_priority: bool) -> None:
+        """Sets how many pages vLLM leaves free if it admits this request: for its growth and that of others.
 
         vLLM asks for waiting requests one after the other, and stops at the first that it does not admit.
+
+        Args:
+            request: who waits.
+            num_computed_tokens: that it would start with, from the prefix cache.
+            by_priority: whether vLLM preempts those of lower priority first, and not the newest.
         """
-        if self._admitted is not None:
-            self._forecast.add(self._admitted)
-            self._held_pages += self._pages(self._admitted.slots_now)
+        self._count_if_admitted()
+        self._kv_cache_manager.watermark_blocks = self._operators_watermark
         tracked = self._tracked.get(request.request_id)
-        self._admitted = newcomer = None if tracked is None else _forecast(request, tracked)
-        own_pages = 0 if newcomer is None else self._pages(newcomer.slots_now)
-        to_come = self._forecast.peak_pages(newcomer) - self._held_pages - own_pages
-        self._kv_cache_manager.watermark_blocks = self._operators_watermark + max(to_come, 0)
+        if tracked is None:
+            return
+        shared = tracked.hit_pages_of_one + tracked.hit_pages_of_several
+        newcomer = self._forecast(request, tracked, num_computed_tokens, shared)
+        self._asked = request, newcomer
+        priority = request.priority if by_priority else 0
+        outlook = self._outlooks.get(priority)
+        if outlook is None:
+            rivals = (each for each in self._running if not by_priority or each.priority <= priority)
+            outlook = self._outlooks[priority] = self._look_ahead(list(rivals), newcomer)
+        if outlook.held_pages is None:
+            outlook.held_pages = sum(map(self._manager.num_pages, outlook.request_ids))
+        # Hit pages that one request holds will no longer be its own.
+        own_pages = outlook.held_pages - outlook.shared_pages - tracked.hit_pages_of_one
+        own_pages += self._pages(newcomer.slots_now) - newcomer.shared_pages
+        to_come = outlook.forecast.peak_pages(newcomer) - own_pages
+        self._kv_cache_manager.watermark_blocks += max(to_come, 0)
+
+    def _count_if_admitted(self) -> None:
+        """Counts the newcomer of whom vLLM asked before, if it runs now, among those that run."""
+        if self._asked is None:
+            return
+        request, forecast = self._asked
+        self._asked = None
+        if request.status != RequestStatus.RUNNING:
+            return
+        for priority, outlook in self._outlooks.items():
+            if len(self._outlooks) == 1 or request.priority <= priority:
+                outlook.forecast.add(forecast)
+                outlook.request_ids.append(request.request_id)
+                tracked = self._tracked[request.request_id]
+                outlook.shared_pages += forecast.shared_pages + tracked.hit_pages_of_one
+                if outlook.held_pages is not None:
+                    outlook.held_pages += self._manager.num_pages(request.request_id)
+
+    def _look_ahead(self, rivals: Sequence[Request], newcomer: RequestForecast) -> _Outlook:
+        forecasts, generated = {}, 0
+        for request in rivals:
+            tracked = self._tracked.get(request.request_id)
+            if tracked is not None:
+                shared = 0 if tracked.rounds else self._manager.num_shared_pages(request.request_id)
+                forecasts[request.request_id] = self._forecast(
+                    request, tracked, request.num_computed_tokens, shared
+                )
+                generated += request.num_output_tokens
+        return _Outlook(
+            forecast=PoolForecast(
+                list(forecasts.values()),
+                newcomer,
+                self.early_stop_rate.per_token(generated),
+                self._page_size,
+                self._max_model_len,
+            ),
+            request_ids=list(forecasts),
+            shared_pages=sum(each.shared_pages for each in forecasts.values()),
+        )
+
+    def _forecast(
+        self, request: Request, tracked: TrackedRequest, num_computed_tokens: int, shared_pages: int
+    ) -> RequestForecast:
+        lengths = tracked.lengths
+        final_length = self._final_length(request)
+        to_compute = max(request.num_tokens - num_computed_tokens, 0)
+        prompt_steps = cdiv(to_compute, self._max_num_batched_tokens)
+        steps_remaining = prompt_steps + max(final_length - request.num_tokens, 0)
+        due_slots = lengths.due_slots + lengths.eviction_slack
+        if tracked.rounds:
+            return RequestForecast(
+                slots_now=lengths.physical(num_computed_tokens) + lengths.eviction_slack,
+                peak_slots=due_slots,
+                cycle_steps=lengths.due_slots - lengths.kept_slots,
+                steps_remaining=steps_remaining,
+            )
+        peak = peak_slots(final_length, lengths)
+        return RequestForecast(
+            slots_now=min(max(num_computed_tokens, request.num_tokens), peak),
+            peak_slots=peak,
+            cycle_steps=0,
+            steps_remaining=steps_remaining,
+            due_slots=due_slots if final_length > lengths.next_due else 0,
+            shared_pages=shared_pages,
+            prompt_steps=_PROMPT_DELAY * prompt_steps,
+        )
+
+    def _final_length(self, request: Request) -> int:
+        """Tokens that the request has when it ends at the latest."""
+        return min(request.num_prompt_tokens + request.max_tokens, self._max_model_len)
 
     def _pages(self, slots: int) -> int:
         return num_pages(slots, self._page_size)
-
-
-def _forecast(request: Request, tracked: TrackedRequest) -> RequestForecast:
-    lengths = tracked.lengths
-    remaining = max(request.max_tokens - request.num_output_tokens, 0)
-    if tracked.rounds:
-        return RequestForecast(
-            slots_now=lengths.physical(request.num_computed_tokens) + lengths.eviction_slack,
-            peak_slots=lengths.due_slots + lengths.eviction_slack,
-            cycle_steps=lengths.due_slots - lengths.kept_slots,
-            tokens_remaining=remaining,
-        )
-    peak = peak_slots(request.num_prompt_tokens + request.max_tokens, lengths)
-    return RequestForecast(
-        slots_now=min(max(request.num_computed_tokens, request.num_tokens), peak),
-        peak_slots=peak,
-        cycle_steps=0,
-        tokens_remaining=remaining,
-    )

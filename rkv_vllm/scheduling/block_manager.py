@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,34 +59,47 @@ class CompactingManager(FullAttentionManager):
     def num_pages(self, request_id: str) -> int:
         return len(self.req_to_blocks.get(request_id, ()))
 
+    def num_shared_pages(self, request_id: str) -> int:
+        """Pages of a request never compacted that others hold too.
+
+        They are its first ones: who shares a page of a prefix shares all pages before it, until a round
+        replaces them. (Where whole pages are evicted some may stay behind: then it is an estimate.)
+        """
+        return bisect_left(self.req_to_blocks[request_id], True, key=lambda page: page.ref_cnt == 1)
+
+    def num_to_copy(self, request_id: str, keep: int) -> int:
+        """Pages that a compaction to `keep` tokens takes from the pool at least: instead of shared ones."""
+        head, tail = self._split(request_id, keep)
+        return max(self._num_shared(head) - (len(tail) - self._num_shared(tail)), 0)
+
     def can_compact(self, request_id: str, keep: int) -> bool:
         """Whether pages can be found for `keep` tokens without writing a shared page."""
-        needed = self._num_shared(self.req_to_blocks[request_id][: cdiv(keep, self.block_size)])
-        own = self._own_tail(request_id, keep)
-        return needed <= len(own) + self.block_pool.get_num_free_blocks()
+        return self.num_to_copy(request_id, keep) <= self.block_pool.get_num_free_blocks()
 
-    def compact(self, request_id: str, keep: int, evicted: int) -> PageMove:
+    def compact(self, request_id: str, keep: int, evicted: int, *, reserved: int) -> PageMove:
         """Shortens a request to `keep` tokens; the caller releases the pages that leave.
 
         Mutates the request's page list, the free queue and, where the pool has no room, the prefix cache. A
         page that another request shares is left alone and replaced; so is one in the prefix cache while the
         pool has room, and once released it is free with its content still to be hit. Replacements are, in
         this order, the request's own private pages that it no longer needs, and pages of the pool. Where
-        those run out, a cached page that only this request holds loses its cache entry and is reused in
-        place.
+        those run out, cached pages that only this request holds lose their cache entries: one that it no
+        longer needs replaces a shared page, and others are reused in place.
 
         Args:
             request_id: a running request for which `can_compact` holds.
             keep: physical length afterwards, in tokens.
             evicted: tokens evicted so far, this round included.
+            reserved: pages of the pool that other rounds of this step need instead of shared ones.
         """
         pool = self.block_pool
         # before:  [ 0, ceil(keep / page) )            head: will hold the survivors
         #          [ ceil(keep / page), len(before) )  tail: emptied; the private ones of it are spare
         before = self.req_to_blocks[request_id]
-        head = before[: cdiv(keep, self.block_size)]
-        spare = self._own_tail(request_id, keep)
-        in_pool = pool.get_num_free_blocks()
+        head, tail = self._split(request_id, keep)
+        spare = [page for page in tail if pool.is_block_writable(page)]
+        cached_spare = [page for page in tail if page.ref_cnt == 1 and not pool.is_block_writable(page)]
+        in_pool = pool.get_num_free_blocks() - reserved
         shared_to_come = self._num_shared(head)
 
         after: list[KVCacheBlock] = []
@@ -96,15 +110,15 @@ class CompactingManager(FullAttentionManager):
             is_shared = page.ref_cnt > 1
             shared_to_come -= is_shared
             # What remains after this page must still do for the shared pages to come.
-            if is_shared or len(spare) + in_pool > shared_to_come:
-                if spare:
-                    after.append(spare.pop(0))
-                else:
-                    after.extend(pool.get_new_blocks(1))
-                    in_pool -= 1
+            if spare and (is_shared or len(spare) + in_pool > shared_to_come):
+                after.append(spare.pop(0))
+            elif in_pool > (0 if is_shared else shared_to_come) or (is_shared and not cached_spare):
+                after.extend(pool.get_new_blocks(1))
+                in_pool -= 1
             else:
-                pool.evict_blocks({page.block_id})
-                after.append(page)
+                target = cached_spare.pop(0) if is_shared else page
+                pool.evict_blocks({target.block_id})
+                after.append(target)
 
         kept = {page.block_id for page in after}
         self.req_to_blocks[request_id] = after
@@ -157,9 +171,10 @@ class CompactingManager(FullAttentionManager):
             f"{free} free + {len(owned)} owned + 1 null is not {pool.num_gpu_blocks}"
         )
 
-    def _own_tail(self, request_id: str, keep: int) -> list[KVCacheBlock]:
-        tail = self.req_to_blocks[request_id][cdiv(keep, self.block_size) :]
-        return [page for page in tail if self.block_pool.is_block_writable(page)]
+    def _split(self, request_id: str, keep: int) -> tuple[list[KVCacheBlock], list[KVCacheBlock]]:
+        """The request's pages: those that `keep` tokens fill, and the rest."""
+        pages, num_kept = self.req_to_blocks[request_id], cdiv(keep, self.block_size)
+        return pages[:num_kept], pages[num_kept:]
 
     @staticmethod
     def _num_shared(pages: Sequence[KVCacheBlock]) -> int:

@@ -64,19 +64,26 @@ class RoundPlanner:
 
         Pages that left are still to be released.
         """
-        candidates, self._may_be_due = self._may_be_due, []
-        rounds = []
-        for request in candidates:
-            tracked = self._tracked.get(request.request_id)
-            if tracked is None or not self._is_due(request, tracked):
-                continue
-            if self._preempt_until_compactable(request, tracked):
-                rounds.append(self._begin_round(request, tracked))
+        due = {
+            request: tracked
+            for request in self._may_be_due
+            if (tracked := self._tracked.get(request.request_id)) and self._is_due(request, tracked)
+        }
+        self._may_be_due = []
+        needed = {
+            request: self._page_changes.num_needed(request.request_id, tracked.lengths.kept_slots)
+            for request, tracked in due.items()
+        }
+        reserved, rounds = sum(needed.values()), []
+        for request, tracked in due.items():
+            reserved -= needed[request]  # what is left is for the rounds to come
+            if self._is_due(request, tracked) and self._preempt_until_compactable(request, tracked):
+                rounds.append(self._begin_round(request, tracked, reserved))
         return rounds
 
-    def release_pages(self) -> int:
-        """Returns the pages that left to the pool, once all rounds of the step have theirs; their number."""
-        return self._page_changes.release()
+    def release_pages(self) -> None:
+        """Returns the pages that left to the pool, once all rounds of the step have theirs."""
+        self._page_changes.release()
 
     def drop_preempted(self, rounds: list[Compaction], preempted: set[str]) -> list[Compaction]:
         """The rounds of requests that vLLM has not preempted after they were planned.
@@ -105,16 +112,15 @@ class RoundPlanner:
                 self._query_rows.release(request_id)
         return captures
 
-    def apply_page_report(self, report: PageReport) -> int:
-        """Returns reported pages to the pool; every step that read them has run. Gives their number."""
+    def apply_page_report(self, report: PageReport) -> None:
+        """Returns reported pages to the pool; every step that read them has run."""
         tracked = self._tracked.get(report.request_id)
         if tracked is None or tracked.eviction_id != report.eviction_id:
-            return 0  # finished, or started again: it has nothing of what is reported
+            return  # finished, or started again: it has nothing of what is reported
         tracked.update_peak_pages(self._manager.num_pages(report.request_id))
         self._manager.remove_pages(report.request_id, report.pages)
         tracked.lengths.confirm_freed()
         self._may_be_due.append(self._requests[report.request_id])
-        return len(report.pages)
 
     # -- a request -----------------------------------------------------------------------------------------
 
@@ -167,7 +173,7 @@ class RoundPlanner:
                 return False
         return True
 
-    def _begin_round(self, request: Request, tracked: TrackedRequest) -> Compaction:
+    def _begin_round(self, request: Request, tracked: TrackedRequest, reserved: int) -> Compaction:
         request_id, logical, lengths = request.request_id, request.num_computed_tokens, tracked.lengths
         tracked.update_peak_pages(self._manager.num_pages(request_id))
         length = lengths.physical(logical)
@@ -184,20 +190,26 @@ class RoundPlanner:
             policy=tracked.settings.policy,
             query_row=query_row,
         )
-        return self._page_changes.begin(counts)
+        return self._page_changes.begin(counts, reserved)
 
 
 class _PageChanges(Protocol):
     """How a round takes pages from a request: one class a granularity."""
 
+    def num_needed(self, request_id: str, keep: int) -> int:
+        """Pages that a round which keeps `keep` tokens takes from the pool at least."""
+
     def can_begin(self, request_id: str, keep: int) -> bool:
-        """Whether a round that keeps `keep` tokens finds the pages it needs."""
+        """Whether such a round finds the pages it needs."""
 
-    def begin(self, counts: Compaction) -> Compaction:
-        """Shortens the request's pages, or sees to it that they can be; the message for the workers."""
+    def begin(self, counts: Compaction, reserved: int) -> Compaction:
+        """Shortens the request's pages, or sees to it that they can be; the message for the workers.
 
-    def release(self) -> int:
-        """Returns the pages that left in this step's rounds to the pool; their number."""
+        Takes none of the pages `reserved` in the pool that it can do without: other rounds need them.
+        """
+
+    def release(self) -> None:
+        """Returns the pages that left in this step's rounds to the pool."""
 
 
 class _MovedTokens:
@@ -207,20 +219,22 @@ class _MovedTokens:
         self._manager = manager
         self._moves: list[PageMove] = []
 
+    def num_needed(self, request_id: str, keep: int) -> int:
+        return self._manager.num_to_copy(request_id, keep)
+
     def can_begin(self, request_id: str, keep: int) -> bool:
         return self._manager.can_compact(request_id, keep)
 
-    def begin(self, counts: Compaction) -> Compaction:
-        move = self._manager.compact(counts.request_id, counts.keep, counts.evicted)
+    def begin(self, counts: Compaction, reserved: int) -> Compaction:
+        move = self._manager.compact(counts.request_id, counts.keep, counts.evicted, reserved=reserved)
         self._moves.append(move)
         return TokenCompaction(
             **asdict(counts), source_pages=move.source_pages, target_pages=move.target_pages
         )
 
-    def release(self) -> int:
+    def release(self) -> None:
         moves, self._moves = self._moves, []
         self._manager.release(moves)
-        return sum(len(move.freed) for move in moves)
 
 
 class _WholePages:
@@ -231,14 +245,17 @@ class _WholePages:
         self._tracked = tracked
         self._eviction_ids = count()
 
+    def num_needed(self, request_id: str, keep: int) -> int:
+        return 0
+
     def can_begin(self, request_id: str, keep: int) -> bool:
         return True
 
-    def begin(self, counts: Compaction) -> Compaction:
+    def begin(self, counts: Compaction, reserved: int) -> Compaction:
         self._manager.stop_caching(counts.request_id)
         tracked = self._tracked[counts.request_id]
         tracked.eviction_id = next(self._eviction_ids)
         return PageCompaction(**asdict(counts), eviction_id=tracked.eviction_id)
 
-    def release(self) -> int:
-        return 0
+    def release(self) -> None:
+        pass  # until the report

@@ -77,7 +77,13 @@ class CompactingSchedulerMixin(_Scheduler):
         pool = self.kv_cache_manager.block_pool
         self._tally = MetricTally(self._page_size, pool.num_gpu_blocks - 1)  # less vLLM's null page
         self._query_rows = QueryRows(num_query_rows(vllm_config.scheduler_config.max_num_seqs))
-        self._admission = AdmissionControl(self.kv_cache_manager, self._page_size, self._tracked)
+        self._admission = AdmissionControl(
+            self.kv_cache_manager,
+            self._manager,
+            self._tracked,
+            max_model_len=self.max_model_len,
+            max_num_batched_tokens=self.max_num_scheduled_tokens,
+        )
         self._planner = RoundPlanner(
             granularity=self._rkv_config.granularity,
             requests=self.requests,
@@ -93,6 +99,8 @@ class CompactingSchedulerMixin(_Scheduler):
     def add_request(self, request: Request) -> None:
         more_of_session = request.request_id in self.requests
         super().add_request(request)
+        if request.request_id not in self.requests:
+            return  # a streaming-input session that was closed
         if request.sampling_params is not None and request.sampling_params.stop:
             self._with_stop_strings.add(request.request_id)
         if more_of_session:
@@ -105,7 +113,7 @@ class CompactingSchedulerMixin(_Scheduler):
             )
             self._tracked[request.request_id] = TrackedRequest(lengths)
             self._manager.set_max_slots(request.request_id, lengths.max_slots)
-        reason = self._admission.refusal(request, self.max_model_len)
+        reason = self._admission.refusal(request)
         if reason is not None:
             self._refuse(request, reason)
 
@@ -160,10 +168,8 @@ class CompactingSchedulerMixin(_Scheduler):
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         result = self._result(request)
         tracked = self._tracked.pop(request.request_id, None)
-        if tracked is not None and request.num_output_tokens:
-            early = self._stopped_early(request)
-            self._admission.early_stop_rate.observe(request.num_output_tokens, early=early)
-            self._admission.running_requests_changed()
+        if tracked is not None:
+            self._admission.request_ended(request)
         settings = tracked.settings if tracked else None
         self._tally.ended(request.request_id, settings, result, request.num_tokens)
         self._manager.forget_max_slots(request.request_id)
@@ -172,16 +178,6 @@ class CompactingSchedulerMixin(_Scheduler):
         # Connectors are refused at start, so that nothing else answers in this field.
         _, ec_transfer_params = super()._free_request(request, delay_free_blocks)
         return {RESULT_KEY: result}, ec_transfer_params
-
-    def _stopped_early(self, request: Request) -> bool:
-        """Whether a request was done before its last allowed token, as others like it may be.
-
-        One whose client went away would have run on. Where the API server found a stop string, it asks for an
-        abort too.
-        """
-        if request.status == RequestStatus.FINISHED_ABORTED:
-            return request.request_id in self._with_stop_strings
-        return request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_REPETITION)
 
     def _result(self, request: Request) -> CompactionResult:
         tracked = self._tracked.get(request.request_id)
@@ -195,8 +191,8 @@ class CompactingSchedulerMixin(_Scheduler):
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         self._tally.step_begins(time.perf_counter())
         rounds = self._planner.plan_rounds()
-        self._admission.pages_freed(self._planner.release_pages())
-        self._admission.begin_step(self.running, self.waiting)
+        self._planner.release_pages()
+        self._admission.begin_step(self.running)
         output: SchedulerOutput = super().schedule(throttle_prefills)
         if output.scheduled_new_reqs or output.scheduled_cached_reqs.resumed_req_ids:
             self._admission.running_requests_changed()
@@ -214,7 +210,8 @@ class CompactingSchedulerMixin(_Scheduler):
     ) -> int:
         """vLLM's hook for where a chunk ends, asked for running and for waiting requests."""
         if request.status != RequestStatus.RUNNING:
-            self._admission.set_watermark(request)
+            by_priority = self.policy == SchedulingPolicy.PRIORITY
+            self._admission.set_watermark(request, num_computed_tokens, by_priority=by_priority)
         tracked = self._tracked.get(request.request_id)
         # Asked for every request in every step, most of which are far from the request's next round.
         if tracked is not None and num_computed_tokens + num_new_tokens > tracked.unconstrained_until:
@@ -231,6 +228,7 @@ class CompactingSchedulerMixin(_Scheduler):
             if num_hit_tokens > most:
                 blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, most)
                 num_hit_tokens = most
+            tracked.found_in_cache([page.ref_cnt for page in blocks.blocks[0]])
         return blocks, num_hit_tokens, boundary, diverged
 
     def update_from_output(
@@ -238,7 +236,7 @@ class CompactingSchedulerMixin(_Scheduler):
     ) -> dict[int, EngineCoreOutputs]:
         self._tally.record_durations(durations_of(model_runner_output))
         for report in reports_of(model_runner_output):
-            self._admission.pages_freed(self._planner.apply_page_report(report))
+            self._planner.apply_page_report(report)
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(
             scheduler_output, model_runner_output
         )

@@ -21,6 +21,8 @@ class TrackedRequest:
         compactions, evicted_tokens, peak_pages: the highest that each ever was, so that a request which ends
             while preempted still says what happened to it.
         eviction_id: names its last `PageCompaction` since then; -1: none.
+        hit_pages_of_one, hit_pages_of_several: pages that it found in the prefix cache, held by one other
+            request and by several, when vLLM last looked.
     """
 
     lengths: RequestLengths
@@ -30,6 +32,8 @@ class TrackedRequest:
     evicted_tokens: int = 0
     peak_pages: int = 0
     eviction_id: int = -1
+    hit_pages_of_one: int = 0
+    hit_pages_of_several: int = 0
 
     @property
     def settings(self) -> CompactionSettings:
@@ -40,6 +44,11 @@ class TrackedRequest:
         self.rounds += 1
         self.compactions = max(self.compactions, self.rounds)
         self.evicted_tokens = max(self.evicted_tokens, compaction.evicted)
+
+    def found_in_cache(self, holders: list[int]) -> None:
+        """Records how many requests hold each page of its prefix, when vLLM looks it up."""
+        self.hit_pages_of_one = holders.count(1)
+        self.hit_pages_of_several = len(holders) - holders.count(0) - holders.count(1)
 
     def update_peak_pages(self, pages_held: int) -> None:
         """To be called before pages leave: between two compactions a request's pages only grow."""

@@ -131,7 +131,7 @@ def make_scheduler(setup: Setup) -> CompactingScheduler | CompactingAsyncSchedul
             long_prefill_token_threshold=setup.long_prefill_token_threshold,
         )
     if not setup.keeps_room:
-        scheduler._admission.set_watermark = lambda request: None  # type: ignore[method-assign]
+        scheduler._admission.set_watermark = lambda *args, **kwargs: None  # type: ignore[method-assign]
     return scheduler
 
 

@@ -95,8 +95,8 @@ def allocate_by_logical_length(patch: pytest.MonkeyPatch) -> None:
 def release_pages_between_compactions(patch: pytest.MonkeyPatch) -> None:
     compact, release = CompactingManager.compact, CompactingManager.release
 
-    def compact_and_release(manager: CompactingManager, *args: Any) -> Any:
-        move = compact(manager, *args)
+    def compact_and_release(manager: CompactingManager, *args: Any, **kwargs: Any) -> Any:
+        move = compact(manager, *args, **kwargs)
         release(manager, [move])
         return move
 
@@ -186,8 +186,8 @@ def share_query_rows(patch: pytest.MonkeyPatch) -> None:
 def plan_with_a_stale_length(patch: pytest.MonkeyPatch) -> None:
     begin_round = RoundPlanner._begin_round
 
-    def begin_with_a_stale_length(planner: Any, request: Any, tracked: Any) -> Any:
-        compaction = begin_round(planner, request, tracked)
+    def begin_with_a_stale_length(planner: Any, *args: Any) -> Any:
+        compaction = begin_round(planner, *args)
         return replace(compaction, length=compaction.length - 1)
 
     patch.setattr(RoundPlanner, "_begin_round", begin_with_a_stale_length)

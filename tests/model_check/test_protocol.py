@@ -221,7 +221,7 @@ def test_sharers_of_a_full_pool_are_compacted_when_they_are_due() -> None:
     """Proves that a compaction without a page to copy into takes one from a neighbour and does not wait."""
     budget = {"rkv_budget": 56, "rkv_buffer": 8, "rkv_policy": "recency"}
     twins = [Arrival(name, prompt(64), 40, budget) for name in ("first", "second")]
-    roomy, full = (Engine(Setup(num_pages=pages), twins).run() for pages in (100, 6))
+    roomy, full = (Engine(Setup(num_pages=pages, keeps_room=False), twins).run() for pages in (100, 6))
     assert full.counts["preemptions"] > 0 and roomy.counts["preemptions"] == 0
     assert full.points == roomy.points and full.tokens == roomy.tokens
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rkv_vllm.bench.modelless import ModellessEngine
+from rkv_vllm.scheduling.scheduler import CompactingSchedulerMixin
 
 #: Server settings of an engine; None: stock vLLM.
 Rkv = dict[str, Any] | None
@@ -47,7 +48,8 @@ def run_to_end(engine: ModellessEngine, most: int = 20_000) -> tuple[int, int]:
     preemptions = 0
     for step in range(most):
         if not engine.scheduler.has_requests():
-            engine.scheduler.check_integrity()
+            if isinstance(engine.scheduler, CompactingSchedulerMixin):
+                engine.scheduler.check_integrity()
             return step, preemptions
         preemptions += len(engine.schedule().preempted_req_ids or ())
         engine.update()

@@ -80,10 +80,10 @@ class House:
     def physical(self, name: str) -> int:
         return self.requests[name].num_tokens - self.evicted[name]
 
-    def compact(self, name: str, keep: int, release: bool = True) -> PageMove:
+    def compact(self, name: str, keep: int, release: bool = True, reserved: int = 0) -> PageMove:
         assert self.manager.can_compact(name, keep)
         self.evicted[name] += self.physical(name) - keep
-        move = self.manager.compact(name, keep, self.evicted[name])
+        move = self.manager.compact(name, keep, self.evicted[name], reserved=reserved)
         if release:
             self.manager.release([move])
         return move
@@ -183,6 +183,34 @@ def test_room_is_kept_for_the_shared_pages() -> None:
     move = house.compact("a", 12)
     assert move.target_pages == (first.block_id, free, third.block_id)
     assert first.block_hash is None and third.block_hash is None and second.block_hash is not None
+
+
+def test_pages_that_others_need_are_left_in_the_pool() -> None:
+    """Proves that a round keeps cached pages of its own only while other rounds find theirs in the pool."""
+    house = House(7)
+    house.start("a", 16)
+    head = house.pages("a")[:3]
+    move = house.compact("a", 12, reserved=3)
+    assert list(move.target_pages) == head
+    assert all(page.block_hash is None for page in house.manager.req_to_blocks["a"])
+
+    house = House(7)
+    house.start("a", 16)
+    move = house.compact("a", 12, reserved=2)  # one page of the pool is left to it
+    assert len(set(move.target_pages) - set(head)) == 1
+    house.check()
+
+
+def test_a_cached_page_that_leaves_replaces_a_shared_one() -> None:
+    """Proves that a full pool costs a request its own cached pages before anybody is preempted."""
+    house = House(4)
+    house.start("a", 16)
+    first, second, third, last = house.manager.req_to_blocks["a"]
+    house.pool.touch([second])  # somebody else holds the second page
+    assert not house.free_pages() and last.block_hash is not None
+    move = house.compact("a", 12)
+    assert move.target_pages == (first.block_id, last.block_id, third.block_id)
+    assert second.block_hash is not None and last.block_hash is None
 
 
 def test_cannot_compact_without_a_page_for_each_shared_one() -> None:
