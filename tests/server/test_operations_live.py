@@ -11,14 +11,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import httpx
-import psutil
 import pytest
+from live_server import MODEL, Server, eventually
 from openai import APIStatusError, AsyncOpenAI
 
 from rkv_vllm.demo.model import prepare
@@ -27,7 +25,6 @@ from rkv_vllm.server.routes import OPEN_ROUTES
 
 pytestmark = pytest.mark.engine
 
-MODEL = "smollm2"
 KEYS = {"alice": "sk-alice-0123456789abcdef", "bob": "sk-bob-0123456789abcdef"}
 MOST_TOKENS = 128
 DRAIN_SECONDS = 30
@@ -50,42 +47,6 @@ BUDGETS = (0, 16, 24, 32)
 #: What the processes of the server may grow by while they serve CLIENTS requests more: allocators and tables
 #: of Python processes move by some MiB.
 GROWTH_BYTES = 48 << 20
-
-
-@dataclass(frozen=True)
-class Server:
-    url: str
-    process: subprocess.Popen[bytes]
-    log: Path
-
-    def http(self, key: str | None = "alice") -> httpx.Client:
-        headers = {"authorization": f"Bearer {KEYS[key]}"} if key else {}
-        return httpx.Client(base_url=self.url, headers=headers, timeout=120)
-
-    def openai(self, key: str = "alice") -> AsyncOpenAI:
-        return AsyncOpenAI(base_url=f"{self.url}/v1", api_key=KEYS[key], timeout=300, max_retries=0)
-
-    def metric(self, name: str) -> float:
-        with self.http() as http:
-            text = http.get("/metrics").text
-        return sum(float(value) for value in re.findall(rf"^{name}{{[^}}]*}} (\S+)$", text, re.MULTILINE))
-
-    def idle(self) -> bool:
-        """Whether no request runs or waits and every page is in the pool. vLLM renews these numbers when it
-        runs a step, which a last short request makes it do."""
-        with self.http() as http:
-            http.post("/v1/completions", json={"model": MODEL, "prompt": "a", "max_tokens": 1})
-        names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
-        return not any(self.metric(name) for name in names)
-
-    def access_lines(self) -> list[dict[str, Any]]:
-        lines = self.log.read_text(errors="replace").splitlines()
-        return [json.loads(line) for line in lines if line.startswith('{"time"')]
-
-    def memory(self) -> int:
-        """Resident bytes of all processes of the server."""
-        first = psutil.Process(self.process.pid)
-        return sum(p.memory_info().rss for p in (first, *first.children(recursive=True)))
 
 
 @pytest.fixture(scope="module")
@@ -111,16 +72,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     url = f"http://127.0.0.1:{port}"
     try:
         wait_until_ready(process, url, log, lambda _: None)
-        yield Server(url, process, log)
+        yield Server(url, process, log, KEYS)
     finally:
         stop(process)
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 60) -> bool:
-    end = time.monotonic() + seconds
-    while not (met := condition()) and time.monotonic() < end:
-        time.sleep(0.1)
-    return met
 
 
 def completion(**fields: Any) -> dict[str, Any]:
@@ -165,7 +119,7 @@ def test_request_ids_go_through_vllm_and_into_the_log(server: Server) -> None:
     assert first.id == second.id == "cmpl-mine"
     assert isinstance(refused, APIStatusError)
     assert refused.response.headers["x-request-id"] == "mine"
-    lines = [line for line in server.access_lines() if line["request_id"] == "mine"]
+    lines = server.access_lines_of("mine", 3)
     assert sorted((line["key"], line["status"]) for line in lines) == [
         ("alice", 200),
         ("bob", 200),
@@ -203,8 +157,7 @@ def test_a_disconnect_gives_the_pages_back(server: Server) -> None:
                 next(chunks)
             assert eventually(lambda: server.metric("vllm:kv_cache_usage_perc") > 0, 5)
             assert server.metric("vllm:num_requests_running") == 1
-        assert eventually(lambda: any(line["request_id"] == "leaver" for line in server.access_lines()), 10)
-    [line] = [line for line in server.access_lines() if line["request_id"] == "leaver"]
+        [line] = server.access_lines_of("leaver", 1)
     assert line["disconnected"]
     assert eventually(server.idle)
     assert server.metric("vllm:request_success_total") > 0
