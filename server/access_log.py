@@ -12,9 +12,12 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rkv_vllm.server.asgi import is_request, request_state, route_path
+from rkv_vllm.settings.error_text import cut
 
 #: Asked every few seconds by whatever watches the server.
 PROBES = frozenset({"/health", "/ready"})
+#: Most characters of what a client chose; a path may be as long as uvicorn lets a request's head be.
+MOST_CHARACTERS = 256
 
 
 def access_logger() -> logging.Logger:
@@ -72,12 +75,12 @@ class AccessLog:
         finally:
             line = {
                 "time": began.isoformat(timespec="milliseconds"),
-                "method": scope.get("method", "WEBSOCKET"),
-                "path": scope["path"],
+                "method": cut(scope.get("method", "WEBSOCKET"), MOST_CHARACTERS),
+                "path": cut(scope["path"], MOST_CHARACTERS),
                 "status": seen.pop("status"),
                 "duration_ms": round((time.perf_counter() - started) * 1000, 1),
                 "request_id": state.get("request_id"),
-                "client": scope["client"][0] if scope.get("client") else None,
+                "client": cut(scope["client"][0], MOST_CHARACTERS) if scope.get("client") else None,
                 "key": state.get("api_key"),
                 **seen,
             }

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rkv_vllm.server.asgi import BodyTooLarge, ClientGone, is_request, read_body, replay, request_state
 from rkv_vllm.server.errors import error_response
+from rkv_vllm.settings.error_text import shown
 
 #: Every name under which the APIs of OpenAI and Anthropic know the length of an answer.
 LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
@@ -58,7 +59,7 @@ class Limits:
         if self.max_tokens is not None:
             for field in LENGTHS:
                 if (tokens := _integer(asked.get(field))) is not None and tokens > self.max_tokens:
-                    return field, f"{field} is {tokens}, and this server allows {self.max_tokens}."
+                    return field, f"{field} is {shown(tokens)}, and this server allows {self.max_tokens}."
         if self.n is not None:
             n = _integer(asked.get("n"))
             answers = (1 if n is None else n) * _prompts(asked)

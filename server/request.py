@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rkv_vllm.server.protocol import FIELD
 from rkv_vllm.settings.config import OFF, POLICY_NAMES, WINDOW, XARGS_PREFIX, PolicyName, RequestedSettings
+from rkv_vllm.settings.error_text import shown, shown_name
 
 #: Budget of a request that keeps its full cache.
 FULL: Literal["full"] = "full"
@@ -77,14 +78,15 @@ def read_kv_cache(value: Any) -> KvCacheRequest:
     if value is None:
         return KvCacheRequest()
     if not isinstance(value, dict):
-        raise KvCacheError("", f"takes an object with {', '.join(_TAKES)}, not {_shown(value)}")
+        raise KvCacheError("", f"takes an object with {', '.join(_TAKES)}, not {shown(value)}")
+    for name in value:
+        if name not in _TAKES:
+            raise KvCacheError(shown_name(name), f"is unknown (known: {', '.join(_TAKES)})")
     try:
         return KvCacheRequest.model_validate(value)
     except ValidationError as error:
         field = str(error.errors()[0]["loc"][0])
-        if field not in _TAKES:
-            raise KvCacheError(field[:40], f"is unknown (known: {', '.join(_TAKES)})") from None
-        raise KvCacheError(field, f"{_TAKES[field]}, not {_shown(value[field])}") from None
+        raise KvCacheError(field, f"{_TAKES[field]}, not {shown(value[field])}") from None
 
 
 def read_xargs(xargs: Mapping[str, Any] | None) -> KvCacheRequest:
@@ -97,8 +99,8 @@ def read_xargs(xargs: Mapping[str, Any] | None) -> KvCacheRequest:
         try:
             RequestedSettings.from_extra_args({key: value})
         except ValueError as error:
-            field = key.removeprefix(XARGS_PREFIX)[:40]
-            raise KvCacheError(field, str(error).removeprefix(key).lstrip()) from None
+            message = str(error).removeprefix(shown_name(key)).lstrip()
+            raise KvCacheError(shown_name(key.removeprefix(XARGS_PREFIX)), message) from None
     named = {key.removeprefix(XARGS_PREFIX): value for key, value in ours.items()}
     if named.get("budget") == OFF:
         named["budget"] = FULL
@@ -112,12 +114,3 @@ def parse_body(body: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
-
-
-def _shown(value: Any) -> str:
-    """`value` as the client wrote it, cut to what an error message has room for."""
-    try:
-        text = json.dumps(value)
-    except RecursionError:
-        text = type(value).__name__
-    return text if len(text) <= 40 else f"{text[:40]}..."

@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from rkv_vllm.kernels.options import Order, Scope
+from rkv_vllm.settings.error_text import one_line, shown, shown_name
 from rkv_vllm.settings.policy_table import POLICY_NAMES, QUERY_POLICIES, PolicyName
 
 #: Newest tokens whose queries give importance; they are always kept (the paper's alpha).
@@ -181,7 +182,8 @@ class RequestedSettings(BaseModel):
     def from_extra_args(cls, extra_args: Mapping[str, Any] | None) -> RequestedSettings:
         """Reads our keys, all those that begin with `rkv_`, and leaves the others alone.
 
-        Raises: ValueError, one line that names each wrong field and says what it takes.
+        Raises: ValueError, one line that names each wrong field and says what it takes; of what was given no
+        more than fits into a line of a log.
         """
         if not extra_args:
             return _NOTHING_ASKED
@@ -191,8 +193,9 @@ class RequestedSettings(BaseModel):
         try:
             return cls.model_validate(ours)
         except ValidationError as error:
-            fields = dict.fromkeys(str(problem["loc"][0]) for problem in error.errors())
-            raise ValueError("; ".join(_explain(field, ours.get(field)) for field in fields)) from None
+            wrong = [str(part) for problem in error.errors() for part in problem["loc"][:1]]
+            unknown = [key for key in ours if key not in cls.model_fields]  # pydantic cannot name all of them
+            raise ValueError(one_line([_explain(key, ours[key]) for key in [*wrong, *unknown]])) from None
 
 
 _NOTHING_ASKED = RequestedSettings()
@@ -205,5 +208,5 @@ def _explain(field: str, value: Any) -> str:
         "rkv_policy": f"takes one of {', '.join(POLICY_NAMES)}",
     }
     if field not in takes:
-        return f"{field} is unknown (known: {', '.join(takes)})"
-    return f"{field} {takes[field]}, not {value!r}"
+        return f"{shown_name(field)} is unknown (known: {', '.join(takes)})"
+    return f"{field} {takes[field]}, not {shown(value)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 
 from rkv_vllm.server.caller_rules import CallerRules, KvSettings, RulesByApiKey
 from rkv_vllm.server.request import KvCacheError, KvCacheRequest, read_kv_cache, read_xargs
-from rkv_vllm.settings.config import POLICY_NAMES, RequestedSettings
+from rkv_vllm.settings.config import POLICY_NAMES, XARGS_PREFIX, RequestedSettings
 from rkv_vllm.settings.error_text import explain
 
 KEY = "the key of a caller"
@@ -176,12 +177,18 @@ def test_a_wrong_object_is_refused_by_member(value: Any, field: str) -> None:
     assert "Input should" not in str(refused.value), "our words, not pydantic's"
 
 
-def test_a_message_has_bounded_length() -> None:
-    """Proves that a refusal does not echo what a client sent without end."""
-    for value in ({"budget": "9" * 10_000}, {"x" * 10_000: 1}, ["y" * 10_000]):
+@pytest.mark.parametrize("read", [read_kv_cache, read_xargs])
+@pytest.mark.parametrize("text", ["9" * 10_000, "\ud800", "\n\x1b", "\ud800" * 10_000, "a.b"])
+def test_a_message_has_bounded_length_and_can_be_sent(read: Callable[[Any], Any], text: str) -> None:
+    """Proves that a refusal does not echo what a client sent without end, and escapes it, in both forms."""
+    prefix = XARGS_PREFIX if read is read_xargs else ""
+    for value in ({f"{prefix}budget": text}, {f"{prefix}policy": [text]}, {f"{prefix}{text}": 1}):
         with pytest.raises(KvCacheError) as refused:
-            read_kv_cache(value)
-        assert len(str(refused.value) + refused.value.param(xargs=False)) < 300
+            read(value)
+        param = refused.value.param(xargs=read is read_xargs)
+        assert (str(refused.value) + param).isascii() and (str(refused.value) + param).isprintable()
+        assert len(str(refused.value) + param) < 300
+        assert not str(refused.value).startswith(XARGS_PREFIX), "the message goes behind the name"
 
 
 def test_absent_and_null_are_the_same() -> None:

@@ -24,6 +24,7 @@ LIMITS = Limits(body_bytes=1000, max_tokens=100, n=4)
         ({"max_tokens": 101.0}, "max_tokens"),
         ({"max_tokens": 5, "max_completion_tokens": 101}, "max_completion_tokens"),
         ({"max_output_tokens": 1 << 70}, "max_output_tokens"),
+        ({"max_tokens": "9" * 900}, "max_tokens"),
         ({"n": 5}, "n"),
         ({"n": 2, "prompt": ["a", "b", "c"]}, "prompt"),
         ({"prompt": [[1], [2], [3], [4], [5]]}, "prompt"),
@@ -38,6 +39,7 @@ def test_names_the_field_above_its_limit(asked: dict[str, Any], param: str) -> N
             answer = await http.post(PATH, json=asked)
         assert answer.status_code == 400
         assert answer.json()["error"]["param"] == param
+        assert len(answer.content) < 300
         assert application.calls == 0
 
     drive(test)

@@ -162,14 +162,11 @@ def test_the_published_schema_says_what_is_added() -> None:
     assert references <= schema["components"]["schemas"].keys()
 
 
+#: With halves of surrogate pairs, which Hypothesis leaves out of its own accord.
+TEXT = st.text(st.characters(exclude_categories=()), max_size=9)
 JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=9)
-    | st.sampled_from(["full", "rkv"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXT | st.sampled_from(["full", "rkv"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
     max_leaves=5,
 )
 MEMBERS = st.fixed_dictionaries(
@@ -191,6 +188,7 @@ def test_any_value_is_resolved_within_the_bounds_or_refused_by_name(value: Any) 
         resolved = settings_of(RULES, {"kv_cache": value})
     except Refused as refused:
         assert refused.param.startswith("kv_cache")
+        assert str(refused).isascii() and str(refused).isprintable()
         return
     assert resolved is not None and resolved.rkv_budget is not None and resolved.rkv_buffer is not None
     assert 256 <= resolved.rkv_budget <= 1024

@@ -76,8 +76,12 @@ class Lines:
         self.logger = logging.Logger("access")
         self.logger.addHandler(logging.StreamHandler(self._text))
 
+    @property
+    def text(self) -> str:
+        return self._text.getvalue()
+
     def read(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self._text.getvalue().splitlines()]
+        return [json.loads(line) for line in self.text.splitlines()]
 
 
 def test_logs_one_line_a_request_without_secrets() -> None:
@@ -127,6 +131,23 @@ def test_logs_what_did_not_end_well(end: str) -> None:
         assert line["status"] == (200 if end == "left" else 500)
 
     drive(test)
+
+
+def test_a_line_is_one_line_of_bounded_length() -> None:
+    """Whatever a client writes into its path, method and address, where a proxy hands that on."""
+    lines = Lines()
+
+    async def test() -> None:
+        for path in ("/a\nb\u2028\ud800\x1b[31m", "/" + "\n" * 100_000, "/health\n"):
+            connection = Connection(path)
+            connection.scope |= {"method": "M" * 100_000, "client": ("c" * 100_000, 1)}
+            await connection.start(AccessLog(ClosedRoutes(Echo(), OPEN_ROUTES), lines.logger))
+
+    drive(test)
+    short, long, probe = lines.read()
+    assert (short["path"], probe["path"]) == ("/a\nb\u2028\ud800\x1b[31m", "/health\n")
+    assert lines.text.isascii() and lines.text.count("\n") == 3
+    assert len(json.dumps(long)) < 3000
 
 
 CLOSED = [

@@ -57,6 +57,18 @@ def test_wrong_settings_are_refused(validate: Validate, extra_args: dict[str, An
         validate(SamplingParams(extra_args=extra_args))
 
 
+@BOTH
+@pytest.mark.parametrize("extra_args", [{"rkv_policy": "p" * 15_000}, {"rkv_" + "\ud800\n" * 5000: 1}])
+def test_a_refusal_does_not_repeat_what_was_sent_without_end(
+    validate: Validate, extra_args: dict[str, Any]
+) -> None:
+    """Proves that what both front ends answer is short and can be sent, whatever the request has in it."""
+    with pytest.raises(VLLMValidationError) as refused:
+        validate(SamplingParams(extra_args=extra_args))
+    assert str(refused.value).isascii() and "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 500
+
+
 def test_logits_are_left_alone() -> None:
     """Proves that the class does nothing in either runner's sampler."""
     validator = BudgetValidator(None, torch.device("cpu"), False)

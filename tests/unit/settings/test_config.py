@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -106,7 +107,7 @@ def test_request_budget_refused(value: Any) -> None:
     with pytest.raises(ValueError) as refused:
         RequestedSettings.from_extra_args({"rkv_budget": value})
     assert str(refused.value) == (
-        f"rkv_budget takes 0 (full cache) or an integer above {WINDOW}, not {value!r}"
+        f"rkv_budget takes 0 (full cache) or an integer above {WINDOW}, not {json.dumps(value)}"
     )
 
 
@@ -115,7 +116,7 @@ def test_request_buffer_refused(value: Any) -> None:
     """Proves that a wrong buffer is refused by name and value."""
     with pytest.raises(ValueError) as refused:
         RequestedSettings.from_extra_args({"rkv_buffer": value})
-    assert str(refused.value) == f"rkv_buffer takes an integer of at least {WINDOW}, not {value!r}"
+    assert str(refused.value) == f"rkv_buffer takes an integer of at least {WINDOW}, not {json.dumps(value)}"
 
 
 @pytest.mark.parametrize("value", ["lru", "RKV", "", 1, True])
