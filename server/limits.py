@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rkv_vllm.server.asgi import BodyTooLarge, ClientGone, is_request, read_body, replay, request_state
 from rkv_vllm.server.errors import error_response
+from rkv_vllm.server.json_body import UnfitBody, json_object
 from rkv_vllm.settings.error_text import shown
 
 #: Every name under which the APIs of OpenAI and Anthropic know the length of an answer.
@@ -43,19 +43,11 @@ class Limits:
     concurrent: int | None = None
     concurrent_per_key: int | None = None
 
-    def problem(self, body: bytes) -> tuple[str, str] | None:
-        """The field of a JSON body that is above a limit, and a sentence about it.
+    def problem(self, asked: Mapping[str, Any]) -> tuple[str, str] | None:
+        """The field of a body that is above a limit, and a sentence about it.
 
-        What is no JSON object, and what is no number, is left for vLLM to refuse.
+        What is no number is left for vLLM to refuse.
         """
-        if self.max_tokens is None and self.n is None:
-            return None
-        try:
-            asked = json.loads(body)
-        except ValueError:
-            return None
-        if not isinstance(asked, dict):
-            return None
         if self.max_tokens is not None:
             for field in LENGTHS:
                 if (tokens := _integer(asked.get(field))) is not None and tokens > self.max_tokens:
@@ -70,7 +62,8 @@ class Limits:
 
 
 class RequestLimits:
-    """ASGI middleware: 413 for a long body, 400 for a request above a limit, 503 or 429 for one too many.
+    """ASGI middleware: 413 for a long body, 400 for one that is unfit or above a limit, 503 or 429 for one
+    too many.
 
     A request runs, and counts, until its answer is complete, its client has gone or it has failed. Requests
     that only look are not limited.
@@ -121,7 +114,12 @@ class RequestLimits:
             message = f"The body is longer than {self.limits.body_bytes} bytes."
             await error_response(413, message)(scope, receive, send)
             return
-        if (problem := self.limits.problem(body)) is not None:
+        try:
+            problem = self.limits.problem(json_object(body) or {})
+        except UnfitBody as error:
+            await error_response(400, str(error))(scope, receive, send)
+            return
+        if problem is not None:
             param, message = problem
             await error_response(400, message, param=param)(scope, receive, send)
             return

@@ -15,9 +15,10 @@ from rkv_vllm.server.auth import presented_key
 from rkv_vllm.server.caller_rules import CallerRules, KvSettings, RulesByApiKey
 from rkv_vllm.server.engine_client import RequestContext
 from rkv_vllm.server.errors import error_response
+from rkv_vllm.server.json_body import UnfitBody, json_object
 from rkv_vllm.server.openapi import with_kv_cache
 from rkv_vllm.server.protocol import FIELD
-from rkv_vllm.server.request import XARGS, KvCacheError, parse_body, read_kv_cache, read_xargs
+from rkv_vllm.server.request import XARGS, KvCacheError, read_kv_cache, read_xargs
 from rkv_vllm.settings.config import XARGS_PREFIX, RequestedSettings
 
 #: Routes whose bodies take a `kv_cache` object, and whose answers have one.
@@ -55,9 +56,12 @@ class KvCacheMiddleware:
     async def _generate(self, rules: CallerRules, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             body = await read_body(scope, receive)
-            context = RequestContext(rules, settings_of(rules, parse_body(body)))
+            context = RequestContext(rules, settings_of(rules, json_object(body)))
         except ClientGone:
             return  # nobody is left to answer
+        except UnfitBody as error:
+            await error_response(400, str(error))(scope, receive, send)
+            return
         except Refused as error:
             await error_response(400, str(error), param=error.param)(scope, receive, send)
             return

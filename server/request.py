@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -105,12 +104,3 @@ def read_xargs(xargs: Mapping[str, Any] | None) -> KvCacheRequest:
     if named.get("budget") == OFF:
         named["budget"] = FULL
     return read_kv_cache(named)
-
-
-def parse_body(body: bytes) -> dict[str, Any] | None:
-    """The JSON object that vLLM will read in `body`; None where it will refuse it."""
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None

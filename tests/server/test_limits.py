@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,10 +25,10 @@ LIMITS = Limits(body_bytes=1000, max_tokens=100, n=4)
         ({"max_tokens": 101.0}, "max_tokens"),
         ({"max_tokens": 5, "max_completion_tokens": 101}, "max_completion_tokens"),
         ({"max_output_tokens": 1 << 70}, "max_output_tokens"),
-        ({"max_tokens": "9" * 900}, "max_tokens"),
         ({"n": 5}, "n"),
         ({"n": 2, "prompt": ["a", "b", "c"]}, "prompt"),
         ({"prompt": [[1], [2], [3], [4], [5]]}, "prompt"),
+        ({"max_tokens": "9" * 4300}, "max_tokens"),
     ],
 )
 def test_names_the_field_above_its_limit(asked: dict[str, Any], param: str) -> None:
@@ -35,7 +36,7 @@ def test_names_the_field_above_its_limit(asked: dict[str, Any], param: str) -> N
 
     async def test() -> None:
         application = Echo()
-        async with client(RequestLimits(application, LIMITS)) as http:
+        async with client(RequestLimits(application, replace(LIMITS, body_bytes=10_000))) as http:
             answer = await http.post(PATH, json=asked)
         assert answer.status_code == 400
         assert answer.json()["error"]["param"] == param
@@ -68,6 +69,22 @@ def test_passes_on_what_is_within_or_unreadable(body: bytes) -> None:
             answer = await http.post(PATH, content=body)
         assert answer.status_code == 200
         assert answer.json()["body"].encode() == body
+
+    drive(test)
+
+
+@pytest.mark.parametrize("limits", [LIMITS, Limits(body_bytes=1000)], ids=["limits", "no limits"])
+@pytest.mark.parametrize("body", [b"[" * 201 + b"]" * 201, b'{"model": "\\ud800"}', b'["\xed\xa0\x80"]'])
+def test_refuses_json_that_cannot_be_served(limits: Limits, body: bytes) -> None:
+    """On every route and whatever the limits, in a sentence that can be sent."""
+
+    async def test() -> None:
+        application = Echo()
+        async with client(RequestLimits(application, limits)) as http:
+            answer = await http.post("/tokenize", content=body)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["type"] == "BadRequestError"
+        assert application.calls == 0
 
     drive(test)
 

@@ -115,13 +115,25 @@ def test_other_routes_obey_the_same_bounds() -> None:
     assert len(engine.extra_args) == 2
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'"a"', b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'"a"', b"\xff"])
 def test_what_is_no_json_object_is_left_to_vllm(content: bytes) -> None:
     """Proves that its own refusal is what the client sees."""
     headers = {"content-type": "application/json"}
     answer = application(Engine()).post("/v1/completions", content=content, headers=headers)
     assert answer.status_code in (400, 422)
     assert "detail" in answer.json(), "FastAPI's own"
+
+
+UNFIT = [b"[" * 100_000, b'{"kv_cache":{"\\ud800":1}}', b'{"prompt":"\xed\xa0\x80"}']
+
+
+@pytest.mark.parametrize("content", UNFIT, ids=["deep", "escaped", "raw"])
+def test_json_that_cannot_be_served_is_refused(content: bytes) -> None:
+    """Proves that nothing of it reaches the application, whose parser or answer would fail."""
+    engine = Engine()
+    answer = application(engine).post("/v1/completions", content=content)
+    assert (answer.status_code, answer.json()["error"]["type"]) == (400, "BadRequestError")
+    assert engine.extra_args == []
 
 
 def test_a_body_in_parts_arrives_whole() -> None:
