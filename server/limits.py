@@ -53,11 +53,12 @@ class Limits:
                 if (tokens := _integer(asked.get(field))) is not None and tokens > self.max_tokens:
                     return field, f"{field} is {shown(tokens)}, and this server allows {self.max_tokens}."
         if self.n is not None:
-            n = _integer(asked.get("n"))
-            answers = (1 if n is None else n) * _prompts(asked)
-            if answers > self.n:
-                field = "prompt" if n is None or n <= self.n else "n"
-                return field, f"This asks for {answers} answers at once, and this server allows {self.n}."
+            n = max(_integer(asked.get("n")) or 1, 1)
+            if n > self.n:
+                return "n", f"n is {shown(n)}, and this server allows {self.n} answers at once."
+            field, prompts = _prompts(asked)
+            if n * prompts > self.n:
+                return field, f"This asks for {n * prompts} answers at once, and this server allows {self.n}."
         return None
 
 
@@ -148,9 +149,22 @@ def _integer(value: Any) -> int | None:
         return None
 
 
-def _prompts(asked: Mapping[str, Any]) -> int:
-    """Prompts of a completion request; a list of integers is one prompt, given as tokens."""
-    prompt = asked.get("prompt")
-    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
-        return len(prompt)
-    return 1
+def _prompts(asked: Mapping[str, Any]) -> tuple[str, int]:
+    """The field that has most of a body's prompts, and how many prompts vLLM makes of the body.
+
+    A completion has those of `prompt` and those of `prompt_embeds`; each of the `items` to score is one; the
+    `messages` of a batch of chats are a list of conversations.
+    """
+    fields = ("prompt", "prompt_embeds", "items")
+    counts = {field: _length(asked[field]) for field in fields if asked.get(field) is not None}
+    messages = asked.get("messages")
+    if isinstance(messages, list) and messages and isinstance(messages[0], list):
+        counts["messages"] = len(messages)
+    most = max(counts, key=counts.__getitem__, default="prompt")
+    return most, max(sum(counts.values()), 1)
+
+
+def _length(value: Any) -> int:
+    """A list of integers is one prompt, given as tokens."""
+    is_tokens = isinstance(value, list) and value and isinstance(value[0], int)
+    return len(value) if isinstance(value, list) and not is_tokens else 1
