@@ -43,3 +43,8 @@ def error_response(
         "code": status if code is None else code,
     }
     return JSONResponse({"error": error}, status, headers=dict(headers or {}))
+
+
+def no_such_route() -> JSONResponse:
+    """The answer to a path that leads nowhere."""
+    return error_response(404, "There is no such route.")

@@ -14,7 +14,7 @@ from rkv_vllm.server.asgi import ClientGone, is_request, read_body, replay, rout
 from rkv_vllm.server.auth import presented_key
 from rkv_vllm.server.caller_rules import CallerRules, KvSettings, RulesByApiKey
 from rkv_vllm.server.engine_client import RequestContext
-from rkv_vllm.server.errors import error_response
+from rkv_vllm.server.errors import error_response, no_such_route
 from rkv_vllm.server.json_body import UnfitBody, json_object
 from rkv_vllm.server.openapi import with_kv_cache
 from rkv_vllm.server.protocol import FIELD
@@ -45,7 +45,9 @@ class KvCacheMiddleware:
         self._prepare(scope["app"])
         rules = self.rules.of(presented_key(Headers(scope=scope)))
         path = route_path(scope)
-        if scope["type"] == "http" and path == BOUNDS_PATH:
+        if path is None:
+            await no_such_route()(scope, receive, send)
+        elif scope["type"] == "http" and path == BOUNDS_PATH:
             await bounds(rules, scope)(scope, receive, send)
         elif scope["type"] == "http" and scope["method"] == "POST" and path in PATHS:
             await self._generate(rules, scope, receive, send)

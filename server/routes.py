@@ -12,7 +12,7 @@ from starlette.routing import compile_path
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rkv_vllm.server.asgi import is_request, route_path
-from rkv_vllm.server.errors import error_response
+from rkv_vllm.server.errors import no_such_route
 
 OPEN_ROUTES = (
     "/health",
@@ -43,7 +43,10 @@ class ClosedRoutes:
         self._open = [compile_path(route)[0] for route in open_routes]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if is_request(scope) and not any(route.match(route_path(scope)) for route in self._open):
-            await error_response(404, "There is no such route.")(scope, receive, send)
+        if is_request(scope) and not self._is_open(route_path(scope)):
+            await no_such_route()(scope, receive, send)
             return
         await self.app(scope, receive, send)
+
+    def _is_open(self, path: str | None) -> bool:
+        return path is not None and any(route.fullmatch(path) for route in self._open)

@@ -77,6 +77,7 @@ def test_leaves_public_paths_and_preflights_open() -> None:
     async def test() -> None:
         async with client(guarded("/health")) as http:
             assert (await http.get("/health")).status_code == 200
+            assert (await http.get("/health%0a")).status_code == 401
             assert (await http.options("/v1/models", headers=preflight)).status_code == 200
             assert (await http.options("/v1/models")).status_code == 401
             assert (await http.post("/v1/models", headers=preflight)).status_code == 401

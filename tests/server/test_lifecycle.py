@@ -44,6 +44,7 @@ def test_ready_until_the_engine_dies_or_the_stop_begins() -> None:
         assert stopping.status == 503
         assert "stopping" in json.loads(stopping.body)["error"]["message"]
         assert (await ask(lifecycle, "/health")).status == 200
+        assert (await ask(lifecycle, "/health\n")).status == 503
         assert (await ask(lifecycle, "/metrics")).status == 200
         await until_exit(server)
 

@@ -136,6 +136,17 @@ def test_json_that_cannot_be_served_is_refused(content: bytes) -> None:
     assert engine.extra_args == []
 
 
+@pytest.mark.parametrize(
+    "path", ["/v1/completions%0a", "/v1/kv_cache%0A", "/echo%00", "/v1/completions%C2%85"]
+)
+def test_no_route_has_control_characters(path: str) -> None:
+    """Proves that a path which the application's router takes for a route is not served past the rules."""
+    engine = Engine()
+    answer = application(engine).post(path, json={"kv_cache": {"budget": 9000}})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (404, "NotFoundError")
+    assert engine.extra_args == []
+
+
 def test_a_body_in_parts_arrives_whole() -> None:
     """Proves that the application reads what the client sent, however it was cut."""
     engine = Engine()

@@ -161,6 +161,8 @@ CLOSED = [
     *("/sleep", "/wake_up", "/start_profile", "/collective_rpc", "/server_info", "/reset_prefix_cache"),
     *("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/chat/completions/batch", "/pause"),
     *("/v1/responses/render", "/v1/completions/derender", "/kv_event_sources", "/tokenizer_info"),
+    *("/v1/completions\n", "/v1/responses/resp_1\n", "/v1/responses/resp_1/cancel\n", "/health\r"),
+    *("/v1/responses/resp_\x00", "/v1/models\x7f", "/ready\x85", "/proxy\n/v1/models"),
     *("/metrics/x", "/v1/responses/a/b", "/V1/models", "/v1/models/", "/", "", "//v1/models", "/v1"),
 ]
 
