@@ -39,7 +39,7 @@ class Echo:
                 break
         seen = {
             "path": scope["path"],
-            "headers": {name.decode(): value.decode() for name, value in scope["headers"]},
+            "headers": {name.decode(): value.decode("latin-1") for name, value in scope["headers"]},
             "state": scope.get("state", {}),
             "body": body.decode(),
         }

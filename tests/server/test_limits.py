@@ -107,6 +107,19 @@ def test_refuses_json_that_cannot_be_served(limits: Limits, body: bytes) -> None
     drive(test)
 
 
+@pytest.mark.parametrize("declared", ["\u00b2", "9" * 5000, "-1", "1e3", " 1"])
+def test_a_declared_length_is_no_number_until_it_is_one(declared: str) -> None:
+    """One of superscripts counts as none, and one beyond what an integer may have is too long."""
+
+    async def test() -> None:
+        connection = Connection(PATH, b"{}")
+        connection.scope["headers"] = [(b"content-length", declared.encode("latin-1"))]
+        await connection.start(RequestLimits(Echo(), LIMITS))
+        assert connection.status == (413 if len(declared) > 100 else 200)
+
+    drive(test)
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 def test_refuses_a_long_body(chunked: bool) -> None:
     """With a declared length before it is read, and without one as soon as it is too long."""
