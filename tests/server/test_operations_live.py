@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from live_server import MODEL, Server, eventually
+from nasty import PATHS, REFUSED, ROUTES, UNFIT
 from openai import APIStatusError, AsyncOpenAI
 
 from rkv_vllm.demo.model import prepare
@@ -143,6 +144,28 @@ def test_limits_hold_and_spare_long_prompts(server: Server) -> None:
         assert usage["total_tokens"] == 512
         answer = http.post("/v1/completions", content="{", headers={"content-type": "application/json"})
         assert answer.status_code == 400
+
+
+def test_nothing_nasty_fails_in_the_server(server: Server) -> None:
+    """Proves that bodies and paths which stock vLLM answers with 500, or takes for another route than we do,
+    are refused in a few words, and that the log names no error."""
+    before = server.log.stat().st_size
+    posts = [(400, route, body) for route in ROUTES for body in UNFIT.values()]
+    posts += [(400, route, body) for route in ROUTES[:3] for body in REFUSED.values()]
+    posts += [(404, path, json.dumps(completion(max_tokens=1)).encode()) for path in PATHS]
+    headers = {"content-type": "application/json", "x-request-id": "nasty"}
+    with server.http() as http:
+        for status, path, body in posts:
+            answer = http.post(path, content=body, headers=headers)
+            assert answer.status_code == answer.json()["error"]["code"] == status, (path, body)
+            assert len(answer.content) < 500
+    assert {line["status"] for line in server.access_lines_of("nasty", len(posts))} == {400, 404}
+    with server.log.open("rb") as log:
+        log.seek(before)
+        said = log.read()
+    assert b"Traceback" not in said
+    assert b"ERROR" not in said
+    assert max(map(len, said.splitlines())) < 2000
 
 
 def test_a_disconnect_gives_the_pages_back(server: Server) -> None:
