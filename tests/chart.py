@@ -3,17 +3,75 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from helm_python.chart import Chart
+from helm_python.errors import HelmRenderError, HelmValuesError
 
 ROOT = Path(__file__).resolve().parents[1]
 CHART = ROOT / "deploy" / "helm" / "rkv-vllm"
 EXAMPLES = ROOT / "deploy" / "helm" / "examples"
 RELEASE, NAMESPACE = "demo", "serving"
 
+#: Of an API key.
+DIGEST = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+
 Object = dict[str, Any]
+Values = dict[str, Any]
+
+#: Values that switch everything on.
+EVERYTHING: Values = {
+    "fullnameOverride": "reasoner",
+    "image": {"pullSecrets": [{"name": "registry"}]},
+    "servedModelName": "reasoner",
+    "gpu": {"count": 4},
+    "kvCache": {
+        "budget": 1024,
+        "budgetMin": 512,
+        "budgetMax": 4096,
+        "requireBudget": True,
+        "policies": ["rkv", "snapkv"],
+        "mixLambda": 0.25,
+        "beyondPool": True,
+        "keyPolicies": {DIGEST: {"budget": 512}},
+    },
+    "engine": {
+        "maxModelLen": 8192,
+        "maxNumSeqs": 64,
+        "gpuMemoryUtilization": 0.9,
+        "extraArgs": ["--block-size", "16"],
+    },
+    "limits": {
+        "bodyBytes": 67108864,
+        "maxTokens": 4096,
+        "answers": 2,
+        "concurrent": 9,
+        "concurrentPerKey": 3,
+    },
+    "apiKeys": {"entries": {"alice": "sk-alice", "prometheus": "sk-prometheus"}},
+    "openRoutes": ["/tokenize", "/detokenize"],
+    "huggingFaceToken": {"existingSecret": "hugging-face"},
+    "modelCache": {"type": "persistentVolumeClaim", "storageClass": "fast"},
+    "serviceMonitor": {"enabled": True, "labels": {"release": "p"}, "apiKeySecret": "prometheus"},
+    "prometheusRule": {"enabled": True, "labels": {"release": "p"}},
+    "dashboards": {"enabled": True, "annotations": {"grafana_folder": "rkv-vllm"}},
+    "autoscaling": {"enabled": True},
+    "podDisruptionBudget": {"enabled": True},
+    "networkPolicy": {"enabled": True, "allowDownloads": False},
+    "service": {"type": "LoadBalancer", "annotations": {"a": "b"}},
+    "serviceAccount": {"annotations": {"a": "b"}},
+    "podLabels": {"team": "maths"},
+    "podAnnotations": {"a": "b"},
+    "extraEnv": [{"name": "VLLM_NO_USAGE_STATS", "value": "1"}],
+    "extraVolumes": [{"name": "models", "hostPath": {"path": "/models"}}],
+    "extraVolumeMounts": [{"name": "models", "mountPath": "/models", "readOnly": True}],
+    "nodeSelector": {"gpu": "h100"},
+    "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
+    "affinity": {"podAntiAffinity": {}},
+    "priorityClassName": "serving",
+    "runtimeClassName": "nvidia",
+}
 
 
 def render(values: dict[str, Any] | None = None, chart: Path = CHART) -> list[Object]:
@@ -25,6 +83,30 @@ def render(values: dict[str, Any] | None = None, chart: Path = CHART) -> list[Ob
         files = loaded.render(values or {}, name=RELEASE, namespace=NAMESPACE)
     manifests = (text for path, text in files.items() if path.endswith(".yaml"))
     return [found for text in manifests for found in yaml.safe_load_all(text) if found]
+
+
+def refusal(values: Values) -> str | None:
+    """Why the chart refuses these values; None where it takes them."""
+    try:
+        render(values)
+    except (HelmRenderError, HelmValuesError) as error:
+        return str(error)
+    return None
+
+
+def nested(path: str, value: Any) -> Values:
+    for name in reversed(path.split(".")):
+        value = {name: value}
+    return cast(Values, value)
+
+
+def merged(below: Values, above: Values) -> Values:
+    """`above` over `below`, as Helm merges values."""
+    found = {**below, **above}
+    for name in below.keys() & above.keys():
+        if isinstance(below[name], dict) and isinstance(above[name], dict):
+            found[name] = merged(below[name], above[name])
+    return found
 
 
 def example(name: str) -> dict[str, Any]:
