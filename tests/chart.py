@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -74,15 +75,31 @@ EVERYTHING: Values = {
 }
 
 
-def render(values: dict[str, Any] | None = None, chart: Path = CHART) -> list[Object]:
-    """The objects that `helm install demo` would make in the namespace `serving`.
+class KubernetesYaml(yaml.SafeLoader):
+    """YAML as Kubernetes reads it: by version 1.1, as PyYAML does, with some more that is no text in Go."""
+
+    bool_values = {**yaml.SafeLoader.bool_values, "y": True, "n": False}  # noqa: RUF012
+
+
+for tag, pattern, first in (
+    ("bool", r"^[yYnN]$", "yYnN"),
+    ("int", r"^[-+]?0o[0-7_]+$", "-+0"),
+    ("float", r"^[-+]?[0-9]*\.?[0-9]+[eE][-+]?[0-9]+$", "-+.0123456789"),
+):
+    KubernetesYaml.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(pattern), list(first))
+
+
+def render(
+    values: dict[str, Any] | None = None, chart: Path = CHART, *, release: str = RELEASE
+) -> list[Object]:
+    """The objects that `helm install RELEASE` would make in the namespace `serving`.
 
     Raises: HelmValuesError and HelmRenderError, as Helm refuses values.
     """
     with Chart.load(chart) as loaded:
-        files = loaded.render(values or {}, name=RELEASE, namespace=NAMESPACE)
+        files = loaded.render(values or {}, name=release, namespace=NAMESPACE)
     manifests = (text for path, text in files.items() if path.endswith(".yaml"))
-    return [found for text in manifests for found in yaml.safe_load_all(text) if found]
+    return [found for text in manifests for found in yaml.load_all(text, KubernetesYaml) if found]
 
 
 def refusal(values: Values) -> str | None:

@@ -10,10 +10,16 @@ from typing import Any
 import pytest
 from chart import CHART, DIGEST, EVERYTHING, Values, merged, nested, render, the
 from helm_python.errors import HelmRenderError, HelmValuesError
+from jsonschema import Draft7Validator
 from kubernetes_types import check_types
 
 SCALERS = ("ScaledObject", "HorizontalPodAutoscaler")
 SCHEMA: Values = json.loads((CHART / "values.schema.json").read_text())
+#: What an unquoted scalar does not mean as text, in YAML as Kubernetes reads it.
+WORDS = [
+    *("true", "off", "y", "null", "~", "123", "0o17", "0x1f", "1e3", "1.5", "1_000", "2026-01-01"),
+    *("#", "'", '"', "a: b"),
+]
 POD = {"matchLabels": {"a": "b"}}
 SPREAD = {"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "DoNotSchedule"}
 #: Values that are right, by their place.
@@ -178,6 +184,53 @@ def leaves(schema: Values = SCHEMA, path: str = "") -> Iterator[tuple[str, Value
             yield from leaves(below, f"{path}{name}.")
         else:
             yield f"{path}{name}", {**below, "definitions": SCHEMA["definitions"]}
+
+
+def wherever_it_fits(word: str) -> Values:
+    """Everything switched on, and `word` as each value that takes any text, in maps as name and content."""
+    values = EVERYTHING | {"extraVolumeMounts": []}
+    for path, schema in leaves():
+        takes = Draft7Validator(schema).is_valid
+        for value in (
+            word,
+            [word],
+            {word: word},
+            {"a": word},
+            [{"name": word}],
+            [{"name": "A", "value": word}],
+        ):
+            if takes(value):
+                values = merged(values, nested(path, value))
+                break
+    return values
+
+
+def scalars(found: Any) -> Iterator[Any]:
+    """Names in maps, and everything that is no list or map."""
+    if isinstance(found, dict):
+        yield from found
+        found = list(found.values())
+    if isinstance(found, list):
+        for below in found:
+            yield from scalars(below)
+    else:
+        yield found
+
+
+@pytest.mark.parametrize("existing", [False, True], ids=["made", "existing"])
+@pytest.mark.parametrize("word", WORDS)
+def test_text_stays_text(word: str, existing: bool) -> None:
+    """Proves that no value which takes text renders as another type, whatever the text looks like, nor does
+    the release's name."""
+    made = {"apiKeys": {"existingSecret": ""}, "modelCache": {"existingClaim": ""}}
+    values = merged(wherever_it_fits(word), {"apiKeys": {"entries": None}} if existing else made)
+    name = {"release": word} if re.fullmatch("[a-z0-9.-]*[a-z0-9]", word) else {}
+    objects = render(values, **name)
+    check_types(objects)
+    assert list(scalars(objects)).count(word) > 5
+    for found in objects:
+        assert all(isinstance(text, str) for text in scalars(found["metadata"]))
+    assert all(isinstance(text, str) for text in scalars(the("Deployment", objects)["spec"]["selector"]))
 
 
 @pytest.mark.parametrize(
