@@ -62,14 +62,18 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | quote }}
 namespace="{{ .Release.Namespace }}",service="{{ include "rkv-vllm.fullname" . }}"
 {{- end -}}
 
-{{/* Options of `rkv-vllm serve`, one a line; an unset value is no option. */}}
-{{- define "rkv-vllm.arguments" -}}
+{{/* Options of `rkv-vllm serve`, each a list of name and value; nothing and false are no option, true has no value. */}}
+{{- define "rkv-vllm.options" -}}
 {{- $values := .Values -}}
-{{- $options := list
+{{- list
+  (list "host" "0.0.0.0")
+  (list "port" 8000)
   (list "served-model-name" $values.servedModelName)
+  (list "tensor-parallel-size" (gt (int $values.gpu.count) 1 | ternary $values.gpu.count false))
   (list "kv-budget" $values.kvCache.budget)
   (list "kv-budget-min" $values.kvCache.budgetMin)
   (list "kv-budget-max" $values.kvCache.budgetMax)
+  (list "kv-require-budget" $values.kvCache.requireBudget)
   (list "kv-buffer" $values.kvCache.buffer)
   (list "kv-policy" $values.kvCache.policy)
   (list "kv-policies" (join "," $values.kvCache.policies))
@@ -77,6 +81,8 @@ namespace="{{ .Release.Namespace }}",service="{{ include "rkv-vllm.fullname" . }
   (list "kv-granularity" $values.kvCache.granularity)
   (list "kv-scope" $values.kvCache.scope)
   (list "kv-order" $values.kvCache.order)
+  (list "kv-beyond-pool" $values.kvCache.beyondPool)
+  (list "kv-key-policies" (empty $values.kvCache.keyPolicies | ternary false "/etc/rkv-vllm/policies/key-policies.yaml"))
   (list "max-model-len" $values.engine.maxModelLen)
   (list "max-num-seqs" $values.engine.maxNumSeqs)
   (list "gpu-memory-utilization" $values.engine.gpuMemoryUtilization)
@@ -85,38 +91,27 @@ namespace="{{ .Release.Namespace }}",service="{{ include "rkv-vllm.fullname" . }
   (list "limit-n" $values.limits.answers)
   (list "limit-concurrent" $values.limits.concurrent)
   (list "limit-concurrent-per-key" $values.limits.concurrentPerKey)
+  (list "open-metrics" $values.openMetrics)
   (list "open-routes" (join "," $values.openRoutes))
+  (list "api-key-file" (empty (include "rkv-vllm.apiKeySecret" .) | ternary false "/etc/rkv-vllm/keys/api-keys"))
   (list "access-log" $values.accessLog)
   (list "shutdown-timeout" $values.shutdown.drainSeconds)
--}}
-- {{ $values.model | quote }}
-- --host=0.0.0.0
-- --port=8000
-{{- range $options }}
-{{- $value := index . 1 }}
-{{- if not (or (kindIs "invalid" $value) (eq (toString $value) "")) }}
-- {{ printf "--%s=%s" (first .) (kindIs "float64" $value | ternary ($value | toJson) (toString $value)) | quote }}
+  | toJson -}}
+{{- end -}}
+
+{{/* What the container runs with. */}}
+{{- define "rkv-vllm.arguments" -}}
+- {{ .Values.model | quote }}
+{{- range include "rkv-vllm.options" . | fromJsonArray }}
+{{- $name := first . }}
+{{- $value := last . }}
+{{- if eq (toJson $value) "true" }}
+- {{ printf "--%s" $name | quote }}
+{{- else if not (has $value (list nil false "")) }}
+- {{ printf "--%s=%s" $name (kindIs "string" $value | ternary $value (toJson $value)) | quote }}
 {{- end }}
 {{- end }}
-{{- if gt (int $values.gpu.count) 1 }}
-- --tensor-parallel-size={{ int $values.gpu.count }}
-{{- end }}
-{{- if $values.kvCache.requireBudget }}
-- --kv-require-budget
-{{- end }}
-{{- if $values.kvCache.beyondPool }}
-- --kv-beyond-pool
-{{- end }}
-{{- if $values.kvCache.keyPolicies }}
-- --kv-key-policies=/etc/rkv-vllm/policies/key-policies.yaml
-{{- end }}
-{{- if $values.openMetrics }}
-- --open-metrics
-{{- end }}
-{{- if include "rkv-vllm.apiKeySecret" . }}
-- --api-key-file=/etc/rkv-vllm/keys/api-keys
-{{- end }}
-{{- range $values.engine.extraArgs }}
+{{- range .Values.engine.extraArgs }}
 - {{ . | quote }}
 {{- end }}
 {{- end -}}
