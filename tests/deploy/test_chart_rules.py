@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from chart import CHART, DIGEST, EVERYTHING, Values, merged, nested, render, the
+from chart import CHART, DIGEST, EVERYTHING, Values, merged, nested, refusal, render, the
 from helm_python.errors import HelmRenderError, HelmValuesError
 from jsonschema import Draft7Validator
 from kubernetes_types import check_types
@@ -168,12 +168,27 @@ WRONG: dict[str, list[Any]] = {
 }
 #: Values of which each alone is right, and what names them.
 WRONG_TOGETHER: list[tuple[Values, str]] = [
+    ({"strategy": {"rollingUpdate": {"maxSurge": 0}}}, "strategy.rollingUpdate"),
+    ({"strategy": {"rollingUpdate": {"maxSurge": "0%", "maxUnavailable": "0%"}}}, "strategy.rollingUpdate"),
     ({"autoscaling": {"enabled": True, "minReplicas": 5}}, "autoscaling.minReplicas"),
     ({"apiKeys": {"entries": {"a": "b"}, "existingSecret": "c"}}, "apiKeys"),
     (
         {"apiKeys": {"existingSecret": "c"}, "serviceMonitor": {"enabled": True}},
         "serviceMonitor.apiKeySecret",
     ),
+    ({"resources": {"requests": {"memory": "65Gi"}}}, "resources.requests.memory"),
+    ({"resources": {"requests": {"cpu": 2}, "limits": {"cpu": "1999m"}}}, "resources.requests.cpu"),
+    ({"resources": {"requests": {"x.io/nic": 1}}}, "resources.requests.x.io/nic"),
+    ({"resources": {"limits": {"nvidia.com/gpu": 2}}}, "resources.limits.nvidia.com/gpu"),
+    ({"extraEnv": [{"name": "A"}, {"name": "A"}]}, "extraEnv: A"),
+    (
+        {"extraEnv": [{"name": "HF_TOKEN"}], "huggingFaceToken": {"existingSecret": "a"}},
+        "extraEnv: HF_TOKEN",
+    ),
+    ({"extraVolumes": [{"name": "cache", "emptyDir": {}}]}, "extraVolumes: cache"),
+    ({"extraVolumeMounts": [{"name": "models", "mountPath": "/models"}]}, "extraVolumeMounts: there is no"),
+    ({"extraVolumeMounts": [{"name": "cache", "mountPath": "/tmp"}]}, "extraVolumeMounts: /tmp"),
+    ({"topologySpreadConstraints": [SPREAD, SPREAD | {"maxSkew": 2}]}, "topologySpreadConstraints: zone"),
 ]
 
 
@@ -266,6 +281,15 @@ def test_values_that_do_not_fit_together_are_refused(values: Values, named: str)
     assert f": {named}" in str(refusal.value)
 
 
+def test_every_problem_is_told_at_once() -> None:
+    """Proves that one render names all values which do not fit together, a line each."""
+    found = refusal(merged(*(values for values, _ in WRONG_TOGETHER[1:3]))) or ""
+    assert [line.split(": ")[-2] for line in found.splitlines()] == [
+        "strategy.rollingUpdate",
+        "autoscaling.minReplicas",
+    ]
+
+
 def test_a_default_that_is_taken_away_is_refused_or_not_needed() -> None:
     """Proves that null, by which Helm removes a default, leaves no object with a hole in it."""
     paths = {path for path, _ in leaves()}
@@ -281,6 +305,14 @@ def test_a_default_that_is_taken_away_is_refused_or_not_needed() -> None:
         check_types([found for found in objects if found not in usual])
         taken += 1
     assert 20 < taken < len(paths)
+
+
+@pytest.mark.parametrize("release", ["123", "7b", "team.a"])
+def test_a_release_whose_name_no_service_may_have_needs_another_name(release: str) -> None:
+    """Proves that a name which begins with a digit, or has a dot, is refused by the value that mends it."""
+    with pytest.raises(HelmRenderError, match=rf"fullnameOverride: .*{release}"):
+        render(release=release)
+    check_types(render({"fullnameOverride": "reasoner"}, release=release))
 
 
 def test_recreate_has_no_rolling_update() -> None:
