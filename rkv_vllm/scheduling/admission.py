@@ -94,7 +94,7 @@ class AdmissionControl:
         max_model_len exceed the pool.
         """
         # A streaming-input session may grow as far as the model allows.
-        length = self._max_model_len if request.resumable else self._final_length(request)
+        length = self._max_model_len if request.resumable else self.final_length(request)
         tracked = self._tracked.get(request.request_id)
         needed = self._pages(peak_slots(length, tracked.lengths if tracked else None))
         if needed <= self._usable_pages:
@@ -205,7 +205,7 @@ class AdmissionControl:
         self, request: Request, tracked: TrackedRequest, num_computed_tokens: int, shared_pages: int
     ) -> RequestForecast:
         lengths = tracked.lengths
-        final_length = self._final_length(request)
+        final_length = self.final_length(request)
         to_compute = max(request.num_tokens - num_computed_tokens, 0)
         prompt_steps = cdiv(to_compute, self._max_num_batched_tokens)
         steps_remaining = prompt_steps + max(final_length - request.num_tokens, 0)
@@ -228,7 +228,7 @@ class AdmissionControl:
             prompt_steps=_PROMPT_DELAY * prompt_steps,
         )
 
-    def _final_length(self, request: Request) -> int:
+    def final_length(self, request: Request) -> int:
         """Tokens that the request has when it ends at the latest."""
         return min(request.num_prompt_tokens + request.max_tokens, self._max_model_len)
 

@@ -35,6 +35,7 @@ class RoundPlanner:
         query_rows: QueryRows,
         tally: MetricTally,
         preempt_one: Callable[[], Request],
+        final_length: Callable[[Request], int],
     ) -> None:
         """
         Args:
@@ -45,6 +46,7 @@ class RoundPlanner:
             query_rows: the rows of the query ring.
             tally: told what was planned, deferred and cancelled.
             preempt_one: preempts the request that vLLM would preempt next, and returns it.
+            final_length: tokens that a request has when it ends at the latest.
         """
         self._requests = requests
         self._tracked = tracked
@@ -52,6 +54,7 @@ class RoundPlanner:
         self._query_rows = query_rows
         self._tally = tally
         self._preempt_one = preempt_one
+        self._final_length = final_length
         self._page_changes: _PageChanges = (
             _WholePages(manager, tracked) if granularity == "page" else _MovedTokens(manager)
         )
@@ -155,10 +158,12 @@ class RoundPlanner:
             self._may_be_due.append(request)
         return num_new_tokens
 
-    @staticmethod
-    def _is_due(request: Request, tracked: TrackedRequest) -> bool:
+    def _is_due(self, request: Request, tracked: TrackedRequest) -> bool:
         # Logical; the steps that compute these tokens are all enqueued, whether their output is known or not.
-        return request.status == RequestStatus.RUNNING and tracked.lengths.is_due(request.num_computed_tokens)
+        if request.status != RequestStatus.RUNNING or not tracked.lengths.is_due(request.num_computed_tokens):
+            return False
+        # Where the last token is among those not known yet, nothing will read the cache again.
+        return request.num_tokens + request.num_output_placeholders < self._final_length(request)
 
     def _preempt_until_compactable(self, request: Request, tracked: TrackedRequest) -> bool:
         """Preempts, as vLLM does where slots run out, until there are pages to compact into.

@@ -92,6 +92,7 @@ class CompactingSchedulerMixin(_Scheduler):
             query_rows=self._query_rows,
             tally=self._tally,
             preempt_one=self._preempt_one,
+            final_length=self._admission.final_length,
         )
 
     # -- a request's life ----------------------------------------------------------------------------------

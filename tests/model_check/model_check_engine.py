@@ -270,8 +270,20 @@ class Engine:
         """Whether the definition says that the request is compacted in the coming step."""
         model = self.models[request.request_id]
         due_now = model.due is not None and request.num_computed_tokens >= model.due
+        due_now &= not self._is_complete(request)
         self.counts["compactions that wait"] += due_now and model.awaited is not None
         return due_now and model.awaited is None
+
+    def _is_complete(self, request: Request) -> bool:
+        """Whether the last token that it may have was computed, though it may not be known yet."""
+        to_come = sum(
+            bool(answer.sampled_token_ids[answer.req_id_to_index[request.request_id]])
+            for _, answer in self._in_flight
+            if request.request_id in answer.req_id_to_index
+        )
+        arrival = self.arrivals[request.request_id]
+        most = min(len(arrival.prompt) + arrival.max_tokens, MAX_MODEL_LEN)
+        return len(request.all_token_ids) + to_come >= most
 
     def _update(self, output: SchedulerOutput, model_output: ModelRunnerOutput) -> None:
         for report in reports_of(model_output):

@@ -134,6 +134,20 @@ def test_page_evictions_follow_from_the_definition() -> None:
         assert outcome.points["one"] == [first, *range(second, last + 1, 16)]
 
 
+@pytest.mark.parametrize("granularity", ["token", "page"])
+@pytest.mark.parametrize("max_tokens", [1, 2, 3])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_who_will_not_decode_again_is_not_compacted(
+    depth: int, max_tokens: int, granularity: Granularity
+) -> None:
+    """Proves that a long prompt has as many rounds as its answer makes use of, at any depth."""
+    budget = {"rkv_budget": 24, "rkv_buffer": 8, "rkv_policy": "rkv"}
+    arrivals = [Arrival(f"{i}", prompt(100, i), max_tokens, budget, stops_early=False) for i in range(4)]
+    config = RkvConfig(granularity=granularity)
+    outcome = Engine(Setup(num_pages=60, depth=depth, config=config), arrivals).run()
+    assert outcome.counts["compactions"] == (4 if max_tokens > 1 else 0)
+
+
 @pytest.mark.parametrize(
     ("page_size", "length", "budget", "buffer"), [(16, 48, 24, 8), (32, 64, 33, 24), (128, 512, 130, 128)]
 )
