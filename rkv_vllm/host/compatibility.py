@@ -38,6 +38,25 @@ def _needs_one_decision_for_all_ranks(vllm_config: VllmConfig) -> bool:
     return config.granularity == "page" or config.scope != "head"
 
 
+#: vLLM's names of caches that hold plain keys.
+PLAIN_CACHE_DTYPES = ("auto", "float16", "bfloat16")
+
+
+def _quantises_the_cache(vllm_config: VllmConfig) -> bool:
+    """Whether the cache's type is asked for, or left to a checkpoint that asks for FP8.
+
+    vLLM's own setting still says "auto" then: each layer decides when it is made.
+    """
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+        CompressedTensorsConfig,
+    )
+
+    asked, checkpoint = vllm_config.cache_config.cache_dtype, vllm_config.quant_config
+    if asked == "auto" and isinstance(checkpoint, CompressedTensorsConfig):
+        return checkpoint.kv_cache_scheme is not None
+    return asked not in PLAIN_CACHE_DTYPES
+
+
 FEATURES: tuple[Feature, ...] = (
     _works("prefix caching", "shared and cached pages are never written; compaction copies out of them"),
     _works("chunked prefill", "prompts are compacted when decoding begins"),
@@ -76,8 +95,8 @@ FEATURES: tuple[Feature, ...] = (
     ),
     _refused(
         "quantised KV cache",
-        "scores need plain keys",
-        lambda c: c.cache_config.cache_dtype not in ("auto", "float16", "bfloat16"),
+        "scores need plain keys, which `--kv-cache-dtype bfloat16` gives where a checkpoint asks for FP8",
+        _quantises_the_cache,
     ),
     _refused(
         "multi-head latent attention", "the cache holds latents, not keys", lambda c: c.model_config.use_mla
@@ -154,6 +173,9 @@ def refuse_unsupported_layers(layers: Mapping[str, Attention]) -> None:
             problems.setdefault("ALiBi", name)
         if layer.kv_sharing_target_layer_name is not None:
             problems.setdefault("cross-layer KV sharing", name)
+        if layer.kv_cache_dtype not in PLAIN_CACHE_DTYPES:
+            of_type = f"a KV cache of type {layer.kv_cache_dtype} (--kv-cache-dtype bfloat16 keeps it plain)"
+            problems.setdefault(of_type, name)
         if layer.attn_type != "decoder":
             problems.setdefault(f"attention of type {layer.attn_type}", name)
     found = [f"{problem} is not supported (layer {name})" for problem, name in problems.items()]

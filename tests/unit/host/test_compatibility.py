@@ -6,6 +6,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+    CompressedTensorsConfig,
+)
 
 from rkv_vllm.host.compatibility import (
     FEATURES,
@@ -19,6 +22,7 @@ def configuration(**changes: Any) -> Any:
     """What the check reads of a VllmConfig; a change is named `part__field`, or `field` of the whole."""
     config = SimpleNamespace(
         speculative_config=None,
+        quant_config=None,
         kv_transfer_config=None,
         cache_config=SimpleNamespace(kv_offloading_size=None, cache_dtype="auto"),
         parallel_config=SimpleNamespace(
@@ -45,6 +49,14 @@ def configuration(**changes: Any) -> Any:
     return config
 
 
+def checkpoint(kv_cache_scheme: dict[str, Any] | None) -> CompressedTensorsConfig:
+    """What vLLM reads of a checkpoint of compressed-tensors, with FP8 weights."""
+    settings = {"format": "float-quantized", "quant_method": "compressed-tensors", "config_groups": {}}
+    return CompressedTensorsConfig.from_config(settings | {"kv_cache_scheme": kv_cache_scheme})
+
+
+FP8 = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+
 REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("speculative decoding", {"speculative_config": object()}),
     ("KV connectors and offloading", {"kv_transfer_config": object()}),
@@ -53,6 +65,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("context parallelism", {"parallel_config__prefill_context_parallel_size": 2}),
     ("micro-batching (dual batch overlap)", {"parallel_config__use_ubatching": True}),
     ("quantised KV cache", {"cache_config__cache_dtype": "fp8"}),
+    ("quantised KV cache", {"quant_config": checkpoint(FP8)}),
     ("multi-head latent attention", {"model_config__use_mla": True}),
     *(
         (
@@ -100,6 +113,12 @@ def test_several_ranks_are_refused_for_common_decisions_only() -> None:
         refuse_unsupported(configuration(additional_config={"rkv": settings}))
 
 
+def test_plain_keys_of_quantised_checkpoints_pass() -> None:
+    """Proves that FP8 weights pass, and an FP8 cache where the operator asks for a plain one instead."""
+    refuse_unsupported(configuration(quant_config=checkpoint(None)))
+    refuse_unsupported(configuration(quant_config=checkpoint(FP8), cache_config__cache_dtype="bfloat16"))
+
+
 def test_every_feature_that_can_be_seen_is_tested() -> None:
     """Proves that the cases above miss no row of the table."""
     assert {name for name, _ in REFUSED} == {row.name for row in FEATURES if row.in_use is not None}
@@ -124,6 +143,7 @@ def layer(**changes: Any) -> Any:
         "alibi_slopes": None,
         "kv_sharing_target_layer_name": None,
         "attn_type": "decoder",
+        "kv_cache_dtype": "auto",
         **changes,
     }
     return SimpleNamespace(impl=SimpleNamespace(alibi_slopes=fields.pop("alibi_slopes")), **fields)
@@ -142,6 +162,7 @@ def test_all_problems_of_layers_in_one_error() -> None:
         "2": layer(alibi_slopes=[0.5], sliding_window=128),
         "3": layer(kv_sharing_target_layer_name="0"),
         "4": layer(attn_type="encoder"),
+        "5": layer(kv_cache_dtype="fp8"),
     }
     with pytest.raises(ValueError) as refused:
         refuse_unsupported_layers(layers)
@@ -150,6 +171,7 @@ def test_all_problems_of_layers_in_one_error() -> None:
         "  - ALiBi is not supported (layer 2)",
         "  - cross-layer KV sharing is not supported (layer 3)",
         "  - attention of type encoder is not supported (layer 4)",
+        "  - a KV cache of type fp8 (--kv-cache-dtype bfloat16 keeps it plain) is not supported (layer 5)",
     ]
 
 
