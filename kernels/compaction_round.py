@@ -49,6 +49,7 @@ class RkvRound:
         scale: float | None = None,
         scope: Scope = "head",
         scratch_bytes: int = 64 * 2**20,
+        longest: int = 0,
     ) -> None:
         """Allocate the scratch memory.
 
@@ -60,6 +61,8 @@ class RkvRound:
             scale: ``1 / sqrt(D)`` when None.
             scope: who shares one set of kept tokens.
             scratch_bytes: device memory for everything that a round keeps for itself.
+            longest: physical length of the longest request, in tokens, for one layer of which there is more
+                memory if need be; 0: not known, and rounds of what does not fit are refused.
 
         Raises:
             ValueError: a setting is out of range, or the cache's dtype or head size is not supported.
@@ -81,7 +84,11 @@ class RkvRound:
         self.scale = 1.0 / math.sqrt(kv.head_size) if scale is None else scale
         self.scope = scope
         self.scratch = ScratchMemory(
-            kv, window=window, shares_all_layers=scope == "global", num_bytes=scratch_bytes
+            kv,
+            window=window,
+            shares_all_layers=scope == "global",
+            num_bytes=scratch_bytes,
+            longest=longest,
         )
 
     def run(self, queries: torch.Tensor, batch: CompactionBatch, lam: torch.Tensor) -> None:
@@ -101,20 +108,21 @@ class RkvRound:
         self._check(batch, queries, lam)
         self._run(batch, partial(self._score_in_scratch, queries, lam))
 
-    def select_and_move(self, scores: torch.Tensor, batch: CompactionBatch) -> None:
+    def select_and_move(self, scores_of_layer: Callable[[int], torch.Tensor], batch: CompactionBatch) -> None:
         """Select by given scores and move the survivors, for policies that score elsewhere.
 
         Args:
-            scores: float32 [L, R, H, >= longest length - window], last stride 1; what lies behind a request's
-                candidates is not read. NaN counts as the lowest score; ties go to the lower slot.
+            scores_of_layer: takes a layer and gives float32 [R, H, >= longest length - window]; asked for one
+                layer after the other, so that only one layer's scores lie beside the scratch memory. What
+                is behind a request's candidates is not looked at. NaN counts as the lowest score; ties go
+                to the lower slot.
             batch: the requests.
 
         Raises:
             ValueError: as ``run``.
         """
         self._check(batch)
-        self._check_scores(scores, batch)
-        self._run(batch, partial(self._of_slice, scores))
+        self._run(batch, partial(self._put_into_scratch, scores_of_layer))
 
     def score(
         self, queries: torch.Tensor, batch: CompactionBatch, lam: torch.Tensor, scores: torch.Tensor
@@ -132,9 +140,9 @@ class RkvRound:
             ValueError: as ``run``.
         """
         self._check(batch, queries, lam)
-        self._check_scores(scores, batch)
+        _check_scores(self.kv, self.window, scores, batch, layers=self.kv.num_layers)
         for work in self.slices(batch):
-            self._score(work, queries, lam, self._of_slice(scores, work))
+            self._score(work, queries, lam, _of_slice(scores, work))
 
     def page_scores(self, queries: torch.Tensor, batch: CompactionBatch, lam: torch.Tensor) -> torch.Tensor:
         """Importance and redundancy of whole pages, summed over their candidates, all layers and KV heads.
@@ -204,6 +212,17 @@ class RkvRound:
                 select(work, scores, window=self.window)
                 compact(work, window=self.window)
 
+    def _put_into_scratch(
+        self, scores_of_layer: Callable[[int], torch.Tensor], work: WorkSlice
+    ) -> torch.Tensor:
+        last_request = work.first_request + work.requests
+        for index, scratch in enumerate(work.scores_by_head):
+            scores = scores_of_layer(work.first_layer + index)
+            _check_scores(self.kv, self.window, scores.unsqueeze(0), work.batch, layers=1)
+            given = scores[work.first_request : last_request, :, : work.longest]
+            scratch[:, :, : given.shape[2]] = given
+        return work.scores_by_head
+
     def _score_in_scratch(self, queries: torch.Tensor, lam: torch.Tensor, work: WorkSlice) -> torch.Tensor:
         self._score(work, queries, lam, work.scores_by_head)
         return work.scores_by_head
@@ -220,13 +239,6 @@ class RkvRound:
         newest_matches(work, lam, threshold=self.threshold)
         attention_and_link_sums(work, queries, lam, scale=self.scale)
         combine(work, lam, scores, window=self.window, pool_kernel=self.pool_kernel, masses=masses)
-
-    @staticmethod
-    def _of_slice(scores: torch.Tensor, work: WorkSlice) -> torch.Tensor:
-        return scores[
-            work.first_layer : work.first_layer + work.layers,
-            work.first_request : work.first_request + work.requests,
-        ]
 
     def slices(self, batch: CompactionBatch) -> Iterator[WorkSlice]:
         """The slices that the batch is cut into, one after the other in the same scratch memory."""
@@ -260,10 +272,20 @@ class RkvRound:
         ):
             raise ValueError(f"lam must be float32 [{batch.num_requests}] on {kv.device}")
 
-    def _check_scores(self, scores: torch.Tensor, batch: CompactionBatch) -> None:
-        layers, requests, heads = self.kv.num_layers, batch.num_requests, self.kv.num_heads
-        enough = scores.dim() == 4 and scores.shape[3] >= max(batch.lengths) - self.window
-        if not enough or scores.shape[:3] != (layers, requests, heads):
-            raise ValueError(f"scores of shape {tuple(scores.shape)} do not fit the batch")
-        if scores.dtype != torch.float32 or scores.device != self.kv.device or scores.stride(3) != 1:
-            raise ValueError(f"scores must be float32 on {self.kv.device}, contiguous along the slots")
+
+def _of_slice(scores: torch.Tensor, work: WorkSlice) -> torch.Tensor:
+    return scores[
+        work.first_layer : work.first_layer + work.layers,
+        work.first_request : work.first_request + work.requests,
+    ]
+
+
+def _check_scores(
+    kv: PagedKV, window: int, scores: torch.Tensor, batch: CompactionBatch, *, layers: int
+) -> None:
+    requests, heads = batch.num_requests, kv.num_heads
+    enough = scores.dim() == 4 and scores.shape[3] >= max(batch.lengths) - window
+    if not enough or scores.shape[:3] != (layers, requests, heads):
+        raise ValueError(f"scores of shape {tuple(scores.shape)} do not fit the batch")
+    if scores.dtype != torch.float32 or scores.device != kv.device or scores.stride(3) != 1:
+        raise ValueError(f"scores must be float32 on {kv.device}, contiguous along the slots")

@@ -20,17 +20,21 @@ _TOKEN_BYTES = _KEPT_BYTES + 4 + 8 + 4  # kept, inverse norms, links, scores
 class ScratchMemory:
     """One allocation on the cache's device, used anew by every slice."""
 
-    def __init__(self, kv: PagedKV, *, window: int, shares_all_layers: bool, num_bytes: int) -> None:
+    def __init__(
+        self, kv: PagedKV, *, window: int, shares_all_layers: bool, num_bytes: int, longest: int
+    ) -> None:
         """
         Args:
             kv: the cache.
             window: newest tokens, whose queries give importance.
             shares_all_layers: whether all layers share scores, which then need memory of their own.
-            num_bytes: size of the allocation.
+            num_bytes: size of the allocation, if one layer of the longest request does not need more.
+            longest: physical length of the longest request, in tokens.
         """
         self._kv = kv
         self._window = window
         self._shares_all_layers = shares_all_layers
+        num_bytes = max(num_bytes, self._bytes_of_one_layer(longest)) if longest else num_bytes
         self._memory = torch.empty(num_bytes // 64 * 64, dtype=torch.uint8, device=kv.device)
 
     @property
@@ -40,11 +44,7 @@ class ScratchMemory:
 
     def check(self, longest: int) -> None:
         """Raises: ValueError where it does not hold one layer of a request of ``longest`` tokens."""
-        # Of each token's bytes in the tables, those of its kept slot are not free for staging.
-        free = self.num_bytes - self._shared_bytes(longest, 1)
-        staging = free // _TOKEN_BYTES * (_TOKEN_BYTES - _KEPT_BYTES)
-        staged_bytes = longest * STAGED_COLUMNS * self._kv.dtype.itemsize
-        if self._layers_that_fit(longest, 1) < 1 or staging < staged_bytes:
+        if self.num_bytes < self._bytes_of_one_layer(longest):
             raise ValueError(f"the scratch memory does not hold one layer of {longest} tokens")
 
     def slices(self, batch: CompactionBatch) -> Iterator[list[WorkSlice]]:
@@ -70,7 +70,18 @@ class ScratchMemory:
 
     def _layers_that_fit(self, longest: int, requests: int) -> int:
         free = self.num_bytes - self._shared_bytes(longest, requests)
-        return free // (requests * self._kv.num_heads * self._owner_bytes(longest) + 1024)
+        return free // self._layer_bytes(longest, requests)
+
+    def _bytes_of_one_layer(self, longest: int) -> int:
+        """What one layer of one request needs, in whole tables; as much as ``num_bytes`` can be."""
+        # Of each token's bytes in the tables, those of its kept slot are not free for staging.
+        staged = longest * STAGED_COLUMNS * self._kv.dtype.itemsize
+        staging = -(-staged // (_TOKEN_BYTES - _KEPT_BYTES)) * _TOKEN_BYTES
+        needed = self._shared_bytes(longest, 1) + max(self._layer_bytes(longest, 1), staging)
+        return -(-needed // 64) * 64
+
+    def _layer_bytes(self, longest: int, requests: int) -> int:
+        return requests * self._kv.num_heads * self._owner_bytes(longest) + 1024
 
     def _shared_bytes(self, longest: int, requests: int) -> int:
         return 4 * requests * _capacity(longest) if self._shares_all_layers else 0

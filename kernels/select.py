@@ -36,7 +36,10 @@ def _ordered(scores, slots, candidates):
 
 @triton.jit
 def _three_counts(ordered, cut, shift):
-    """Whether a score reaches the cut with its next two bits at 1, 2 and 3: one 20-bit field each."""
+    """Whether a score reaches the cut with its next two bits at 1, 2 and 3: one 20-bit field each.
+
+    A program adds up at most 2^20 - 1 of them in a lane, which is enough for 2^33 scores.
+    """
     one = (ordered >= (cut | (tl.full((), 1, tl.uint32) << shift))).to(tl.int64)
     two = (ordered >= (cut | (tl.full((), 2, tl.uint32) << shift))).to(tl.int64)
     three = (ordered >= (cut | (tl.full((), 3, tl.uint32) << shift))).to(tl.int64)
@@ -86,10 +89,14 @@ def _select_kernel(
         if not RESIDENT:
             for start in range(BLOCK, candidates, BLOCK):
                 counts += _three_counts(_ordered(scores, start + tl.arange(0, BLOCK), candidates), cut, shift)
-        total = tl.sum(counts, axis=0)
-        digit = ((total & 0xFFFFF) >= count).to(tl.uint32)
-        digit += (((total >> 20) & 0xFFFFF) >= count).to(tl.uint32)
-        digit += ((total >> 40) >= count).to(tl.uint32)
+        if RESIDENT:  # one sum does for all three fields
+            total = tl.sum(counts, axis=0)
+            one, two, three = total & 0xFFFFF, (total >> 20) & 0xFFFFF, total >> 40
+        else:
+            one = tl.sum(counts & 0xFFFFF, axis=0)
+            two = tl.sum((counts >> 20) & 0xFFFFF, axis=0)
+            three = tl.sum(counts >> 40, axis=0)
+        digit = (one >= count).to(tl.uint32) + (two >= count).to(tl.uint32) + (three >= count).to(tl.uint32)
         cut |= digit << shift
     above = (resident > cut).to(tl.int32)
     if not RESIDENT:

@@ -20,9 +20,13 @@ class QueryRing:
 
     Attributes:
         queries: [layers, rows, WINDOW, query heads, head size] in the model's dtype.
+        ranks_per_kv_head: ranks that hold the same KV head, and other query heads of its group.
     """
 
-    def __init__(self, layers: Sequence[Attention], num_rows: int, device: torch.device) -> None:
+    def __init__(
+        self, layers: Sequence[Attention], num_rows: int, device: torch.device, ranks_per_kv_head: int
+    ) -> None:
+        self.ranks_per_kv_head = ranks_per_kv_head
         first = layers[0]
         self.queries = torch.zeros(
             (len(layers), num_rows, WINDOW, first.num_heads, first.head_size),

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, Self
 
 import torch
 
 from rkv_vllm.settings.config import WINDOW, RkvConfig
+
+#: Most elements of the keys that a policy reads at a time where a whole layer's may not fit beside the cache.
+_ELEMENTS_IN_BLOCK = 2**21
+
+
+class Keys(Protocol):
+    """A tensor [H, N, D], or what reads parts of one when they are asked for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __getitem__(self, index: tuple[slice, slice], /) -> torch.Tensor:
+        """Some heads and tokens: [h, n, D]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +43,7 @@ class ScoreInputs:
             them; 0 for the first round.
     """
 
-    keys: torch.Tensor
+    keys: Keys
     queries: torch.Tensor | None
     scale: float
     layer: int
@@ -36,6 +53,13 @@ class ScoreInputs:
     @property
     def num_candidates(self) -> int:
         return self.keys.shape[1] - WINDOW
+
+    def key_blocks(self) -> Iterator[torch.Tensor]:
+        """All keys in order, [H, n, D] at a time; n depends on the shape of the keys alone."""
+        heads, tokens, size = self.keys.shape
+        step = max(_ELEMENTS_IN_BLOCK // (heads * size), 1)
+        for start in range(0, tokens, step):
+            yield self.keys[:, start : start + step]
 
 
 class Policy(Protocol):

@@ -19,6 +19,11 @@ class KeyDiff:
 
     def scores(self, inputs: ScoreInputs) -> torch.Tensor:
         """Returns: float32 [H, N - WINDOW], minus the cosine of each key and the mean direction."""
-        directions = torch.nn.functional.normalize(inputs.keys.float(), dim=-1)
-        mean = directions.mean(dim=1).unsqueeze(-1)
-        return -(directions[:, : inputs.num_candidates] @ mean).squeeze(-1)
+        total = sum(_directions(keys).sum(dim=1) for keys in inputs.key_blocks())
+        mean = (total / inputs.keys.shape[1]).unsqueeze(-1)  # [H, D, 1]
+        scores = [-(_directions(keys) @ mean).squeeze(-1) for keys in inputs.key_blocks()]
+        return torch.cat(scores, dim=1)[:, : inputs.num_candidates]
+
+
+def _directions(keys: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.normalize(keys.float(), dim=-1)

@@ -35,7 +35,7 @@ class Rkv:
         assert inputs.queries is not None, "policy rkv needs the window's queries, got None"
         return tiled.rkv_scores(
             inputs.queries,
-            inputs.keys,
+            inputs.keys[:, :],
             window=WINDOW,
             lam=self.mix_lambda,
             threshold=SIMILARITY_THRESHOLD,

@@ -234,6 +234,7 @@ class _Host:
                     self._engine.abort_request([output.request_id])
                     answers[index].finish_reason = "abort"
         self._check_pool_is_full()
+        self._engine.collective_rpc("execute_dummy_batch")  # as when data-parallel neighbours go on
         return Run(answers, list(self._steps))
 
     def stop(self) -> None:

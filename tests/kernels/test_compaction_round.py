@@ -75,7 +75,7 @@ class Cache(PagedCache):
                     data[targets[request][index], :, : piece.shape[1]] = piece
         assert all(map(torch.equal, self.layers, before))
         if lam is None:
-            self.round(scope=scope, **settings).select_and_move(scores, batch)
+            self.round(scope=scope, **settings).select_and_move(lambda layer: scores[layer], batch)
         else:
             self.round(scope=scope, **settings).run(self.queries, batch, torch.tensor(lam, device=DEVICE))
         for layer, data in zip(self.layers, expected, strict=True):
@@ -420,6 +420,6 @@ def test_wrong_calls_are_refused() -> None:
     with pytest.raises(ValueError, match="scratch memory"):
         cache.round(scratch_bytes=2048).run(cache.queries, cache.batch([20]), lam)
     with pytest.raises(ValueError, match="do not fit the batch"):
-        rounds.select_and_move(torch.zeros(2, 1, 1, 10, device=DEVICE), cache.batch([20]))
+        rounds.select_and_move(lambda layer: torch.zeros(1, 1, 10, device=DEVICE), cache.batch([20]))
     with pytest.raises(ValueError, match="threshold"):
         RkvRound(cache.kv, threshold=1.5)

@@ -165,7 +165,15 @@ def test_the_gpu_keeps_what_the_reference_keeps(
     """Proves the same of the kernels, for policies with scores of their own and those scored in torch."""
     setup = Setup(scope, order)
     layers = [layer.to(DEVICE) for layer in setup.layers.clone()]
-    compactor = GpuTokenCompactor(layers, setup.queries.to(DEVICE), SCALE, setup.config, setup.policies)
+    compactor = GpuTokenCompactor(
+        layers,
+        setup.queries.to(DEVICE),
+        SCALE,
+        setup.config,
+        setup.policies,
+        longest=LENGTH,
+        ranks_per_kv_head=1,
+    )
     if DEVICE.type == "cpu":
         monkeypatch.setattr(compactor, "stopwatch", CpuStopwatch())
     tables = Tables()

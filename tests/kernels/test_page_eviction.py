@@ -85,7 +85,7 @@ def test_the_gpu_compactor_drops_the_pages_of_the_definition(monkeypatch: pytest
     )
     layers, queries, before, unused = cache.layers, cache.queries, cache.source, cache.free[0]
     policies = make_policies(config)
-    compactor = GpuPageCompactor(layers, queries, scale, config, policies)
+    compactor = GpuPageCompactor(layers, queries, scale, config, policies, longest=1024, ranks_per_kv_head=1)
     table = torch.full((9, 10), unused, dtype=torch.int32, device=DEVICE)
     evictions = []
     for index, (policy, length, keep) in enumerate(rounds):

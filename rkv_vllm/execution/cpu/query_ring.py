@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from rkv_vllm.execution.kv_head_copies import whole_group
 from rkv_vllm.execution.query_ring import QueryRing
 from rkv_vllm.settings.config import WINDOW
 
@@ -28,9 +29,13 @@ class CpuQueryRing(QueryRing):
         if self._tokens.numel():
             self.queries[layer].flatten(0, 1)[self._ring_indices] = query[self._tokens]
 
+    def end_step(self) -> None:
+        """Captures nothing of what else may run before the next step, such as a dummy batch."""
+        self.begin_step([], [])
+
     def of(self, layer: int, row: int) -> torch.Tensor:
-        """[query heads, WINDOW, head size] of one row, in ring order."""
-        return self.queries[layer, row].transpose(0, 1)
+        """[query heads of the layer's KV heads, WINDOW, head size] of one row, in ring order."""
+        return whole_group(self.queries[layer, row].transpose(0, 1), self.ranks_per_kv_head, dim=0)
 
 
 def captured_positions(first: int, count: int) -> range:

@@ -25,6 +25,7 @@ from rkv_vllm.execution.cpu.compactor import CpuCompactor, make_cpu_compactor
 from rkv_vllm.execution.cpu.generator import RewindableGenerator
 from rkv_vllm.execution.cpu.layer_cache import CpuLayerCache
 from rkv_vllm.execution.cpu.query_ring import CpuQueryRing, captured_positions
+from rkv_vllm.execution.kv_head_copies import ranks_per_kv_head
 from rkv_vllm.policies import make_policies
 from rkv_vllm.settings.config import WINDOW, RkvConfig
 
@@ -47,7 +48,7 @@ class CompactingCpuRunner(CPUModelRunner):
         num_rows = num_query_rows(vllm_config.scheduler_config.max_num_seqs)
         self._evicted = {}
         self._rkv_layers = layers
-        self._query_ring = CpuQueryRing(layers, num_rows, self.device)
+        self._query_ring = CpuQueryRing(layers, num_rows, self.device, ranks_per_kv_head(vllm_config))
 
     def initialize_kv_cache(
         self, kv_cache_config: KVCacheConfig, is_profiling: bool = False, **kwargs: Any
@@ -100,7 +101,9 @@ class CompactingCpuRunner(CPUModelRunner):
             self.input_batch.block_table.add_row((pages,), row)
 
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
-        return self._report(super().execute_model(*args, **kwargs))
+        output = super().execute_model(*args, **kwargs)
+        self._query_ring.end_step()
+        return self._report(output)
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         for generator in self.input_batch.generators.values():

@@ -1,14 +1,16 @@
 """Compactors for a GPU: with the Triton kernels, all requests and layers of a policy together.
 
 They only enqueue work on the current stream; the host never waits. Policies that the kernels score walk the
-pages there. The others are small torch expressions over a copy of one layer's keys, and share the kernels
-that select and move.
+pages there. The others are small torch expressions over one layer's keys, of which they are given a few pages
+at a time, and share the kernels that select and move.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial, reduce
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +19,8 @@ from rkv_vllm.decisions.messages import Compaction, PageCompaction, TokenCompact
 from rkv_vllm.decisions.pages import num_pages
 from rkv_vllm.execution.compactor import Compactor, Round
 from rkv_vllm.execution.gpu.page_reports import EvictedPageIds
+from rkv_vllm.execution.gpu.paged_keys import PagedKeys
+from rkv_vllm.execution.kv_head_copies import whole_group
 from rkv_vllm.execution.stopwatch import CudaStopwatch
 from rkv_vllm.kernels import naive
 from rkv_vllm.kernels.batch import CompactionBatch
@@ -32,6 +36,9 @@ from rkv_vllm.settings.config import (
     PolicyName,
     RkvConfig,
 )
+
+#: Rounds whose queries are gathered at a time, which bounds the memory for them.
+_ROUNDS_GATHERED = 4
 
 
 class GpuTables(Protocol):
@@ -57,6 +64,9 @@ class GpuCompactor(Compactor[Round, GpuTables, EvictedPageIds]):
         scale: float,
         config: RkvConfig,
         policies: dict[PolicyName, Policy],
+        *,
+        longest: int,
+        ranks_per_kv_head: int,
     ) -> None:
         """Takes the memory that all rounds work on.
 
@@ -66,11 +76,14 @@ class GpuCompactor(Compactor[Round, GpuTables, EvictedPageIds]):
             scale: factor on the model's attention logits.
             config: the server's settings.
             policies: by name.
+            longest: physical length of the longest request, in tokens.
+            ranks_per_kv_head: ranks that hold the same KV head.
 
         Raises: ValueError where the kernels cannot address the cache.
         """
         self._kv = PagedKV(list(layers))
         self._queries = queries
+        self._ranks_per_kv_head = ranks_per_kv_head
         self._round = RkvRound(
             self._kv,
             window=WINDOW,
@@ -78,6 +91,7 @@ class GpuCompactor(Compactor[Round, GpuTables, EvictedPageIds]):
             pool_kernel=POOL_KERNEL,
             scale=scale,
             scope=config.scope,
+            longest=longest,
         )
         self._order = config.order
         self._scale = scale
@@ -88,7 +102,7 @@ class GpuCompactor(Compactor[Round, GpuTables, EvictedPageIds]):
 
     def warm_up(self) -> None:
         """Compiles every kernel; page 0, which vLLM keeps as its null page, lends its slots."""
-        self._round.warm_up(self._queries, self._order)
+        self._round.warm_up(self._of_whole_groups(self._queries[:, :1]), self._order)
 
     def run(self, rounds: Sequence[Round], tables: GpuTables) -> None:
         """See `Compactor.run`."""
@@ -105,6 +119,10 @@ class GpuCompactor(Compactor[Round, GpuTables, EvictedPageIds]):
     def _run(self, rounds: Sequence[Round], tables: GpuTables) -> None:
         """Runs at least one round."""
 
+    def _of_whole_groups(self, queries: torch.Tensor) -> torch.Tensor:
+        """[layers, rows, WINDOW, Hq, D], Hq the query heads of this rank's KV heads, wherever they are."""
+        return whole_group(queries, self._ranks_per_kv_head, dim=3)
+
     def _by_scorer(self, rounds: Sequence[Compaction]) -> tuple[list[int], list[int]]:
         """Indices of the rounds that the kernels score, and of those that are scored in torch."""
         in_kernels = [i for i, round_ in enumerate(rounds) if round_.policy in self._kernel_weights]
@@ -117,22 +135,19 @@ class GpuCompactor(Compactor[Round, GpuTables, EvictedPageIds]):
         pinned = torch.tensor(weights, pin_memory=self._kv.device.type == "cuda")
         return pinned.to(self._kv.device, non_blocking=True)
 
-    def _torch_scores(self, compaction: Compaction, source_pages: torch.Tensor) -> torch.Tensor:
-        """float32 [layers, 1, H, length - WINDOW], by the policy's own class."""
-        scores = []
-        for index, layer in enumerate(self._kv.layers):
-            pages = layer[source_pages]  # [pages, H, page size, 2 D], a copy
-            tokens = pages.transpose(0, 1).flatten(1, 2)[:, : compaction.length]
-            inputs = ScoreInputs(
-                keys=tokens[..., : self._kv.head_size],
-                queries=None,
-                scale=self._scale,
-                layer=index,
-                logical_length=compaction.logical_length,
-                num_previous_survivors=compaction.num_previous_survivors,
-            )
-            scores.append(self._policies[compaction.policy].scores(inputs))
-        return torch.stack(scores).unsqueeze(1).contiguous()
+    def _torch_scores(self, compaction: Compaction, source_pages: torch.Tensor, layer: int) -> torch.Tensor:
+        """float32 [1, H, length - WINDOW], by the policy's own class."""
+        inputs = ScoreInputs(
+            keys=PagedKeys(
+                self._kv.layers[layer][..., : self._kv.head_size], source_pages, compaction.length
+            ),
+            queries=None,
+            scale=self._scale,
+            layer=layer,
+            logical_length=compaction.logical_length,
+            num_previous_survivors=compaction.num_previous_survivors,
+        )
+        return self._policies[compaction.policy].scores(inputs).unsqueeze(0)
 
 
 class GpuTokenCompactor(GpuCompactor[TokenCompaction]):
@@ -141,13 +156,24 @@ class GpuTokenCompactor(GpuCompactor[TokenCompaction]):
     def _run(self, rounds: Sequence[TokenCompaction], tables: GpuTables) -> None:
         in_kernels, in_torch = self._by_scorer(rounds)
         if in_kernels:
-            chosen = [rounds[i] for i in in_kernels]
-            self._round.run(self._queries, self._batch(chosen), self._weights(chosen))
+            self._run_in_kernels([rounds[i] for i in in_kernels])
         for compaction in (rounds[i] for i in in_torch):
             batch = self._batch([compaction])
-            self._round.select_and_move(self._torch_scores(compaction, batch.source_pages[0]), batch)
+            score = partial(self._torch_scores, compaction, batch.source_pages[0])
+            self._round.select_and_move(score, batch)
         for compaction in rounds:
             tables.replace_pages(compaction.request_id, compaction.target_pages)
+
+    def _run_in_kernels(self, rounds: Sequence[TokenCompaction]) -> None:
+        if self._ranks_per_kv_head == 1:
+            self._round.run(self._queries, self._batch(rounds), self._weights(rounds))
+            return
+        for first in range(0, len(rounds), _ROUNDS_GATHERED):
+            some = rounds[first : first + _ROUNDS_GATHERED]
+            batch = self._batch(some)
+            queries = self._of_whole_groups(self._queries[:, batch.query_rows])
+            rows = torch.arange(len(some), dtype=torch.int32, device=self._kv.device)
+            self._round.run(queries, replace(batch, query_rows=rows), self._weights(some))
 
     def _batch(self, compactions: Sequence[TokenCompaction]) -> CompactionBatch:
         return CompactionBatch.build(
@@ -206,8 +232,11 @@ class GpuPageCompactor(GpuCompactor[PageCompaction]):
         for index in in_torch:
             compaction = rounds[index]
             pages = rows[index][: self._num_pages(compaction.length)]
-            by_token = self._torch_scores(compaction, pages)
-            scores[index] = naive.page_scores(by_token.flatten(0, 2), self._kv.page_size)
+            by_layer = (
+                naive.page_scores(self._torch_scores(compaction, pages, layer)[0], self._kv.page_size)
+                for layer in range(self._kv.num_layers)
+            )
+            scores[index] = reduce(torch.add, by_layer)
         return [scores[index] for index in range(len(rounds))]
 
     def _num_pages(self, slots: int) -> int:
@@ -220,10 +249,15 @@ def make_gpu_compactor(
     scale: float,
     config: RkvConfig,
     policies: dict[PolicyName, Policy],
+    *,
+    longest: int,
+    ranks_per_kv_head: int,
 ) -> GpuCompactor[Any]:
     """The compactor for the server's granularity; arguments and errors as of `GpuCompactor`."""
     by_granularity: dict[Granularity, type[GpuCompactor[Any]]] = {
         "token": GpuTokenCompactor,
         "page": GpuPageCompactor,
     }
-    return by_granularity[config.granularity](layers, queries, scale, config, policies)
+    return by_granularity[config.granularity](
+        layers, queries, scale, config, policies, longest=longest, ranks_per_kv_head=ranks_per_kv_head
+    )

@@ -21,9 +21,14 @@ class GpuQueryRing(QueryRing):
     """
 
     def __init__(
-        self, layers: Sequence[Attention], num_rows: int, max_num_tokens: int, device: torch.device
+        self,
+        layers: Sequence[Attention],
+        num_rows: int,
+        device: torch.device,
+        ranks_per_kv_head: int,
+        max_num_tokens: int,
     ) -> None:
-        super().__init__(layers, num_rows, device)
+        super().__init__(layers, num_rows, device, ranks_per_kv_head)
         self.ring_indices = torch.full((max_num_tokens,), -1, dtype=torch.int32, device=device)
         self.active = False
         self._rings = list(self.queries)

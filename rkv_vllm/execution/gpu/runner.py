@@ -30,6 +30,7 @@ from rkv_vllm.execution.gpu.graph_choice import prefer_fastest
 from rkv_vllm.execution.gpu.page_reports import ReportingOutput
 from rkv_vllm.execution.gpu.physical_lengths import NOT_CAPTURED, PhysicalLengths, make_attention_physical
 from rkv_vllm.execution.gpu.query_ring import GpuQueryRing
+from rkv_vllm.execution.kv_head_copies import ranks_per_kv_head
 from rkv_vllm.kernels.step_inputs import prepare_physical
 from rkv_vllm.policies import make_policies
 from rkv_vllm.settings.config import WINDOW, RkvConfig
@@ -50,7 +51,9 @@ class CompactingRunnerV2(GPUModelRunner):
         vllm_config: VllmConfig = self.vllm_config
         num_rows = num_query_rows(vllm_config.scheduler_config.max_num_seqs)
         self._rkv_layers = layers
-        self._query_ring = GpuQueryRing(layers, num_rows, self.max_num_tokens, self.device)
+        self._query_ring = GpuQueryRing(
+            layers, num_rows, self.device, ranks_per_kv_head(vllm_config), self.max_num_tokens
+        )
         self._lengths = PhysicalLengths(self.max_num_reqs, self.max_num_tokens, self.device)
         make_attention_physical(self.model_state, self._lengths, self._query_ring)
 
@@ -73,6 +76,8 @@ class CompactingRunnerV2(GPUModelRunner):
             self._rkv_layers[0].impl.scale,
             config,
             make_policies(config),
+            longest=min(self.max_model_len, kv_cache_config.num_blocks * caches[0].shape[2]),
+            ranks_per_kv_head=self._query_ring.ranks_per_kv_head,
         )
 
     def warm_up_compaction(self) -> None:
