@@ -6,6 +6,8 @@ import json
 import re
 from typing import Any
 
+from rkv_vllm.settings.error_text import shown
+
 #: Levels of objects and lists in a body; no schema needs as many. Each parser fails at a depth of its own.
 MOST_LEVELS = 200
 #: How half of a surrogate pair may be written, whole pairs among them.
@@ -20,7 +22,8 @@ def json_object(body: bytes) -> dict[str, Any] | None:
     """The JSON object in `body`; None for what vLLM will refuse because it is none.
 
     Raises: UnfitBody for JSON that is nested too deeply, or that has half of a surrogate pair in it: it
-    parses, but it is no text, and whatever encodes it again, vLLM's engine and its errors too, fails.
+    parses, but it is no text, and whatever encodes it again, vLLM's engine and its errors too, fails. Also
+    for `structured_outputs` that are no object, on which vLLM 0.32 answers 500.
     """
     try:
         text = body.decode(json.detect_encoding(body), "surrogatepass")
@@ -34,7 +37,12 @@ def json_object(body: bytes) -> dict[str, Any] | None:
         raise UnfitBody(f"The body's JSON is nested deeper than {MOST_LEVELS} levels.")
     if _SURROGATE.search(text) and not _is_text(value):
         raise UnfitBody("The body's JSON has half of a surrogate pair in it, which is no character.")
-    return value if isinstance(value, dict) else None
+    if not isinstance(value, dict):
+        return None
+    structured = value.get("structured_outputs")
+    if structured is not None and not isinstance(structured, dict):
+        raise UnfitBody(f"structured_outputs takes an object, not {shown(structured)}.")
+    return value
 
 
 def _levels(value: Any) -> int:

@@ -42,6 +42,8 @@ UNFIT: dict[str, bytes] = {
             rb'"n":"\ud800"',
         )
     },
+    "structured outputs in a list": _REQUEST % b'"structured_outputs":[]',
+    "structured outputs in a text": _REQUEST % (b'"structured_outputs":"%s"' % (b"s" * 15_000)),
     "half a pair, raw": _REQUEST % b'"user":"\xed\xa0\x80"',
     "half a pair, in UTF-16": (_REQUEST % rb'"user":"\ud800"').decode().encode("utf-16"),
     "half a pair and nothing else": rb'"\ud800"',

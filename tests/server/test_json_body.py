@@ -52,6 +52,15 @@ def test_the_depth_is_bounded(opening: bytes, closing: bytes) -> None:
         json_object(opening * 100_000)
 
 
+@pytest.mark.parametrize("value", [[], "json", 5, False])
+def test_structured_outputs_are_an_object(value: Any) -> None:
+    """Proves that what vLLM cannot read there is refused by name, and an object or nothing is not."""
+    with pytest.raises(UnfitBody, match="structured_outputs takes an object, not"):
+        json_object(json.dumps({"structured_outputs": value}).encode())
+    for right in ({"regex": "a"}, None):
+        assert json_object(json.dumps({"structured_outputs": right}).encode())
+
+
 HALVES = [rb"\ud800", rb"\uDFFF", rb"\ud800\ud800", rb"\udc00\ud800", b"\xed\xa0\x80", b"\xed\xbf\xbf"]
 
 
