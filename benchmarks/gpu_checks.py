@@ -3,6 +3,8 @@
     python benchmarks/gpu_checks.py --model PATH --out checks.json
     python benchmarks/gpu_checks.py --model PATH --out checks.json \
         --checks tensor_parallel,pipeline_parallel,data_parallel    # on two GPUs
+    VLLM_ALLOW_INSECURE_SERIALIZATION=1 python benchmarks/gpu_checks.py --model PATH --out checks.json \
+        --checks kv_head_copies                                     # which sends a function to the workers
 
 PATH is the checkpoint of the derivation reasoner. Each engine runs in vLLM's
 production configuration: Model Runner V2, async scheduling, FULL and PIECEWISE CUDA graphs, prefix caching.
@@ -15,12 +17,15 @@ import asyncio
 import json
 import os
 import random
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import prometheus_client
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 from vllm import LLM, AsyncEngineArgs, RequestOutput, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -211,6 +216,29 @@ def check_tensor_parallel(model: str) -> dict[str, Any]:
     return _on_ranks(engine(model, tensor_parallel_size=2))
 
 
+def check_kv_head_copies(model: str) -> dict[str, Any]:
+    """Two GPUs with copies of the one KV head of a random model: they have to keep the same tokens.
+
+    Keys and values are equal on both, so that after rounds whose scores look at each rank's own query heads
+    the caches are equal too, page by page, where the ranks have decided alike.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        config = AutoConfig.from_pretrained(model, num_key_value_heads=1)
+        AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
+        llm = engine(folder, tensor_parallel_size=2, skip_tokenizer_init=True)
+        outputs = llm.generate(prompts(64, seed=2), greedy(600, 256), use_tqdm=False)
+        digests = llm.collective_rpc(page_sums)
+    compactions = sum(output.kv_transfer_params["rkv"]["compactions"] for output in outputs)
+    return {"compactions": compactions, "pages": len(digests[0]), "caches_equal": digests[0] == digests[1]}
+
+
+def page_sums(worker: Any) -> list[int]:
+    """On a worker: the sum of each page's bits, layer by layer."""
+    layers = worker.model_runner._rkv_layers
+    pages = [layer.kv_cache.reshape(layer.kv_cache.shape[0], -1).view(torch.int16) for layer in layers]
+    return [int(number) for each in pages for number in each.sum(dim=1, dtype=torch.int64).tolist()]
+
+
 def check_pipeline_parallel(model: str) -> dict[str, Any]:
     """Two GPUs, each with half of the layers."""
     return _on_ranks(engine(model, pipeline_parallel_size=2))
@@ -273,6 +301,7 @@ CHECKS_OF_TWO_GPUS = {
     "tensor_parallel": check_tensor_parallel,
     "pipeline_parallel": check_pipeline_parallel,
     "data_parallel": check_data_parallel,
+    "kv_head_copies": check_kv_head_copies,
 }
 
 
