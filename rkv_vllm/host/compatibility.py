@@ -47,12 +47,11 @@ def _quantises_the_cache(vllm_config: VllmConfig) -> bool:
 
     vLLM's own setting still says "auto" then: each layer decides when it is made.
     """
-    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
-        CompressedTensorsConfig,
-    )
-
     asked, checkpoint = vllm_config.cache_config.cache_dtype, vllm_config.quant_config
-    if asked == "auto" and isinstance(checkpoint, CompressedTensorsConfig):
+    if asked == "auto" and checkpoint is not None and checkpoint.get_name() == "compressed-tensors":
+        from vllm.model_executor.layers.quantization.compressed_tensors import compressed_tensors
+
+        assert isinstance(checkpoint, compressed_tensors.CompressedTensorsConfig)
         return checkpoint.kv_cache_scheme is not None
     return asked not in PLAIN_CACHE_DTYPES
 
