@@ -27,7 +27,8 @@ room kept for all of it would stay empty.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
+from operator import attrgetter
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -218,6 +219,9 @@ class _Columns(NamedTuple):
     prompt_steps: _Ints
 
 
+_FIELDS = attrgetter(*_Columns._fields)
+
+
 def _columns(requests: Sequence[RequestForecast]) -> _Columns:
-    rows = [astuple(request) for request in requests]
+    rows = [_FIELDS(request) for request in requests]
     return _Columns(*np.array(rows, dtype=np.int64).reshape(-1, len(_Columns._fields)).T[:, :, None])
