@@ -118,6 +118,7 @@ FEATURES: tuple[Feature, ...] = (
     ),
     _refused("sliding-window or chunked attention", "the mask is cut by distance between slots"),
     _refused("ALiBi", "the bias is a distance between slots"),
+    _refused("layers with other head counts or sizes than the first", "all share one ring of queries"),
     _refused("cross-layer KV sharing", "one cache would be scored by several layers' queries"),
     _refused("streaming input sessions", "such a request keeps its full cache; others are compacted"),
 )
@@ -165,7 +166,10 @@ def refuse_unsupported_layers(layers: Mapping[str, Attention]) -> None:
     Raises: ValueError with every problem in it, each named with the first layer that has it.
     """
     problems: dict[str, str] = {}
+    shapes = {name: (layer.num_heads, layer.num_kv_heads, layer.head_size) for name, layer in layers.items()}
     for name, layer in layers.items():
+        if shapes[name] != next(iter(shapes.values())):
+            problems.setdefault("attention whose heads differ from the first layer's", name)
         if layer.sliding_window is not None:
             problems.setdefault("sliding-window attention", name)
         if layer.impl.alibi_slopes is not None:

@@ -144,6 +144,9 @@ def layer(**changes: Any) -> Any:
         "kv_sharing_target_layer_name": None,
         "attn_type": "decoder",
         "kv_cache_dtype": "auto",
+        "num_heads": 8,
+        "num_kv_heads": 2,
+        "head_size": 64,
         **changes,
     }
     return SimpleNamespace(impl=SimpleNamespace(alibi_slopes=fields.pop("alibi_slopes")), **fields)
@@ -163,6 +166,7 @@ def test_all_problems_of_layers_in_one_error() -> None:
         "3": layer(kv_sharing_target_layer_name="0"),
         "4": layer(attn_type="encoder"),
         "5": layer(kv_cache_dtype="fp8"),
+        "6": layer(num_kv_heads=4),
     }
     with pytest.raises(ValueError) as refused:
         refuse_unsupported_layers(layers)
@@ -172,6 +176,7 @@ def test_all_problems_of_layers_in_one_error() -> None:
         "  - cross-layer KV sharing is not supported (layer 3)",
         "  - attention of type encoder is not supported (layer 4)",
         "  - a KV cache of type fp8 (--kv-cache-dtype bfloat16 keeps it plain) is not supported (layer 5)",
+        "  - attention whose heads differ from the first layer's is not supported (layer 6)",
     ]
 
 
