@@ -84,7 +84,7 @@ class AdmissionControl:
         self.early_stop_rate = EarlyStopRate()
         self._running: Sequence[Request] = ()
         self._outlooks: dict[int, _Outlook] = {}  # by the newcomer's priority; 0 for all where it is ignored
-        self._asked: tuple[Request, RequestForecast] | None = None  # of whom vLLM asked last in this step
+        self._asked: tuple[Request, int, RequestForecast] | None = None  # in this step, with its priority
         self._steps_to_forecast = 0
 
     def refusal(self, request: Request) -> str | None:
@@ -148,8 +148,8 @@ class AdmissionControl:
             return
         shared = tracked.hit_pages_of_one + tracked.hit_pages_of_several
         newcomer = self._forecast(request, tracked, num_computed_tokens, shared)
-        self._asked = request, newcomer
-        priority = request.priority if by_priority else 0
+        priority = request.priority if by_priority else 0  # the greater the less urgent
+        self._asked = request, priority, newcomer
         outlook = self._outlooks.get(priority)
         if outlook is None:
             rivals = (each for each in self._running if not by_priority or each.priority <= priority)
@@ -166,12 +166,12 @@ class AdmissionControl:
         """Counts the newcomer of whom vLLM asked before, if it runs now, among those that run."""
         if self._asked is None:
             return
-        request, forecast = self._asked
+        request, its_priority, forecast = self._asked
         self._asked = None
         if request.status != RequestStatus.RUNNING:
             return
         for priority, outlook in self._outlooks.items():
-            if len(self._outlooks) == 1 or request.priority <= priority:
+            if its_priority <= priority:
                 outlook.forecast.add(forecast)
                 outlook.request_ids.append(request.request_id)
                 tracked = self._tracked[request.request_id]
