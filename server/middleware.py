@@ -16,10 +16,12 @@ from rkv_vllm.server.caller_rules import CallerRules, KvSettings, RulesByApiKey
 from rkv_vllm.server.engine_client import RequestContext
 from rkv_vllm.server.errors import error_response, no_such_route
 from rkv_vllm.server.json_body import UnfitBody, json_object
+from rkv_vllm.server.near_misses import near_miss
 from rkv_vllm.server.openapi import with_kv_cache
 from rkv_vllm.server.protocol import FIELD
 from rkv_vllm.server.request import XARGS, KvCacheError, read_kv_cache, read_xargs
 from rkv_vllm.settings.config import XARGS_PREFIX, RequestedSettings
+from rkv_vllm.settings.error_text import shown_name
 
 #: Routes whose bodies take a `kv_cache` object, and whose answers have one.
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
@@ -94,6 +96,9 @@ def settings_of(rules: CallerRules, body: dict[str, Any] | None) -> RequestedSet
     """
     if body is None:
         return None
+    if (missed := near_miss(body)) is not None:
+        name, right = missed
+        raise Refused(shown_name(name), f"is not read: write {right}")
     asked, xargs = body.get(FIELD), body.get(XARGS)
     flat = isinstance(xargs, dict) and any(key.startswith(XARGS_PREFIX) for key in xargs)
     if flat and asked is not None:
