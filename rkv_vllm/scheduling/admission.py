@@ -64,6 +64,7 @@ class AdmissionControl:
         *,
         max_model_len: int,
         max_num_batched_tokens: int,
+        by_priority: bool,
     ) -> None:
         """
         Args:
@@ -72,6 +73,7 @@ class AdmissionControl:
             tracked: the requests with a budget by id, kept up to date by the scheduler.
             max_model_len: tokens of the longest request.
             max_num_batched_tokens: tokens of the largest step.
+            by_priority: whether vLLM preempts those of lower priority first, and not the newest.
         """
         self._kv_cache_manager = kv_cache_manager
         self._manager = manager
@@ -79,6 +81,7 @@ class AdmissionControl:
         self._tracked = tracked
         self._max_model_len = max_model_len
         self._max_num_batched_tokens = max_num_batched_tokens
+        self._by_priority = by_priority
         self._operators_watermark: int = kv_cache_manager.watermark_blocks
         self._usable_pages = kv_cache_manager.block_pool.num_gpu_blocks - 1  # one is vLLM's null page
         self.early_stop_rate = EarlyStopRate()
@@ -131,7 +134,7 @@ class AdmissionControl:
             self._steps_to_forecast = _STEPS_PER_FORECAST
             self._outlooks.clear()
 
-    def set_watermark(self, request: Request, num_computed_tokens: int, *, by_priority: bool) -> None:
+    def set_watermark(self, request: Request, num_computed_tokens: int) -> None:
         """Sets how many pages vLLM leaves free if it admits this request: for its growth and that of others.
 
         vLLM asks for waiting requests one after the other, and stops at the first that it does not admit.
@@ -139,7 +142,6 @@ class AdmissionControl:
         Args:
             request: who waits.
             num_computed_tokens: that it would start with, from the prefix cache.
-            by_priority: whether vLLM preempts those of lower priority first, and not the newest.
         """
         self._count_if_admitted()
         self._kv_cache_manager.watermark_blocks = self._operators_watermark
@@ -148,12 +150,12 @@ class AdmissionControl:
             return
         shared = tracked.hit_pages_of_one + tracked.hit_pages_of_several
         newcomer = self._forecast(request, tracked, num_computed_tokens, shared)
-        priority = request.priority if by_priority else 0  # the greater the less urgent
+        priority = self._priority(request)
         self._asked = request, priority, newcomer
         outlook = self._outlooks.get(priority)
         if outlook is None:
-            rivals = (each for each in self._running if not by_priority or each.priority <= priority)
-            outlook = self._outlooks[priority] = self._look_ahead(list(rivals), newcomer)
+            rivals = [each for each in self._running if self._priority(each) <= priority]
+            outlook = self._outlooks[priority] = self._look_ahead(rivals, newcomer)
         if outlook.held_pages is None:
             outlook.held_pages = sum(map(self._manager.num_pages, outlook.request_ids))
         # Hit pages that one request holds will no longer be its own.
@@ -227,6 +229,10 @@ class AdmissionControl:
             shared_pages=shared_pages,
             prompt_steps=_PROMPT_DELAY * prompt_steps,
         )
+
+    def _priority(self, request: Request) -> int:
+        """The greater the less urgent; the same for all where vLLM preempts the newest."""
+        return request.priority if self._by_priority else 0
 
     def final_length(self, request: Request) -> int:
         """Tokens that the request has when it ends at the latest."""

@@ -83,6 +83,7 @@ class CompactingSchedulerMixin(_Scheduler):
             self._tracked,
             max_model_len=self.max_model_len,
             max_num_batched_tokens=self.max_num_scheduled_tokens,
+            by_priority=self.policy == SchedulingPolicy.PRIORITY,
         )
         self._planner = RoundPlanner(
             granularity=self._rkv_config.granularity,
@@ -211,8 +212,7 @@ class CompactingSchedulerMixin(_Scheduler):
     ) -> int:
         """vLLM's hook for where a chunk ends, asked for running and for waiting requests."""
         if request.status != RequestStatus.RUNNING:
-            by_priority = self.policy == SchedulingPolicy.PRIORITY
-            self._admission.set_watermark(request, num_computed_tokens, by_priority=by_priority)
+            self._admission.set_watermark(request, num_computed_tokens)
         tracked = self._tracked.get(request.request_id)
         # Asked for every request in every step, most of which are far from the request's next round.
         if tracked is not None and num_computed_tokens + num_new_tokens > tracked.unconstrained_until:
