@@ -34,7 +34,7 @@ class ScratchMemory:
         self._kv = kv
         self._window = window
         self._shares_all_layers = shares_all_layers
-        num_bytes = max(num_bytes, self._bytes_of_one_layer(longest)) if longest else num_bytes
+        num_bytes = max(num_bytes, self._bytes_of_one_layer(longest))
         self._memory = torch.empty(num_bytes // 64 * 64, dtype=torch.uint8, device=kv.device)
 
     @property
