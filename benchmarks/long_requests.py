@@ -24,7 +24,7 @@ from rkv_vllm.kernels.batch import CompactionBatch
 from rkv_vllm.kernels.cache_layout import PagedKV
 from rkv_vllm.kernels.compaction_round import RkvRound
 from rkv_vllm.kernels.select import select
-from rkv_vllm.policies import ScoreInputs, make_policies
+from rkv_vllm.policies import Policy, ScoreInputs, make_policies
 from rkv_vllm.provenance import command_line
 from rkv_vllm.settings.config import WINDOW, RkvConfig
 
@@ -77,9 +77,13 @@ def measure_length(length: int) -> dict[str, Any]:
         policy = make_policies(RkvConfig())[name]
         keys = PagedKeys(layer[..., :SIZE], batch.source_pages[0], length)
         inputs = ScoreInputs(keys, None, 1.0, 0, length)
-        score = lambda index, policy=policy, inputs=inputs: policy.scores(inputs).unsqueeze(0)  # noqa: E731
+        score = partial(score_only_layer, policy, inputs)
         found[name] = measure(partial(rounds.select_and_move, score, batch))
     return found
+
+
+def score_only_layer(policy: Policy, inputs: ScoreInputs, layer: int) -> torch.Tensor:
+    return policy.scores(inputs).unsqueeze(0)
 
 
 def measure_selection(length: int) -> dict[str, Any]:

@@ -82,9 +82,7 @@ def test_selection_beyond_a_million_candidates(candidates: int) -> None:
     """Proves that the best are kept of more candidates than a 20-bit count can hold."""
     length, keep = candidates + WINDOW, 64
     row = torch.zeros(length // PAGE + 8, 1, PAGE, 32, device=DEVICE)
-    row[..., 0] = torch.arange(row.shape[0] * PAGE, device=DEVICE).view(
-        -1, 1, PAGE
-    )  # a token's key: its slot
+    row[..., 0] = torch.arange(row.shape[0] * PAGE, device=DEVICE).view(-1, 1, PAGE)  # its slot
     free = row.shape[0] - keep // PAGE
     batch = CompactionBatch.build(
         lengths=[length],

@@ -9,9 +9,6 @@ import pytest
 from support.modelless_runs import Rkv, budget, make_engine, run_steps, run_to_end, steps_to_answer
 from vllm.v1.request import RequestStatus
 
-from rkv_vllm.bench.modelless import ModellessEngine
-
-Engine = ModellessEngine
 FULL_CACHE = {"rkv_budget": 0}
 
 
