@@ -22,12 +22,14 @@ class CompactionBatch:
     Attributes:
         lengths: physical length N of each request, in tokens.
         keeps: tokens kept of each request, the window included.
+        protects: first tokens of each request that stay whatever their scores.
         order: in which the kept candidates are to lie.
         staged: requests whose target pages could overwrite tokens not yet moved; they go through scratch
             memory.
         highest_page: highest page id in use.
         lengths_on_device: int32 [R].
         keeps_on_device: int32 [R].
+        protects_on_device: int32 [R].
         staged_on_device: int32 [R], 1 for a staged request.
         query_rows: int32 [R], row of the query ring that holds the request's window queries.
         source_pages: int32 [R, P_src], pages in the order of their tokens; 0 behind a request's last page.
@@ -36,11 +38,13 @@ class CompactionBatch:
 
     lengths: list[int]
     keeps: list[int]
+    protects: list[int]
     order: Order
     staged: list[int]
     highest_page: int
     lengths_on_device: torch.Tensor
     keeps_on_device: torch.Tensor
+    protects_on_device: torch.Tensor
     staged_on_device: torch.Tensor
     query_rows: torch.Tensor
     source_pages: torch.Tensor
@@ -58,6 +62,7 @@ class CompactionBatch:
         page_size: int,
         device: torch.device | str,
         order: Order = "temporal",
+        protects: Sequence[int] | None = None,
     ) -> CompactionBatch:
         """Check the requests and send them to the device in one asynchronous copy.
 
@@ -72,6 +77,7 @@ class CompactionBatch:
             page_size: tokens a page.
             device: where the kernels run.
             order: in which the kept candidates are to lie.
+            protects: first tokens of each that stay, at most what it keeps less the window; None: none.
 
         Raises:
             ValueError: no request, unequal list lengths, a count out of range, too few pages, a page or row
@@ -80,13 +86,17 @@ class CompactionBatch:
         count = len(lengths)
         if count == 0:
             raise ValueError("a compaction batch needs at least one request")
-        if not count == len(keeps) == len(source_pages) == len(target_pages) == len(query_rows):
-            raise ValueError("lengths, keeps, pages and query rows must name the same number of requests")
+        protects = [0] * count if protects is None else list(protects)
+        columns = (keeps, protects, source_pages, target_pages, query_rows)
+        if any(len(column) != count for column in columns):
+            raise ValueError("all columns of a batch must name the same number of requests")
         sources: list[list[int]] = []
         targets: list[list[int]] = []
         for index, (length, keep) in enumerate(zip(lengths, keeps, strict=True)):
             if not 1 <= keep <= length:
                 raise ValueError(f"request {index}: cannot keep {keep} of {length} tokens")
+            if not 0 <= protects[index] <= keep:
+                raise ValueError(f"request {index}: cannot protect {protects[index]} of {keep} kept tokens")
             source, target = -(-length // page_size), -(-keep // page_size)
             if len(source_pages[index]) < source or len(target_pages[index]) < target:
                 raise ValueError(f"request {index}: {source} source and {target} target pages are needed")
@@ -100,22 +110,24 @@ class CompactionBatch:
             int(_overwrites(source, target, order)) for source, target in zip(sources, targets, strict=True)
         ]
         source_width, target_width = max(map(len, sources)), max(map(len, targets))
-        columns = [list(lengths), list(keeps), staged, list(query_rows)]
-        columns.append([page for row in sources for page in row + [0] * (source_width - len(row))])
-        columns.append([page for row in targets for page in row + [0] * (target_width - len(row))])
-        views = _send(columns, torch.device(device))
+        tables = [list(lengths), list(keeps), protects, staged, list(query_rows)]
+        tables.append([page for row in sources for page in row + [0] * (source_width - len(row))])
+        tables.append([page for row in targets for page in row + [0] * (target_width - len(row))])
+        views = _send(tables, torch.device(device))
         return cls(
             lengths=list(lengths),
             keeps=list(keeps),
+            protects=protects,
             order=order,
             staged=[index for index, flag in enumerate(staged) if flag],
             highest_page=max(max(map(max, sources)), max(map(max, targets))),
             lengths_on_device=views[0],
             keeps_on_device=views[1],
-            staged_on_device=views[2],
-            query_rows=views[3],
-            source_pages=views[4].view(count, source_width),
-            target_pages=views[5].view(count, target_width),
+            protects_on_device=views[2],
+            staged_on_device=views[3],
+            query_rows=views[4],
+            source_pages=views[5].view(count, source_width),
+            target_pages=views[6].view(count, target_width),
         )
 
     @classmethod
@@ -136,16 +148,18 @@ class CompactionBatch:
         if not lengths:
             raise ValueError("a compaction batch needs at least one request")
         columns = [list(lengths), [0] * len(lengths), list(query_rows)]
-        on_device, unstaged, rows = _send(columns, source_pages.device)
+        on_device, zeros, rows = _send(columns, source_pages.device)
         return cls(
             lengths=list(lengths),
             keeps=list(lengths),
+            protects=[0] * len(lengths),
             order="temporal",
             staged=[],
             highest_page=0,
             lengths_on_device=on_device,
             keeps_on_device=on_device,
-            staged_on_device=unstaged,
+            protects_on_device=zeros,
+            staged_on_device=zeros,
             query_rows=rows,
             source_pages=source_pages,
             target_pages=source_pages,

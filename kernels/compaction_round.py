@@ -253,6 +253,8 @@ class RkvRound:
             raise ValueError(
                 f"a request keeps {min(batch.keeps)} tokens, fewer than the window of {self.window}"
             )
+        if any(keep - self.window < first for keep, first in zip(batch.keeps, batch.protects, strict=True)):
+            raise ValueError("a request protects more tokens than it keeps beside the window")
         if batch.highest_page >= kv.num_pages:
             raise ValueError(f"page {batch.highest_page} does not exist: the cache has {kv.num_pages}")
         self.scratch.check(max(batch.lengths))

@@ -5,7 +5,7 @@ it is given float64 tensors (in float32 otherwise). Every faster path of this pa
 
 Sources: R-KV (arXiv 2505.24133), sections 3.2 to 3.4, in the variant of the authors' code: keys are cached
 after rotary embedding, the window's keys take work in redundancy, and each row cuts exactly one link
-(rkv_spec 1.2 to 1.4 and 1.9).
+(rkv_spec 1.2 to 1.4 and 1.10).
 """
 
 from __future__ import annotations
@@ -157,6 +157,20 @@ def shared_scores(scores: torch.Tensor, scope: Literal["head", "layer", "global"
     return shared.expand_as(scores)
 
 
+def protected(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Scores by which the first tokens, or pages, are selected before all others (rkv_spec 1.9).
+
+    Args:
+        scores: [..., candidates].
+        count: of each row's first ones.
+
+    Returns:
+        [..., candidates], infinite for the first ``count``.
+    """
+    slots = torch.arange(scores.shape[-1], device=scores.device)
+    return torch.where(slots < count, math.inf, scores)
+
+
 def select(
     scores: torch.Tensor, count: int, order: Literal["temporal", "score"] = "temporal"
 ) -> torch.Tensor:
@@ -181,15 +195,20 @@ def select(
 
 
 def kept_indices(
-    scores: torch.Tensor, keep: int, length: int, order: Literal["temporal", "score"] = "temporal"
+    scores: torch.Tensor,
+    keep: int,
+    length: int,
+    order: Literal["temporal", "score"] = "temporal",
+    protect: int = 0,
 ) -> torch.Tensor:
-    """The survivors of a round: the best candidates in their order, then the window (rkv_spec 1.4, 1.6).
+    """The survivors of a round: the best candidates in their order, then the window (rkv_spec 1.4, 1.6, 1.9).
 
     Args:
         scores: [H, candidates]; the ``length - candidates`` newest tokens are the window.
         keep: tokens kept, the window included.
         length: physical length N in tokens.
         order: of the candidates, as in ``select``.
+        protect: first tokens that stay whatever their scores, at most ``keep`` less the window.
 
     Returns:
         int64 [H, keep].
@@ -198,7 +217,7 @@ def kept_indices(
         ValueError: ``keep`` is smaller than the window or larger than ``length``.
     """
     heads, candidates = scores.shape
-    chosen = select(scores, keep - (length - candidates), order)
+    chosen = select(protected(scores, protect), keep - (length - candidates), order)
     tail = torch.arange(candidates, length, device=scores.device).expand(heads, -1)
     return torch.cat([chosen, tail], dim=-1)
 

@@ -6,15 +6,18 @@ import math
 
 import torch
 
+from . import naive
 
-def choose_pages(scores: torch.Tensor, drop: int) -> tuple[torch.Tensor, torch.Tensor]:
+
+def choose_pages(scores: torch.Tensor, drop: int, protected: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Split pages into those that stay and those of lowest score; of equals the older stay.
 
     Never waits for the device.
 
     Args:
         scores: [pages], all of them candidates; NaN counts as the lowest score.
-        drop: pages that leave, 0 to all.
+        drop: pages that leave, 0 to all but the protected.
+        protected: first pages that stay whatever their scores.
 
     Returns:
         Indices that stay and indices that leave, int64, each ascending.
@@ -22,9 +25,11 @@ def choose_pages(scores: torch.Tensor, drop: int) -> tuple[torch.Tensor, torch.T
     Raises:
         ValueError: ``drop`` is out of range.
     """
-    if not 0 <= drop <= scores.shape[0]:
-        raise ValueError(f"cannot drop {drop} of {scores.shape[0]} pages")
-    ranked = torch.where(scores.isnan(), -math.inf, scores).sort(descending=True, stable=True).indices
+    candidates = scores.shape[0] - protected
+    if not 0 <= drop <= candidates:
+        raise ValueError(f"cannot drop {drop} of {candidates} pages")
+    scores = torch.where(scores.isnan(), -math.inf, scores)
+    ranked = naive.protected(scores, protected).sort(descending=True, stable=True).indices
     stay = scores.shape[0] - drop
     return ranked[:stay].sort().values, ranked[stay:].sort().values
 

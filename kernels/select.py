@@ -3,7 +3,8 @@
 No sort: the score at the cut is found two bits at a time on an order-preserving integer view of float32,
 each time with one count over the scores; one more pass writes the slots above the cut and, lowest first, as
 many at the cut as there is room for. For the order of the scores a second kernel counts, for each chosen
-slot, those that go before it. Formulas: rkv_spec 1.4 and 1.6; reference: ``naive.select``.
+slot, those that go before it. Formulas: rkv_spec 1.4, 1.6 and 1.9; reference: ``naive.select`` of
+``naive.protected``.
 """
 
 # Triton reads its kernels' arguments without types.
@@ -25,12 +26,16 @@ _RIVALS = 64  # slots that it compares them with at a time
 
 
 @triton.jit
-def _ordered(scores, slots, candidates):
-    """Scores as uint32 in the same order; NaN as minus infinity, zeros equal, 0 behind the candidates."""
+def _ordered(scores, slots, protected, candidates):
+    """Scores as uint32 in the same order; NaN as minus infinity, zeros equal, 0 behind the candidates.
+
+    The first `protected` slots are above every score.
+    """
     score = tl.load(scores + slots, mask=slots < candidates, other=0.0)
     score = tl.where(score == 0.0, 0.0, tl.where(score != score, float("-inf"), score))
     bits = score.to(tl.uint32, bitcast=True)
     ordered = tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+    ordered = tl.where(slots < protected, 0xFFFFFFFF, ordered)
     return tl.where(slots < candidates, ordered, 0)
 
 
@@ -60,6 +65,7 @@ def _three_counts(ordered, cut, shift):
 def _select_kernel(
     lengths,  # [R]
     keeps,  # [R]
+    protects,  # [R]
     scores,  # [layers, requests, H, slots] by its strides
     stride_layer,
     stride_request,
@@ -80,15 +86,17 @@ def _select_kernel(
     scores += local_request.to(tl.int64) * stride_request + head.to(tl.int64) * stride_head
     candidates = tl.load(lengths + request) - WINDOW
     count = tl.load(keeps + request) - WINDOW
+    protected = tl.load(protects + request)
 
     cut = tl.full((), 0, tl.uint32)
-    resident = _ordered(scores, tl.arange(0, BLOCK), candidates)
+    resident = _ordered(scores, tl.arange(0, BLOCK), protected, candidates)
     for position in range(0, 16):
         shift = 30 - 2 * position
         counts = _three_counts(resident, cut, shift)
         if not RESIDENT:
             for start in range(BLOCK, candidates, BLOCK):
-                counts += _three_counts(_ordered(scores, start + tl.arange(0, BLOCK), candidates), cut, shift)
+                slots = start + tl.arange(0, BLOCK)
+                counts += _three_counts(_ordered(scores, slots, protected, candidates), cut, shift)
         if RESIDENT:  # one sum does for all three fields
             total = tl.sum(counts, axis=0)
             one, two, three = total & 0xFFFFF, (total >> 20) & 0xFFFFF, total >> 40
@@ -101,13 +109,14 @@ def _select_kernel(
     above = (resident > cut).to(tl.int32)
     if not RESIDENT:
         for start in range(BLOCK, candidates, BLOCK):
-            above += (_ordered(scores, start + tl.arange(0, BLOCK), candidates) > cut).to(tl.int32)
+            slots = start + tl.arange(0, BLOCK)
+            above += (_ordered(scores, slots, protected, candidates) > cut).to(tl.int32)
     room = count - tl.sum(above, axis=0)
 
     written = 0
     for start in range(0, candidates, BLOCK):
         slots = start + tl.arange(0, BLOCK)
-        ordered = _ordered(scores, slots, candidates)
+        ordered = _ordered(scores, slots, protected, candidates)
         level = ((ordered == cut) & (slots < candidates)).to(tl.int32)
         chosen = (ordered > cut) | ((level > 0) & (tl.cumsum(level, axis=0) <= room))
         chosen = chosen.to(tl.int32)
@@ -131,6 +140,7 @@ def _select_kernel(
 def _rank_kernel(
     lengths,  # [R]
     keeps,  # [R]
+    protects,  # [R]
     scores,  # [layers, requests, H, slots] by its strides
     stride_layer,
     stride_request,
@@ -153,16 +163,17 @@ def _rank_kernel(
     kept += owner * capacity
     candidates = tl.load(lengths + request) - WINDOW
     count = tl.load(keeps + request) - WINDOW
+    protected = tl.load(protects + request)
     own = tl.program_id(0) * RANKED + tl.arange(0, RANKED)
     if tl.program_id(0) * RANKED >= count:
         return
     slots = tl.load(chosen + own, mask=own < count, other=0)
-    values = _ordered(scores, slots, candidates)
+    values = _ordered(scores, slots, protected, candidates)
     rank = tl.zeros((RANKED,), tl.int32)
     for start in range(0, count, RIVALS):
         rivals = start + tl.arange(0, RIVALS)
         rival_slots = tl.load(chosen + rivals, mask=rivals < count, other=0)
-        rival_values = _ordered(scores, rival_slots, candidates)
+        rival_values = _ordered(scores, rival_slots, protected, candidates)
         better = rival_values[None, :] > values[:, None]
         older = (rival_values[None, :] == values[:, None]) & (rivals[None, :] < own[:, None])
         before = (better | older) & (rivals < count)[None, :]
@@ -187,6 +198,7 @@ def select(work: WorkSlice, scores: torch.Tensor, *, window: int) -> None:
     _select_kernel[work.grid()](
         batch.lengths_on_device,
         batch.keeps_on_device,
+        batch.protects_on_device,
         scores,
         *scores.stride()[:3],
         chosen,
@@ -201,6 +213,7 @@ def select(work: WorkSlice, scores: torch.Tensor, *, window: int) -> None:
         _rank_kernel[work.grid(-(-work.longest // _RANKED))](
             batch.lengths_on_device,
             batch.keeps_on_device,
+            batch.protects_on_device,
             scores,
             *scores.stride()[:3],
             chosen,

@@ -103,8 +103,12 @@ class PageLengths(RequestLengths):
 
     @property
     def kept_pages(self) -> int:
-        """Pages after a compaction, the last one included: the budget's, or all that the window may touch."""
-        return max(self._pages(self.settings.budget), 1 + self._pages(WINDOW - 1))
+        """Pages after a compaction, the last one included: the budget's, or all that may not leave.
+
+        Those are the pages that protected tokens touch, and as many as the window may touch.
+        """
+        cannot_leave = self._pages(self.settings.protect) + 1 + self._pages(WINDOW - 1)
+        return max(self._pages(self.settings.budget), cannot_leave)
 
     def allocated_slots(self, logical: int) -> int:
         return logical - self.evicted + self.leaving * self.page_size

@@ -49,6 +49,7 @@ class Compaction:
             compaction's bookkeeping twice does no harm).
         policy: what scores the tokens.
         query_row: row of the query ring that holds its last queries, or `NO_QUERY_ROW`.
+        protect: its first tokens that stay whatever their scores.
     """
 
     request_id: str
@@ -57,6 +58,7 @@ class Compaction:
     evicted: int
     policy: PolicyName
     query_row: int
+    protect: int = 0
 
     @property
     def logical_length(self) -> int:
@@ -203,6 +205,7 @@ class CompactionResult(TypedDict):
     budget: int | None
     buffer: int | None
     policy: str | None
+    protect: int | None
     compactions: int
     evicted_tokens: int
     peak_pages: int

@@ -41,6 +41,7 @@ class ScoreInputs:
         logical_length: tokens of the request so far.
         num_previous_survivors: slots at the front that the round before has filled, its window the last of
             them; 0 for the first round.
+        protected: first slots, which stay whatever their scores.
     """
 
     keys: Keys
@@ -49,6 +50,7 @@ class ScoreInputs:
     layer: int
     logical_length: int
     num_previous_survivors: int = 0
+    protected: int = 0
 
     @property
     def num_candidates(self) -> int:

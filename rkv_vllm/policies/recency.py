@@ -30,10 +30,12 @@ class Recency:
 
     def scores(self, inputs: ScoreInputs) -> torch.Tensor:
         """Returns: float32 [H, N - WINDOW]: infinite for the sinks, else higher for newer tokens."""
-        # A slot's index tells its age, but where an earlier round has laid the newest first behind the sinks.
+        # A slot's index tells its age, but where an earlier round has laid the newest first behind those that
+        # always stay.
         scores = torch.arange(inputs.num_candidates, dtype=torch.float32, device=inputs.keys.device)
         if self.order == "score" and inputs.num_previous_survivors:
-            previous = slice(SINKS, inputs.num_previous_survivors - WINDOW)
+            always = max(SINKS, inputs.protected)
+            previous = slice(always, inputs.num_previous_survivors - WINDOW)
             scores[previous] = scores[previous].flip(0)
         scores[:SINKS] = torch.inf
         return scores.expand(inputs.keys.shape[0], -1)

@@ -29,6 +29,8 @@ def test_batch_reaches_the_device_as_given() -> None:
     assert batch.source_pages.tolist() == [[5, 6, 7], [1, 2, 0]]
     assert batch.target_pages.tolist() == [[5, 6], [1, 0]]
     assert batch.query_rows.tolist() == [3, 0]
+    assert batch.protects_on_device.tolist() == batch.protects == [0, 0]
+    assert build(protects=[4, 16]).protects_on_device.tolist() == [4, 16]
     assert batch.highest_page == 7 and batch.num_requests == 2
     tables = (batch.lengths_on_device, batch.query_rows, batch.source_pages, batch.target_pages)
     assert {table.dtype for table in tables} == {torch.int32}

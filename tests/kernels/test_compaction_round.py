@@ -20,7 +20,11 @@ class Cache(PagedCache):
     """A random cache, and rounds over it that are checked against the reference."""
 
     def batch(
-        self, keeps: list[int], targets: list[list[int]] | None = None, order: Order = "temporal"
+        self,
+        keeps: list[int],
+        targets: list[list[int]] | None = None,
+        order: Order = "temporal",
+        protects: list[int] | None = None,
     ) -> CompactionBatch:
         return CompactionBatch.build(
             lengths=self.lengths,
@@ -31,6 +35,7 @@ class Cache(PagedCache):
             page_size=self.kv.page_size,
             device=self.device,
             order=order,
+            protects=protects,
         )
 
     def round(self, **settings: object) -> RkvRound:
@@ -56,6 +61,7 @@ class Cache(PagedCache):
         *,
         scope: Scope = "head",
         order: Order = "temporal",
+        protects: list[int] | None = None,
         **settings: object,
     ) -> None:
         """Run a round; exactly the tokens that the scores select have to lie in the target pages, in order.
@@ -64,11 +70,11 @@ class Cache(PagedCache):
         """
         before = [layer.clone() for layer in self.layers]
         expected = [layer.clone() for layer in self.layers]
-        batch = self.batch(keeps, targets, order)
+        batch = self.batch(keeps, targets, order, protects)
         for layer, data in enumerate(expected):
             for request, (length, keep) in enumerate(zip(self.lengths, keeps, strict=True)):
                 own = naive.shared_scores(scores[:, request, :, : length - WINDOW], scope)[layer]
-                chosen = naive.kept_indices(own, keep, length, order)
+                chosen = naive.kept_indices(own, keep, length, order, batch.protects[request])
                 moved = naive.compact(self.tokens(layer, self.source[request], length), chosen)
                 for index in range(-(-keep // self.kv.page_size)):
                     piece = moved[:, index * self.kv.page_size : (index + 1) * self.kv.page_size]
@@ -348,6 +354,27 @@ def test_given_scores_are_shared_and_ordered(scope: Scope, order: Order) -> None
 
 
 @pytest.mark.parametrize(
+    ("scope", "order"),
+    [("head", "temporal"), *(VARIANTS if GPU else [("layer", "score"), ("global", "score")])],
+)
+def test_protected_tokens_stay_whatever_their_scores(scope: Scope, order: Order) -> None:
+    """Proves that the first tokens stay and come first: none, one, over pages, all that is kept."""
+    lengths = [9000, 5000, 2000, 300] if GPU else [90, 70, 41, 33]
+    cache = Cache(lengths, layers=3, heads=2, seed=11)
+    generator = torch.Generator().manual_seed(12)
+    scores = torch.randint(-2, 3, (3, 4, 2, max(lengths)), generator=generator).float() * 0.25
+    kinds = torch.rand(scores.shape, generator=generator)
+    scores[kinds < 0.05] = float("nan")
+    scores[(kinds > 0.05) & (kinds < 0.1)] = float("inf")
+    scores[..., :20] = -float("inf")
+    keeps = [length // 2 for length in lengths]
+    protects = [17, keeps[1] - WINDOW, 1, 0]
+    cache.check_moves(
+        keeps, cache.source, scores.to(DEVICE), None, scope=scope, order=order, protects=protects
+    )
+
+
+@pytest.mark.parametrize(
     ("scope", "order"), VARIANTS if GPU else [("layer", "temporal"), ("global", "score")]
 )
 def test_rounds_share_scores_in_parts_of_any_size(scope: Scope, order: Order) -> None:
@@ -411,6 +438,8 @@ def test_wrong_calls_are_refused() -> None:
     rounds, lam = cache.round(), torch.ones(1, device=DEVICE)
     with pytest.raises(ValueError, match="fewer than the window"):
         rounds.run(cache.queries, cache.batch([WINDOW - 1]), lam)
+    with pytest.raises(ValueError, match="protects more tokens than it keeps"):
+        rounds.run(cache.queries, cache.batch([20], protects=[20 - WINDOW + 1]), lam)
     with pytest.raises(ValueError, match="do not fit 2 layers"):
         rounds.run(cache.queries[:1], cache.batch([20]), lam)
     with pytest.raises(ValueError, match="lam must be"):

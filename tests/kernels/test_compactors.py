@@ -27,6 +27,8 @@ PAGE, LAYERS, HEADS, GROUP, SIZE = 16, 3, 2, 2, 32
 SCALE = SIZE**-0.5
 #: Length, tokens that stay and logical length of each policy's request; all have been compacted before.
 LENGTH, KEEP, LOGICAL = 61, 40, 500
+#: First tokens that stay whatever their scores, in half of the cases.
+PROTECT = 19
 
 VARIANTS = [(scope, order) for scope in ("head", "layer", "global") for order in ("temporal", "score")]
 
@@ -80,7 +82,8 @@ class Tables:
 class Setup:
     """One request a policy, its survivors to go to the front of its own pages."""
 
-    def __init__(self, scope: Scope, order: Order) -> None:
+    def __init__(self, scope: Scope, order: Order, protect: int = 0) -> None:
+        self.protect = protect
         self.config = RkvConfig(mix_lambda=0.3, scope=scope, order=order)
         self.policies = make_policies(self.config)
         cache = PagedCache(
@@ -106,6 +109,7 @@ class Setup:
                 query_row=cache.rows[index] if policy in ("rkv", "snapkv") else -1,
                 source_pages=tuple(cache.source[index]),
                 target_pages=tuple(cache.source[index][: -(-KEEP // PAGE)]),
+                protect=protect,
             )
             for index, policy in enumerate(POLICY_NAMES)
         ]
@@ -122,7 +126,8 @@ class Setup:
             [self._scores(compaction.policy, tokens[layer], layer, compaction) for layer in range(LAYERS)]
         )
         shared = naive.shared_scores(scores.double(), self.config.scope)
-        kept = [naive.kept_indices(own, KEEP, LENGTH, self.config.order) for own in shared]
+        order, protect = self.config.order, self.protect
+        kept = [naive.kept_indices(own, KEEP, LENGTH, order, protect) for own in shared]
         return torch.stack([naive.compact(tokens[layer], kept[layer]) for layer in range(LAYERS)])
 
     def _scores(
@@ -135,6 +140,7 @@ class Setup:
             layer=layer,
             logical_length=LOGICAL,
             num_previous_survivors=KEEP,
+            protected=self.protect,
         )
         return self.policies[policy].scores(inputs)
 
@@ -144,10 +150,11 @@ class Setup:
             assert torch.equal(found, self.expected(compaction)), compaction.policy
 
 
+@pytest.mark.parametrize("protect", [0, PROTECT])
 @pytest.mark.parametrize(("scope", "order"), VARIANTS)
-def test_the_cpu_keeps_what_the_reference_keeps(scope: Scope, order: Order) -> None:
+def test_the_cpu_keeps_what_the_reference_keeps(scope: Scope, order: Order, protect: int) -> None:
     """Proves for every policy that the CPU's compactor shares scores and lays out survivors as defined."""
-    setup = Setup(scope, order)
+    setup = Setup(scope, order, protect)
     caches: Any = [PlainCache(layer.clone()) for layer in setup.layers]
     queries: Any = PlainQueries(setup.queries)
     tables = Tables()
@@ -157,13 +164,16 @@ def test_the_cpu_keeps_what_the_reference_keeps(scope: Scope, order: Order) -> N
 
 
 @pytest.mark.parametrize(
-    ("scope", "order"), VARIANTS if DEVICE.type == "cuda" else [("layer", "temporal"), ("global", "score")]
+    ("scope", "order", "protect"),
+    [(*variant, protect) for variant in VARIANTS for protect in (0, PROTECT)]
+    if DEVICE.type == "cuda"
+    else [("layer", "temporal", 0), ("global", "score", PROTECT)],
 )
 def test_the_gpu_keeps_what_the_reference_keeps(
-    scope: Scope, order: Order, monkeypatch: pytest.MonkeyPatch
+    scope: Scope, order: Order, protect: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Proves the same of the kernels, for policies with scores of their own and those scored in torch."""
-    setup = Setup(scope, order)
+    setup = Setup(scope, order, protect)
     layers = [layer.to(DEVICE) for layer in setup.layers.clone()]
     compactor = GpuTokenCompactor(
         layers,

@@ -18,6 +18,8 @@ from rkv_vllm.policies import ScoreInputs, make_policies
 from rkv_vllm.settings.config import WINDOW, PolicyName, RkvConfig
 
 PAGE = 16
+#: Tokens of every other request that never leave: on two pages, one of them in part.
+PROTECT = 17
 
 
 @pytest.mark.parametrize(
@@ -37,10 +39,21 @@ def test_pages_of_lowest_score_leave(scores: list[float], drop: int, leave: list
     assert stay.tolist() == [page for page in range(len(scores)) if page not in leave]
 
 
+def test_protected_pages_stay_whatever_their_scores() -> None:
+    """Proves that the first pages stay, NaN or not, and that all others may leave."""
+    scores = torch.tensor([math.nan, -5.0, 1.0, math.inf, 0.0], device=DEVICE)
+    for drop, leave in ((1, [4]), (2, [2, 4]), (3, [2, 3, 4])):
+        stay, left = choose_pages(scores, drop, 2)
+        assert left.tolist() == leave
+        assert stay.tolist() == [page for page in range(5) if page not in leave]
+
+
 def test_more_pages_than_there_are_cannot_leave() -> None:
     """Proves that an impossible count is refused."""
     with pytest.raises(ValueError, match="cannot drop 3 of 2 pages"):
         choose_pages(torch.zeros(2, device=DEVICE), 3)
+    with pytest.raises(ValueError, match="cannot drop 2 of 1 pages"):
+        choose_pages(torch.zeros(2, device=DEVICE), 2, 1)
 
 
 def test_a_row_closes_its_gaps() -> None:
@@ -74,11 +87,11 @@ def test_the_gpu_compactor_drops_the_pages_of_the_definition(monkeypatch: pytest
     config, scale = RkvConfig(granularity="page", mix_lambda=0.3), 32**-0.5
     rounds: list[tuple[PolicyName, int, int]] = [
         ("rkv", 121, 3),  # policy, length, pages that stay; the window lies on two pages
-        ("keydiff", 80, 2),
+        ("keydiff", 80, 4),
         ("snapkv", 64, 3),
         ("recency", 100, 4),
         ("random", 97, 4),
-        ("rkv", 72, 4),
+        ("rkv", 104, 5),
     ]
     cache = PagedCache(
         [length for _, length, _ in rounds], layers=2, heads=2, group=2, head_size=32, shift=0.0, seed=3
@@ -101,6 +114,7 @@ def test_the_gpu_compactor_drops_the_pages_of_the_definition(monkeypatch: pytest
                 policy=policy,
                 query_row=cache.rows[index] if policy in ("rkv", "snapkv") else -1,
                 eviction_id=index,
+                protect=PROTECT if index % 2 else 0,
             )
         )
 
@@ -127,6 +141,7 @@ def test_the_gpu_compactor_drops_the_pages_of_the_definition(monkeypatch: pytest
             scores = policies[eviction.policy].scores(inputs).double().cpu()
             means += naive.page_scores(scores, PAGE)[:candidates] / (2 * 2 * PAGE)
         dropped = (eviction.length - eviction.keep) // PAGE
+        means[: -(-eviction.protect // PAGE)] = math.inf
         leave = sorted(sorted(range(candidates), key=lambda page: (means[page].item(), -page))[:dropped])
         assert reports[index] == PageReport(str(index), index, tuple(pages[page] for page in leave))
         stay = [page for number, page in enumerate(pages) if number not in leave]

@@ -41,27 +41,32 @@ def sampled_token(attended: int) -> int:
     return attended % VOCABULARY
 
 
-def survivors(symbols: Sequence[int], queries: Sequence[int] | None, keep: int) -> list[int]:
-    """Slots that stay, ascending: candidates chosen by all contents and queries, and the window."""
+def survivors(symbols: Sequence[int], queries: Sequence[int] | None, keep: int, protect: int) -> list[int]:
+    """Slots that stay, ascending: the protected, candidates chosen by contents and queries, the window."""
     length = len(symbols)
     chooser = random.Random(hash((tuple(symbols), tuple(queries or ()))))
-    chosen = sorted(chooser.sample(range(length - WINDOW), keep - WINDOW))
-    return chosen + list(range(length - WINDOW, length))
+    chosen = sorted(chooser.sample(range(protect, length - WINDOW), keep - WINDOW - protect))
+    return list(range(protect)) + chosen + list(range(length - WINDOW, length))
 
 
 def kept_pages(settings: CompactionSettings, page_size: int) -> int:
-    """Pages that stay in a round by page: as many as the budget fills, and at least the window's."""
+    """Pages that stay in a round by page: as many as the budget fills, and at least those that have to."""
     most_of_the_window = next(n for n in range(1, 99) if (n - 1) * page_size >= WINDOW - 1)
-    return max(-(-settings.budget // page_size), most_of_the_window)
+    return max(-(-settings.budget // page_size), protected_pages(settings, page_size) + most_of_the_window)
+
+
+def protected_pages(settings: CompactionSettings, page_size: int) -> int:
+    """First pages that never leave: those with a protected token in them."""
+    return len({token // page_size for token in range(settings.protect)})
 
 
 def leaving_pages(
-    symbols: Sequence[int], queries: Sequence[int] | None, keep: int, page_size: int
+    symbols: Sequence[int], queries: Sequence[int] | None, keep: int, page_size: int, protected: int
 ) -> list[int]:
-    """Indices of the pages that leave, so that `keep` stay: none that the window touches."""
+    """Indices of the pages that leave, so that `keep` stay: none protected, none that the window touches."""
     num_pages, candidates = -(-len(symbols) // page_size), (len(symbols) - WINDOW) // page_size
     chooser = random.Random(hash((tuple(symbols), tuple(queries or ()))))
-    return sorted(chooser.sample(range(candidates), num_pages - keep))
+    return sorted(chooser.sample(range(protected, candidates), num_pages - keep))
 
 
 def unshortened(tokens: Sequence[int]) -> list[int]:
@@ -138,12 +143,14 @@ class RequestModel:
         self.points.append(self.logical)
         queries = self.symbols[-WINDOW:] if self.settings.needs_queries else None
         if self.page_size is None:
-            kept = survivors(self.symbols, queries, self.settings.budget)
+            kept = survivors(self.symbols, queries, self.settings.budget, self.settings.protect)
         else:
             keep = kept_pages(self.settings, self.page_size)
-            left = leaving_pages(self.symbols, queries, keep, self.page_size)
+            protected = protected_pages(self.settings, self.page_size)
+            left = leaving_pages(self.symbols, queries, keep, self.page_size, protected)
             kept = [slot for slot in range(len(self.symbols)) if slot // self.page_size not in left]
             assert len(kept) <= keep * self.page_size
+        assert kept[: self.settings.protect] == list(range(self.settings.protect))
         self.symbols = [self.symbols[slot] for slot in kept]
         self.attended = attend_all(self.symbols)
         self.most_evicted = max(self.most_evicted, self.logical - len(self.symbols))

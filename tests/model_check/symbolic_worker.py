@@ -90,7 +90,7 @@ class SymbolicCompactor:
 
     def _move(self, compaction: TokenCompaction) -> None:
         symbols, queries = self._find(compaction, compaction.source_pages)
-        kept = survivors(symbols, queries, compaction.keep)
+        kept = survivors(symbols, queries, compaction.keep, compaction.protect)
         self._memory.write(compaction.target_pages, [symbols[slot] for slot in kept])
         self._models[compaction.request_id].compact()
 
@@ -98,7 +98,8 @@ class SymbolicCompactor:
         pages = tables.pages_of(compaction.request_id)
         symbols, queries = self._find(compaction, tuple(pages))
         size, model = self._memory.page_size, self._models[compaction.request_id]
-        evicted = leaving_pages(symbols, queries, -(-compaction.keep // size), size)
+        protected = -(-compaction.protect // size)
+        evicted = leaving_pages(symbols, queries, -(-compaction.keep // size), size, protected)
         model.compact()
         assert len(model.symbols) == compaction.keep
         model.awaited = compaction.eviction_id

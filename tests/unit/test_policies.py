@@ -91,22 +91,22 @@ def test_recency_keeps_sinks_and_the_newest(keep: int) -> None:
     assert chosen.tolist() == [expected] * HEADS
 
 
+@pytest.mark.parametrize("protect", [0, SINKS - 1, SINKS + 3])
 @pytest.mark.parametrize("order", ["temporal", "score"])
-def test_recency_remembers_ages_in_both_orders(order: Order) -> None:
-    """Proves over three rounds that the sinks and the newest tokens stay however survivors are laid out."""
+def test_recency_remembers_ages_in_both_orders(order: Order, protect: int) -> None:
+    """Proves over three rounds that the first and the newest tokens stay however survivors are laid out."""
     keep, buffer = 30, 12
+    first = max(SINKS, protect)
     policy = Recency(order)
     positions = torch.arange(keep + buffer)
     for round_ in range(3):
         keys = torch.zeros(1, len(positions), SIZE)
-        scores = policy.scores(
-            ScoreInputs(keys, None, 1.0, 0, 500, num_previous_survivors=keep if round_ else 0)
-        )
-        positions = positions[naive.kept_indices(scores, keep, len(positions), order)[0]]
+        scores = policy.scores(ScoreInputs(keys, None, 1.0, 0, 500, keep if round_ else 0, protected=protect))
+        positions = positions[naive.kept_indices(scores, keep, len(positions), order, protect)[0]]
         newest = keep + (round_ + 1) * buffer
-        assert sorted(positions.tolist()) == [*range(SINKS), *range(newest - keep + SINKS, newest)]
+        assert sorted(positions.tolist()) == [*range(first), *range(newest - keep + first, newest)]
         if order == "score":
-            assert positions[SINKS] == newest - WINDOW - 1
+            assert positions[first] == newest - WINDOW - 1
         positions = torch.cat((positions, torch.arange(newest, newest + buffer)))
 
 

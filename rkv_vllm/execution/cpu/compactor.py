@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from rkv_vllm.decisions.messages import Compaction, PageCompaction, PageReport, TokenCompaction
+from rkv_vllm.decisions.pages import num_pages
 from rkv_vllm.decisions.query_rows import NO_QUERY_ROW
 from rkv_vllm.execution.compactor import Compactor, Round
 from rkv_vllm.execution.cpu.layer_cache import CpuLayerCache
@@ -81,6 +82,7 @@ class CpuCompactor(Compactor[Round, CpuTables, PageReport]):
             layer=layer,
             logical_length=compaction.logical_length,
             num_previous_survivors=compaction.num_previous_survivors,
+            protected=compaction.protect,
         )
         return self._policies[compaction.policy].scores(inputs)
 
@@ -113,6 +115,7 @@ class CpuTokenCompactor(CpuCompactor[TokenCompaction]):
     def _survivors(self, compaction: TokenCompaction, scores: torch.Tensor) -> torch.Tensor:
         """int64 [H, keep]: slots that stay, in the server's order, the window last."""
         length = compaction.length
+        scores = naive.protected(scores, compaction.protect)
         chosen = tiled.select(scores, compaction.keep - WINDOW, self._order)
         window = torch.arange(length - WINDOW, length).expand(scores.shape[0], -1)
         return torch.cat((chosen, window), dim=1)
@@ -132,7 +135,8 @@ class CpuPageCompactor(CpuCompactor[PageCompaction]):
             keys, _ = cache.read(sources, compaction.length)
             scores = self._scores(compaction, layer, cache.scale, keys)
             total += naive.page_scores(scores, page_size)[:num_candidates]
-        stay, leave = choose_pages(total, (compaction.length - compaction.keep) // page_size)
+        drop = (compaction.length - compaction.keep) // page_size
+        stay, leave = choose_pages(total, drop, num_pages(compaction.protect, page_size))
         tables.replace_pages(compaction.request_id, [pages[i] for i in stay] + pages[num_candidates:])
         evicted = tuple(pages[i] for i in leave)
         self._evicted.append(PageReport(compaction.request_id, compaction.eviction_id, evicted))

@@ -146,6 +146,7 @@ class GpuCompactor(Compactor[Round, GpuTables, EvictedPageIds]):
             layer=layer,
             logical_length=compaction.logical_length,
             num_previous_survivors=compaction.num_previous_survivors,
+            protected=compaction.protect,
         )
         return self._policies[compaction.policy].scores(inputs).unsqueeze(0)
 
@@ -185,6 +186,7 @@ class GpuTokenCompactor(GpuCompactor[TokenCompaction]):
             page_size=self._kv.page_size,
             device=self._kv.device,
             order=self._order,
+            protects=[c.protect for c in compactions],
         )
 
 
@@ -200,7 +202,8 @@ class GpuPageCompactor(GpuCompactor[PageCompaction]):
             num_candidates = (compaction.length - WINDOW) // self._kv.page_size
             pages = self._num_pages(compaction.length)
             drop = (compaction.length - compaction.keep) // self._kv.page_size
-            stay, leave = choose_pages(scores[:num_candidates], drop)
+            protected = self._num_pages(compaction.protect)
+            stay, leave = choose_pages(scores[:num_candidates], drop, protected)
             rest = torch.arange(num_candidates, pages, device=stay.device)
             evicted.append(drop_pages(row[:pages], leave, torch.cat((stay, rest))))
             # How many pages stay follows from counts; vLLM appends this step's pages behind them.
