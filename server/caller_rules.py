@@ -6,13 +6,19 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from rkv_vllm.server.protocol import BudgetBounds, BufferBounds, KvCacheBounds, PolicyChoice
+from rkv_vllm.server.protocol import (
+    BudgetBounds,
+    BufferBounds,
+    KvCacheBounds,
+    PolicyChoice,
+    ProtectDefault,
+)
 from rkv_vllm.server.request import FULL, KvCacheError, KvCacheRequest
 from rkv_vllm.settings.config import (
     OFF,
@@ -20,29 +26,39 @@ from rkv_vllm.settings.config import (
     WINDOW,
     BudgetTokens,
     BufferTokens,
+    DoesNotFit,
     EngineSettings,
     PolicyName,
+    Protected,
     RequestedSettings,
     RkvConfig,
+    check_protected,
+    is_budget,
+    number,
 )
-from rkv_vllm.settings.error_text import explain
+from rkv_vllm.settings.error_text import explain, shown
+from rkv_vllm.settings.request_size import RequestSize
 
 #: The environment variable of a setting is this and its name in capitals, as in RKV_KV_BUDGET_MAX.
 ENVIRONMENT_PREFIX = "RKV_KV_"
-
-
-def _number(value: Any) -> Any:
-    """Digits as the integer they are: command lines and environments hold only text."""
-    return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
 
 
 def _names(value: Any) -> Any:
     return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else value
 
 
-Budget = Annotated[BudgetTokens, BeforeValidator(_number)]
-Buffer = Annotated[BufferTokens, BeforeValidator(_number)]
-BudgetOrFull = Annotated[BudgetTokens | Literal["full"], BeforeValidator(_number)]
+def _default_budget(value: Any) -> Any:
+    budget = number(value)
+    if budget != FULL and not is_budget(budget):
+        allowed = f'an integer above {WINDOW}, a share as in "25%", or "{FULL}"'
+        raise ValueError(f"takes {allowed}, not {shown(value)}")
+    return budget
+
+
+Budget = Annotated[BudgetTokens, BeforeValidator(number)]
+Buffer = Annotated[BufferTokens, BeforeValidator(number)]
+DefaultBudget = Annotated[int | str, BeforeValidator(_default_budget)]
+DefaultProtect = Annotated[Protected, BeforeValidator(number)]
 Names = Annotated[tuple[PolicyName, ...], Field(min_length=1), BeforeValidator(_names), NoDecode]
 
 
@@ -51,8 +67,12 @@ class CallerRules(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    budget: BudgetOrFull = Field(
-        default=FULL, description="Budget of a request that names none: tokens, or `full`."
+    budget: DefaultBudget = Field(
+        default=FULL,
+        description=(
+            "Budget of a request that names none: tokens, a share as in 25% of the longest that it may "
+            "become, or `full`."
+        ),
     )
     budget_min: Budget | None = Field(default=None, description="Smallest budget a request may name.")
     budget_max: Budget | None = Field(
@@ -64,6 +84,9 @@ class CallerRules(BaseModel):
     policies: Names = Field(
         default=POLICY_NAMES, description="Policies a request may choose, separated by commas."
     )
+    protect: DefaultProtect = Field(
+        default=0, description="First tokens of a request that never leave, or `prompt`: its whole prompt."
+    )
     require_budget: bool = Field(default=False, description="Refuse requests that name no budget.")
 
     @model_validator(mode="after")
@@ -73,11 +96,13 @@ class CallerRules(BaseModel):
             raise ValueError(f"budget_min: {smallest} is above budget_max, {largest}")
         if self.policy not in self.policies:
             raise ValueError(f"policy: {self.policy} is not one of policies, {', '.join(self.policies)}")
+        check_protected(self.protect, self.budget)
         if self.require_budget:
             return self  # the default is never used
-        if self.budget != FULL and self.budget < smallest:
+        if isinstance(self.budget, int) and self.budget < smallest:
             raise ValueError(f"budget: the default, {self.budget}, is below budget_min, {smallest}")
-        if largest is not None and (self.budget == FULL or self.budget > largest):
+        above = isinstance(self.budget, int) and largest is not None and self.budget > largest
+        if above or (self.budget == FULL and largest is not None):
             raise ValueError(
                 f"budget: the default, {self.budget}, is above budget_max, {largest}: "
                 "set a default within the bounds, or require_budget"
@@ -104,10 +129,11 @@ class CallerRules(BaseModel):
                 default=self.buffer, min=WINDOW, max=None if largest is None else self.buffer
             ),
             policy=PolicyChoice(default=self.policy, allowed=list(self.policies)),
+            protect=ProtectDefault(default=self.protect),
         )
 
     def resolve(self, asked: KvCacheRequest) -> RequestedSettings:
-        """What the engine is told about a request.
+        """What the engine is told about a request, but for what depends on its size: see `settle`.
 
         Raises: KvCacheError that names the member of `kv_cache` which is out of bounds, or missing.
         """
@@ -122,7 +148,7 @@ class CallerRules(BaseModel):
         elif budget == FULL:
             if largest is not None:
                 raise KvCacheError("budget", f'may not be "{FULL}" here: {allowed}')
-        elif budget < smallest or (largest is not None and budget > largest):
+        elif isinstance(budget, int) and (budget < smallest or (largest is not None and budget > largest)):
             raise KvCacheError("budget", f"is {budget}, which is not allowed here: {allowed}")
         if asked.buffer is not None and largest is not None and asked.buffer > self.buffer:
             raise KvCacheError(
@@ -136,7 +162,27 @@ class CallerRules(BaseModel):
             rkv_budget=OFF if budget == FULL else budget,
             rkv_buffer=asked.buffer or self.buffer,
             rkv_policy=asked.policy or self.policy,
+            rkv_protect=self.protect if asked.protect is None else asked.protect,
         )
+
+    def settle(self, settings: RequestedSettings, size: RequestSize) -> RequestedSettings:
+        """`settings` in tokens: a share is brought within the bounds, a protected prompt is counted.
+
+        Raises: KvCacheError where what is protected does not fit into the budget.
+        """
+        budget = settings.rkv_budget
+        if isinstance(budget, str):
+            smallest, largest = self.budgets
+            budget = max(size.tokens_of(budget), smallest)
+            budget = budget if largest is None else min(budget, largest)
+        protect = size.prompt if settings.rkv_protect == "prompt" else settings.rkv_protect
+        if budget == OFF:
+            protect = 0
+        try:
+            check_protected(protect or 0, budget)
+        except DoesNotFit as error:
+            raise KvCacheError("protect", f"cannot be {shown(settings.rkv_protect)}: {error}") from None
+        return settings.model_copy(update={"rkv_budget": budget, "rkv_protect": protect})
 
     def describe(self) -> str:
         """One line for the log."""
@@ -144,7 +190,7 @@ class CallerRules(BaseModel):
         default = "none, each request names one" if self.require_budget else self.budget
         return (
             f"default budget {default}, allowed {smallest} to {largest or FULL}; buffer {self.buffer}; "
-            f"policy {self.policy} of {', '.join(self.policies)}"
+            f"policy {self.policy} of {', '.join(self.policies)}; protected tokens {self.protect}"
         )
 
 

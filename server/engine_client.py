@@ -14,12 +14,14 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from vllm.exceptions import VLLMValidationError
+from vllm.utils import length_from_prompt_token_ids_or_embeds
 
 from rkv_vllm.decisions.messages import REFUSAL_KEY, RESULT_KEY
 from rkv_vllm.server.caller_rules import CallerRules
 from rkv_vllm.server.protocol import KvCacheReport, combined
 from rkv_vllm.server.request import KvCacheError, read_xargs
 from rkv_vllm.settings.config import XARGS_PREFIX, RequestedSettings
+from rkv_vllm.settings.request_size import RequestSize
 
 
 class RequestContext:
@@ -39,13 +41,13 @@ class RequestContext:
         """The sum over all finished generations: several prompts, or turns between tool calls."""
         return combined(self._reports) if self._reports else None
 
-    def apply(self, sampling_params: Any) -> None:
-        """Write the settings where the engine reads them.
+    def apply(self, sampling_params: Any, size: RequestSize) -> None:
+        """Write the settings of a generation of this size where the engine reads them.
 
         Raises: VLLMValidationError, which vLLM answers with HTTP 400, for what the rules do not allow.
         """
         given = sampling_params.extra_args or {}
-        settings = self.settings or resolve_xargs(self.rules, given)
+        settings = settle(self.rules, self.settings, given, size)
         others = {key: value for key, value in given.items() if not key.startswith(XARGS_PREFIX)}
         sampling_params.extra_args = {**others, **settings.model_dump()}
 
@@ -56,13 +58,34 @@ class RequestContext:
             self._reports.append(report)
 
 
-def resolve_xargs(rules: CallerRules, xargs: Mapping[str, Any] | None) -> RequestedSettings:
-    """Raises: VLLMValidationError that names the wrong key."""
+def settle(
+    rules: CallerRules, settings: RequestedSettings | None, xargs: Mapping[str, Any], size: RequestSize
+) -> RequestedSettings:
+    """`settings`, or where there are none what `xargs` asks for, in tokens.
+
+    Raises: VLLMValidationError that names the wrong member of `kv_cache`, or the wrong key.
+    """
     try:
-        return rules.resolve(read_xargs(xargs))
+        return rules.settle(settings or rules.resolve(read_xargs(xargs)), size)
     except KvCacheError as error:
-        param = error.param(xargs=True)
+        param = error.param(xargs=settings is None)
         raise VLLMValidationError(f"{param} {error}", parameter=param) from None
+
+
+def size_of(prompt: Any, sampling_params: Any, max_model_len: int) -> RequestSize:
+    """The size of what `generate` is given, which vLLM's routes have made into tokens or embeddings.
+
+    Of a session whose input is streamed nothing is known but the limit; it keeps its full cache.
+    """
+    if not isinstance(prompt, Mapping):
+        return RequestSize(prompt=0, longest=max_model_len)
+    tokens = length_from_prompt_token_ids_or_embeds(
+        prompt.get("prompt_token_ids"), prompt.get("prompt_embeds")
+    )
+    longest = max_model_len
+    if sampling_params.max_tokens is not None:
+        longest = min(tokens + sampling_params.max_tokens, max_model_len)
+    return RequestSize(prompt=tokens, longest=longest)
 
 
 _current: ContextVar[RequestContext | None] = ContextVar("rkv_request_context", default=None)
@@ -80,13 +103,13 @@ def request_context(context: RequestContext) -> Iterator[None]:
 
 def wrap(engine_client: Any) -> None:
     """Put this module between vLLM's routes and its engine client; called once for one client."""
-    engine_client.generate = _generate(engine_client.generate)
+    engine_client.generate = _generate(engine_client.generate, engine_client.model_config.max_model_len)
     processor = engine_client.output_processor
     processor.process_outputs = _process_outputs(processor, processor.process_outputs)
 
 
 def _generate(
-    generate: Callable[..., AsyncGenerator[Any, None]],
+    generate: Callable[..., AsyncGenerator[Any, None]], max_model_len: int
 ) -> Callable[..., AsyncGenerator[Any, None]]:
     def generate_in_context(
         prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
@@ -94,7 +117,7 @@ def _generate(
         context = _current.get()
         if context is None:
             return generate(prompt, sampling_params, *args, **kwargs)
-        context.apply(sampling_params)
+        context.apply(sampling_params, size_of(prompt, sampling_params, max_model_len))
         return _with_report(generate(prompt, sampling_params, *args, **kwargs), context)
 
     return generate_in_context

@@ -44,6 +44,9 @@ class KvCacheReport(BaseModel):
     buffer: int | None = Field(
         default=None, description="Tokens collected between two compactions; absent with budget `full`."
     )
+    protect: int | None = Field(
+        default=None, description="First tokens that never leave; absent where none were protected."
+    )
     compactions: int = Field(description="Compactions that ran.")
     evicted_tokens: int = Field(description="Tokens that left the cache before the end.")
     peak_pages: int = Field(description="Most pages of the KV cache held at a time.")
@@ -88,8 +91,11 @@ def combined(reports: Sequence[KvCacheReport]) -> KvCacheReport:
 
 
 class BudgetBounds(BaseModel):
-    default: int | Literal["full"] | None = Field(
-        description="Budget of a request that names none; null where one is required."
+    default: int | str | None = Field(
+        description=(
+            "Budget of a request that names none: tokens, a share of the longest that it may become as in "
+            "`25%`, or `full`; null where one is required."
+        )
     )
     required: bool = Field(description="Whether a request without a budget is refused.")
     min: int = Field(description="Smallest budget, in tokens.")
@@ -101,6 +107,12 @@ class BufferBounds(BaseModel):
     default: int = Field(description="Buffer of a request that names none, in tokens.")
     min: int
     max: int | None = Field(description="null: no bound.")
+
+
+class ProtectDefault(BaseModel):
+    default: int | Literal["prompt"] = Field(
+        description="First tokens that never leave where a request does not say; `prompt`: its whole prompt."
+    )
 
 
 class PolicyChoice(BaseModel):
@@ -115,3 +127,4 @@ class KvCacheBounds(BaseModel):
     budget: BudgetBounds
     buffer: BufferBounds
     policy: PolicyChoice
+    protect: ProtectDefault

@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from rkv_vllm.server.protocol import FIELD
-from rkv_vllm.settings.config import OFF, POLICY_NAMES, WINDOW, XARGS_PREFIX, PolicyName, RequestedSettings
+from rkv_vllm.settings.config import (
+    OFF,
+    POLICY_NAMES,
+    WINDOW,
+    XARGS_PREFIX,
+    PolicyName,
+    RequestedSettings,
+)
 from rkv_vllm.settings.error_text import shown, shown_name
+from rkv_vllm.settings.request_size import is_share
 
 #: Budget of a request that keeps its full cache.
 FULL: Literal["full"] = "full"
@@ -17,9 +25,10 @@ XARGS = "vllm_xargs"
 #: No context is longer; it keeps what goes to the engine within its integers.
 MOST_TOKENS = 2**31 - 1
 
-_BUDGET = f'takes an integer above {WINDOW}, or "{FULL}"'
+_BUDGET = f'takes an integer above {WINDOW}, a share as in "25%", or "{FULL}"'
 _BUFFER = f"takes an integer of at least {WINDOW}"
 _POLICY = f"takes one of {', '.join(POLICY_NAMES)}"
+_PROTECT = 'takes a number of tokens from 0 on, or "prompt"'
 
 
 class KvCacheError(ValueError):
@@ -36,6 +45,18 @@ class KvCacheError(ValueError):
         return f"{FIELD}.{self.field}" if self.field else FIELD
 
 
+def _share(text: str) -> str:
+    if not is_share(text):
+        raise ValueError("no share")
+    return text
+
+
+#: Of prompt and `max_tokens` together.
+Share = Annotated[
+    str, Field(pattern=r"^[0-9]{1,3}(\.[0-9]{1,6})?%$", examples=["25%"]), AfterValidator(_share)
+]
+
+
 class KvCacheRequest(BaseModel):
     """How much of its KV cache a request keeps while it decodes. What is left out is the server's default."""
 
@@ -44,17 +65,23 @@ class KvCacheRequest(BaseModel):
         frozen=True,
         strict=True,
         json_schema_extra={
-            "examples": [{"budget": 1024}, {"budget": 512, "policy": "rkv"}, {"budget": FULL}]
+            "examples": [
+                {"budget": 1024},
+                {"budget": 512, "policy": "rkv"},
+                {"budget": "25%", "protect": "prompt"},
+                {"budget": FULL},
+            ]
         },
     )
 
-    budget: Annotated[int, Field(gt=WINDOW, le=MOST_TOKENS)] | Literal["full"] | None = Field(
+    budget: Annotated[int, Field(gt=WINDOW, le=MOST_TOKENS)] | Literal["full"] | Share | None = Field(
         default=None,
         description=(
-            "Tokens kept per layer and KV head after a compaction, or `full`: never compact. "
+            "Tokens kept per layer and KV head after a compaction; or a share of prompt and `max_tokens` "
+            "together, rounded up and brought within the allowed budgets; or `full`: never compact. "
             "`GET /v1/kv_cache` says which budgets are allowed."
         ),
-        examples=[1024, FULL],
+        examples=[1024, "25%", FULL],
     )
     buffer: Annotated[int, Field(ge=WINDOW, le=MOST_TOKENS)] | None = Field(
         default=None,
@@ -64,9 +91,17 @@ class KvCacheRequest(BaseModel):
     policy: PolicyName | None = Field(
         default=None, description="What scores the tokens that may be evicted.", examples=["rkv"]
     )
+    protect: Annotated[int, Field(ge=0, le=MOST_TOKENS)] | Literal["prompt"] | None = Field(
+        default=None,
+        description=(
+            "First tokens that never leave, or `prompt`: the whole prompt. With the window of the newest 8 "
+            "they must leave room in the budget."
+        ),
+        examples=["prompt", 64],
+    )
 
 
-_TAKES = {"budget": _BUDGET, "buffer": _BUFFER, "policy": _POLICY}
+_TAKES = {"budget": _BUDGET, "buffer": _BUFFER, "policy": _POLICY, "protect": _PROTECT}
 
 
 def read_kv_cache(value: Any) -> KvCacheRequest:

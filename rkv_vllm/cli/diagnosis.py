@@ -14,6 +14,7 @@ from rkv_vllm.host.contract import CONTRACT, CONTRACT_V1_RUNNER, CONTRACT_V2_RUN
 from rkv_vllm.provenance import versions
 from rkv_vllm.settings.config import RequestedSettings, RkvConfig
 from rkv_vllm.settings.error_text import explain
+from rkv_vllm.settings.request_size import RequestSize
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -141,7 +142,8 @@ def _sizes(vllm_config: VllmConfig, config: RkvConfig, length: int | None) -> Si
         pool_bytes, source, estimate = _pool_bytes(vllm_config)
         pool = Pool.of_bytes(pool_bytes, cache.block_size, shape.bytes_per_token)
     cached: list[RequestLengths | None] = [None]
-    if (budget := config.resolve(RequestedSettings())) is not None:
+    size = RequestSize(prompt=0, longest=length)
+    if (budget := config.resolve(RequestedSettings(), size)) is not None:
         cached.append(make_request_lengths(config.granularity, 0, budget, pool.page_size))
     return Sizes(
         dtype=str(dtype).removeprefix("torch."),

@@ -32,6 +32,9 @@ def evaluate(
     ] = "full,2048,1024,512",
     policies: Annotated[str, typer.Option(help="What scores tokens.")] = "rkv,snapkv,recency,random",
     buffers: Annotated[str, typer.Option(help="Tokens collected between two compactions.")] = "128",
+    protects: Annotated[
+        str, typer.Option(help="First tokens of a request that never leave, or `prompt`, as in 0,prompt.")
+    ] = "0",
     full_length: Annotated[
         float | None, typer.Option(help="Of which percentages are taken; default: measured first.")
     ] = None,
@@ -60,7 +63,12 @@ def evaluate(
     from rkv_vllm.evaluation.engines import EngineError, Sampling
     from rkv_vllm.evaluation.report import show
     from rkv_vllm.evaluation.runner import Plan
-    from rkv_vllm.evaluation.settings import parse_budgets, parse_buffers, parse_policies
+    from rkv_vllm.evaluation.settings import (
+        parse_budgets,
+        parse_buffers,
+        parse_policies,
+        parse_protects,
+    )
     from rkv_vllm.evaluation.tasks import make_task
 
     if base_url is None and model is None:
@@ -86,6 +94,7 @@ def evaluate(
                     budgets=parse_budgets(budgets),
                     policies=parse_policies(policies),
                     buffers=parse_buffers(buffers),
+                    protects=parse_protects(protects),
                     problems=problems,
                     samples=samples,
                     seed=seed,

@@ -11,6 +11,7 @@ from rkv_vllm.cli import options
 from rkv_vllm.cli.options import OptionGroup
 from rkv_vllm.provenance import command_line
 from rkv_vllm.settings.config import POLICY_NAMES, RkvConfig
+from rkv_vllm.settings.request_size import RequestSize
 
 
 @options.takes(OptionGroup("shared", RkvConfig, prefix="--kv-", names=options.SHARED_SETTINGS))
@@ -42,6 +43,7 @@ def fidelity(
     try:
         settings = settings_of(
             config,
+            RequestSize(prompt=prompt, longest=prompt + tokens),
             _integers("--budgets", budgets),
             _integers("--buffers", buffers),
             POLICY_NAMES if policies is None else [name.strip() for name in policies.split(",")],

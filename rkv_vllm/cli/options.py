@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 from pydantic import BaseModel, ValidationError
 
-from rkv_vllm.settings.config import EngineSettings, RkvConfig
+from rkv_vllm.settings.config import EngineSettings, RkvConfig, number
 from rkv_vllm.settings.error_text import explain
 
 #: Settings of `RkvConfig` that no request can override; without a default budget one of them is refused.
@@ -137,7 +137,7 @@ def rkv_config(**settings: Any) -> RkvConfig:
     Raises: typer.BadParameter that names each wrong one.
     """
     try:
-        return RkvConfig(**settings)
+        return RkvConfig(**{name: number(value) for name, value in settings.items()})
     except ValidationError as error:
         raise typer.BadParameter(explain(error, depth=1)) from None
 

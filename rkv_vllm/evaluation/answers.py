@@ -32,6 +32,7 @@ class Answer(BaseModel):
     budget: int | Literal["full"]
     policy: str | None
     buffer: int | None
+    protect: int | None = None
     compactions: int
     evicted_tokens: int
     peak_pages: int

@@ -263,9 +263,13 @@ def _report(extra: dict[str, Any]) -> KvCacheReport:
     return report
 
 
-def check_in_force(setting: Setting, report: KvCacheReport) -> None:
+def check_in_force(setting: Setting, generation: Generation) -> None:
     """Raises: EngineError where the engine used other settings than it was asked to."""
-    asked = (FULL, None, None) if setting == FULL_CACHE else (setting.budget, setting.policy, setting.buffer)
-    used = (report.budget, report.policy, report.buffer)
+    report = generation.report
+    protect = generation.prompt_tokens if setting.protect == "prompt" else setting.protect
+    asked: Any = (setting.budget, setting.policy, setting.buffer, protect)
+    if setting == FULL_CACHE:
+        asked = (FULL, None, None, 0)
+    used = (report.budget, report.policy, report.buffer, report.protect or 0)
     if used != asked:
-        raise EngineError(f"asked for budget, policy and buffer {asked}, the engine used {used}")
+        raise EngineError(f"asked for budget, policy, buffer and protection {asked}, the engine used {used}")

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from rkv_vllm.decisions.lengths import make_request_lengths
 from rkv_vllm.settings.config import CompactionSettings, Granularity, PolicyName, RequestedSettings, RkvConfig
+from rkv_vllm.settings.request_size import RequestSize
 
 #: What is measured of each token, in this order.
 MEASURES = ("kl", "top1", "full_logprob", "logprob")
@@ -116,9 +117,13 @@ class Report(BaseModel):
 
 
 def settings_of(
-    config: RkvConfig, budgets: Sequence[int], buffers: Sequence[int], policies: Sequence[str]
+    config: RkvConfig,
+    size: RequestSize,
+    budgets: Sequence[int],
+    buffers: Sequence[int],
+    policies: Sequence[str],
 ) -> list[Setting]:
-    """The control, then every combination.
+    """The control, then every combination, for windows of this size.
 
     Raises: ValueError that names the field of a value out of bounds.
     """
@@ -129,7 +134,7 @@ def settings_of(
                 asked = {"rkv_budget": budget, "rkv_buffer": buffer, "rkv_policy": policy}
                 if budget == 0:
                     raise ValueError("rkv_budget 0 is the full cache, which is always measured")
-                settings.append(config.resolve(RequestedSettings.from_extra_args(asked)))
+                settings.append(config.resolve(RequestedSettings.from_extra_args(asked), size))
     return settings
 
 

@@ -35,14 +35,23 @@ class Line:
         words = [self.row.policy or "full cache"]
         if self.row.buffer is not None:
             words.append(f"buffer {self.row.buffer}")
+        words += self._protected
         return ", ".join([*words, *(f"{name} {value}" for name, value in self.server_wide.items())])
+
+    @property
+    def _protected(self) -> list[str]:
+        protect = self.row.protect
+        return [f"protected {'prompt' if protect == 'prompt' else f'first {protect}'}"] if protect else []
 
     @property
     def cache(self) -> str:
         """Policy and budget, and what the run was started with."""
         row = self.row
         percent = "" if row.budget_percent is None else f" ({row.budget_percent:g} %)"
-        words = ["full cache" if row.policy is None else f"{row.policy} {row.budget}{percent}"]
+        words = [
+            "full cache" if row.policy is None else f"{row.policy} {row.budget}{percent}",
+            *self._protected,
+        ]
         return ", ".join([*words, *(f"{name} {value}" for name, value in self.server_wide.items())])
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from rkv_vllm.evaluation.answers import Answer, AnswerLog
 from rkv_vllm.evaluation.engines import Engine, Generation, check_in_force
-from rkv_vllm.evaluation.settings import FULL_CACHE, Budget, Setting, grid
+from rkv_vllm.evaluation.settings import FULL_CACHE, Budget, Protect, Setting, grid
 from rkv_vllm.evaluation.summary import full_length
 from rkv_vllm.evaluation.tasks import Problem, Task
 from rkv_vllm.evaluation.thinking import after_thinking
@@ -27,6 +27,7 @@ class Plan:
     budgets: Sequence[Budget]
     policies: Sequence[PolicyName]
     buffers: Sequence[int]
+    protects: Sequence[Protect]
     problems: int
     samples: int
     seed: int
@@ -37,7 +38,7 @@ class Plan:
 
         Raises: ValueError for a percentage that is no larger than the window.
         """
-        return grid(self.budgets, self.policies, self.buffers, length)
+        return grid(self.budgets, self.policies, self.buffers, self.protects, length)
 
     @property
     def needs_length(self) -> bool:
@@ -77,7 +78,7 @@ async def run(
     Raises: EngineError; ValueError for a percentage that is no larger than the window.
     """
     problems = task.problems(plan.problems, plan.seed)
-    cells = len(plan.budgets) * len(plan.policies) * len(plan.buffers) + 1
+    cells = len(plan.budgets) * len(plan.policies) * len(plan.buffers) * len(plan.protects) + 1
     if plan.needs_length and length is None:
         await _ask_all(
             engine, task, plan, log, jobs([FULL_CACHE], problems, plan.samples), cells, on_progress
@@ -119,7 +120,7 @@ async def _ask_all(
             generation = await engine.generate(
                 job.problem.prompt, job.setting, job.seed(plan.seed), task.decode
             )
-            check_in_force(job.setting, generation.report)
+            check_in_force(job.setting, generation)
             log.add(judge(job, generation, opens_thinking=task.opens_thinking))
             done += 1
             on_progress(total, done)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
-from rkv_vllm.settings.config import OFF, WINDOW, CompactionSettings, PolicyName, extra_args
+from rkv_vllm.settings.config import OFF, WINDOW, PolicyName
+
+#: First tokens of a request that never leave.
+Protect = int | Literal["prompt"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,19 +19,28 @@ class Setting:
     policy: PolicyName | None = None
     budget: int = OFF
     buffer: int = 0
+    protect: Protect = 0
     percent: float | None = field(default=None, compare=False)
 
     @property
     def name(self) -> str:
-        """`full`, or `policy:budget:buffer`; it names the setting in files."""
-        return "full" if self.policy is None else f"{self.policy}:{self.budget}:{self.buffer}"
+        """`full`, or `policy:budget:buffer`, and what is protected; it names the setting in files."""
+        if self.policy is None:
+            return "full"
+        protect = f":{self.protect}" if self.protect else ""
+        return f"{self.policy}:{self.budget}:{self.buffer}{protect}"
 
     @property
     def extra_args(self) -> dict[str, Any]:
         """As a request sends it."""
         if self.policy is None:
-            return extra_args(None)
-        return extra_args(CompactionSettings(self.budget, self.buffer, self.policy))
+            return {"rkv_budget": OFF}
+        return {
+            "rkv_budget": self.budget,
+            "rkv_buffer": self.buffer,
+            "rkv_policy": self.policy,
+            "rkv_protect": self.protect,
+        }
 
 
 FULL_CACHE = Setting()
@@ -92,10 +104,24 @@ def parse_buffers(text: str) -> list[int]:
     return [int(word) for word in words]
 
 
+def parse_protects(text: str) -> list[Protect]:
+    """Raises: ValueError that names the wrong one."""
+    protects: list[Protect] = []
+    for word in _words(text):
+        if word != "prompt" and not (word.isascii() and word.isdigit()):
+            raise ValueError(f"protects: takes tokens from 0 on, and prompt, not {word!r}")
+        protects.append("prompt" if word == "prompt" else int(word))
+    return protects
+
+
 def grid(
-    budgets: Iterable[Budget], policies: Sequence[PolicyName], buffers: Sequence[int], full_length: float
+    budgets: Iterable[Budget],
+    policies: Sequence[PolicyName],
+    buffers: Sequence[int],
+    protects: Sequence[Protect],
+    full_length: float,
 ) -> list[Setting]:
-    """The full cache, and every policy with every budget and buffer, each once.
+    """The full cache, and every policy with every budget, buffer and protection, each once.
 
     Args:
         full_length: mean length with the full cache, in tokens; of use where a budget is in percent.
@@ -106,7 +132,12 @@ def grid(
     for budget in budgets:
         tokens = budget.tokens(full_length)
         percent = budget.amount if budget.is_percent else None
-        settings += [Setting(policy, tokens, buffer, percent) for policy in policies for buffer in buffers]
+        settings += [
+            Setting(policy, tokens, buffer, protect, percent)
+            for policy in policies
+            for buffer in buffers
+            for protect in protects
+        ]
     return list(dict.fromkeys(settings))
 
 

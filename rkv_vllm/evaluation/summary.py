@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from rkv_vllm.evaluation import statistics
 from rkv_vllm.evaluation.answers import Answer
 from rkv_vllm.evaluation.run_file import RunSettings
-from rkv_vllm.evaluation.settings import FULL_CACHE, Setting
+from rkv_vllm.evaluation.settings import FULL_CACHE, Protect, Setting
 
 #: A row with a smaller share of compacted answers says little about compaction.
 EVIDENCE = 0.2
@@ -34,6 +34,7 @@ class Row(BaseModel):
 
     Attributes:
         budget_percent: what the budget was asked as, where it was in percent.
+        protect: first tokens that never leave, or `prompt`; 0: none.
         accuracy: share of right answers; truncated ones are wrong.
         truncated: share of answers that the limit on tokens ended.
         output_tokens: mean length of an answer.
@@ -47,6 +48,7 @@ class Row(BaseModel):
     budget: int | Literal["full"]
     budget_percent: float | None
     buffer: int | None
+    protect: Protect = 0
     problems: int
     answers: int
     right: int
@@ -124,6 +126,7 @@ def _row(setting: Setting, answers: Sequence[Sequence[Answer]], full_pages: floa
         budget="full" if is_full else setting.budget,
         budget_percent=setting.percent,
         buffer=None if is_full else setting.buffer,
+        protect=setting.protect,
         problems=len(answers),
         answers=sum(map(len, answers)),
         right=sum(map(sum, right)),

@@ -10,6 +10,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from rkv_vllm.decisions.lengths import make_request_lengths
 from rkv_vllm.decisions.pages import num_pages
 from rkv_vllm.settings.config import RequestedSettings, RkvConfig
+from rkv_vllm.settings.request_size import RequestSize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,8 @@ class CompactingSpec(FullAttentionSpec):
         """
         whole = super().max_memory_usage_bytes(vllm_config)
         config = RkvConfig.from_additional_config(vllm_config.additional_config)
-        default = config.resolve(RequestedSettings())
+        size = RequestSize(prompt=0, longest=vllm_config.model_config.max_model_len)
+        default = config.resolve(RequestedSettings(), size)
         if not config.beyond_pool or default is None:
             return whole
         slots = make_request_lengths(config.granularity, 0, default, self.block_size).max_slots

@@ -194,6 +194,7 @@ class RoundPlanner:
             evicted=lengths.evicted,
             policy=tracked.settings.policy,
             query_row=query_row,
+            protect=tracked.settings.protect,
         )
         return self._page_changes.begin(counts, reserved)
 

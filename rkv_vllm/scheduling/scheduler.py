@@ -35,9 +35,10 @@ from rkv_vllm.host.compatibility import refuse_unsupported
 from rkv_vllm.observability.tally import MetricTally
 from rkv_vllm.scheduling.admission import AdmissionControl
 from rkv_vllm.scheduling.block_manager import CompactingManager, register_compacting_spec
+from rkv_vllm.scheduling.request_settings import settings_of
 from rkv_vllm.scheduling.round_planner import RoundPlanner
 from rkv_vllm.scheduling.tracked_request import TrackedRequest, full_cache_result
-from rkv_vllm.settings.config import CompactionSettings, RequestedSettings, RkvConfig
+from rkv_vllm.settings.config import DoesNotFit, RkvConfig
 
 # The mixin is put before either of vLLM's schedulers; the type checker is told of what they share.
 if TYPE_CHECKING:
@@ -107,7 +108,11 @@ class CompactingSchedulerMixin(_Scheduler):
             self._with_stop_strings.add(request.request_id)
         if more_of_session:
             return
-        settings = self._settings_of(request)
+        reason, settings = None, None
+        try:
+            settings = settings_of(request, self._rkv_config, self._admission.final_length(request))
+        except DoesNotFit as error:
+            reason = f"cannot be served: {error}"
         self._tally.arrived(settings)
         if settings is not None:
             lengths = make_request_lengths(
@@ -115,21 +120,9 @@ class CompactingSchedulerMixin(_Scheduler):
             )
             self._tracked[request.request_id] = TrackedRequest(lengths)
             self._manager.set_max_slots(request.request_id, lengths.max_slots)
-        reason = self._admission.refusal(request)
+        reason = reason or self._admission.refusal(request)
         if reason is not None:
             self._refuse(request, reason)
-
-    def _settings_of(self, request: Request) -> CompactionSettings | None:
-        # A streaming-input session edits its own past, which a compacted cache cannot follow.
-        if request.resumable:
-            return None
-        extra_args = None if request.sampling_params is None else request.sampling_params.extra_args
-        try:
-            return self._rkv_config.resolve(RequestedSettings.from_extra_args(extra_args))
-        except ValueError as error:
-            # The front end refuses such a request; one that came another way must not stop the engine.
-            logger.warning("Request %s: %s; the server's default is used", request.request_id, error)
-            return self._rkv_config.resolve(RequestedSettings())
 
     def _refuse(self, request: Request, reason: str) -> None:
         logger.warning("Request %s is refused: it %s", request.request_id, reason)

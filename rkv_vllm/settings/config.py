@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -19,6 +19,7 @@ from pydantic import (
 from rkv_vllm.kernels.options import Order, Scope
 from rkv_vllm.settings.error_text import one_line, shown, shown_name
 from rkv_vllm.settings.policy_table import POLICY_NAMES, QUERY_POLICIES, PolicyName
+from rkv_vllm.settings.request_size import RequestSize, is_share
 
 #: Newest tokens whose queries give importance; they are always kept (the paper's alpha).
 WINDOW = 8
@@ -38,10 +39,38 @@ BudgetTokens = Annotated[int, Field(gt=WINDOW, strict=True)]
 BufferTokens = Annotated[int, Field(ge=WINDOW, strict=True)]
 
 
-def _off_or_above_window(tokens: int) -> int:
-    if tokens != OFF and tokens <= WINDOW:
-        raise ValueError("neither off nor above the window")
-    return tokens
+def is_budget(value: Any) -> bool:
+    """Whether this is a number of tokens that leaves some to choose, or a share as in "25%"."""
+    is_tokens = isinstance(value, int) and not isinstance(value, bool) and value > WINDOW
+    return is_tokens or is_share(value)
+
+
+def _budget_or_share(value: Any) -> Any:
+    if not is_budget(value):
+        raise ValueError(f'takes an integer above {WINDOW} or a share as in "25%", not {shown(value)}')
+    return value
+
+
+def _tokens_or_prompt(value: Any) -> Any:
+    is_tokens = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    if not is_tokens and value != "prompt":
+        raise ValueError(f'takes a number of tokens from 0 on, or "prompt", not {shown(value)}')
+    return value
+
+
+BudgetOrShare = Annotated[int | str, BeforeValidator(_budget_or_share)]
+#: First tokens of a request that never leave.
+Protected = Annotated[int | Literal["prompt"], BeforeValidator(_tokens_or_prompt)]
+
+
+def number(value: Any) -> Any:
+    """Digits as the integer they are: command lines and environments hold only text."""
+    return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
+
+
+def _off_or_budget(value: Any) -> Any:
+    is_off = isinstance(value, int) and not isinstance(value, bool) and value == OFF
+    return value if is_off else _budget_or_share(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +78,14 @@ class CompactionSettings:
     """The settings in force for one request that is compacted.
 
     `budget` tokens stay per layer and KV head after a compaction, the window included; `buffer` tokens are
-    collected between two compactions; `policy` chooses which tokens stay.
+    collected between two compactions; `policy` chooses which tokens stay, but for the first `protect`
+    tokens, which always do.
     """
 
     budget: int
     buffer: int
     policy: PolicyName
+    protect: int = 0
 
     @property
     def threshold(self) -> int:
@@ -74,7 +105,28 @@ def extra_args(settings: CompactionSettings | None) -> dict[str, int | str]:
     """
     if settings is None:
         return {"rkv_budget": OFF}
-    return {"rkv_budget": settings.budget, "rkv_buffer": settings.buffer, "rkv_policy": settings.policy}
+    return {
+        "rkv_budget": settings.budget,
+        "rkv_buffer": settings.buffer,
+        "rkv_policy": settings.policy,
+        "rkv_protect": settings.protect,
+    }
+
+
+class DoesNotFit(ValueError):
+    """What a request protects leaves no room in its budget."""
+
+
+def check_protected(protect: int | str, budget: int | str | None) -> None:
+    """Raises: DoesNotFit where the first `protect` tokens leave no token of `budget` to choose.
+
+    Where one of them is not a number yet, it is checked with each request.
+    """
+    if isinstance(protect, int) and isinstance(budget, int) and protect and budget <= protect + WINDOW:
+        raise DoesNotFit(
+            f"{protect} protected tokens and the window of {WINDOW} do not fit into a budget of {budget}: "
+            f"it takes at least {protect + WINDOW + 1}"
+        )
 
 
 class RequestDefaults(BaseModel):
@@ -82,12 +134,18 @@ class RequestDefaults(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    budget: BudgetTokens | None = Field(
+    budget: BudgetOrShare | None = Field(
         default=None,
-        description="Tokens kept per layer and KV head where a request names no budget; none: full cache.",
+        description=(
+            "Tokens kept per layer and KV head where a request names no budget, or a share as in 25% of the "
+            "longest that it may become; none: full cache."
+        ),
     )
     buffer: BufferTokens = Field(default=128, description="Tokens collected between two compactions.")
     policy: PolicyName = Field(default="rkv", description="What scores tokens.")
+    protect: Protected = Field(
+        default=0, description="First tokens of a request that never leave, or `prompt`: its whole prompt."
+    )
 
 
 class EngineSettings(BaseModel):
@@ -140,6 +198,12 @@ class RkvConfig(EngineSettings, RequestDefaults):
             raise ValueError("needs a default budget: without one, long requests would keep their full cache")
         return beyond
 
+    @field_validator("protect")
+    @classmethod
+    def _fits_into_budget(cls, protect: int | str, info: ValidationInfo) -> int | str:
+        check_protected(protect, info.data.get("budget"))
+        return protect
+
     @classmethod
     def from_additional_config(cls, additional_config: Mapping[str, Any]) -> RkvConfig:
         """Reads the settings out of vLLM's `additional_config`.
@@ -154,16 +218,23 @@ class RkvConfig(EngineSettings, RequestDefaults):
             )
         return cls.model_validate(additional_config["rkv"])
 
-    def resolve(self, request: RequestedSettings) -> CompactionSettings | None:
-        """The settings in force for a request, or None where it keeps its full cache."""
+    def resolve(self, request: RequestedSettings, size: RequestSize) -> CompactionSettings | None:
+        """The settings in force for a request, or None where it keeps its full cache.
+
+        Raises: DoesNotFit where what it protects leaves no room in its budget.
+        """
         budget = self.budget if request.rkv_budget is None else request.rkv_budget
         if budget is None or budget == OFF:
             return None
-        return CompactionSettings(
-            budget=budget,
+        protect = self.protect if request.rkv_protect is None else request.rkv_protect
+        settings = CompactionSettings(
+            budget=max(size.tokens_of(budget), WINDOW + 1) if isinstance(budget, str) else budget,
             buffer=self.buffer if request.rkv_buffer is None else request.rkv_buffer,
             policy=self.policy if request.rkv_policy is None else request.rkv_policy,
+            protect=size.prompt if isinstance(protect, str) else protect,
         )
+        check_protected(settings.protect, settings.budget)
+        return settings
 
 
 class RequestedSettings(BaseModel):
@@ -174,9 +245,10 @@ class RequestedSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    rkv_budget: Annotated[int, Field(strict=True), AfterValidator(_off_or_above_window)] | None = None
+    rkv_budget: Annotated[int | str, BeforeValidator(_off_or_budget)] | None = None
     rkv_buffer: BufferTokens | None = None
     rkv_policy: PolicyName | None = None
+    rkv_protect: Protected | None = None
 
     @classmethod
     def from_extra_args(cls, extra_args: Mapping[str, Any] | None) -> RequestedSettings:
@@ -203,9 +275,10 @@ _NOTHING_ASKED = RequestedSettings()
 
 def _explain(field: str, value: Any) -> str:
     takes = {
-        "rkv_budget": f"takes {OFF} (full cache) or an integer above {WINDOW}",
+        "rkv_budget": f'takes {OFF} (full cache), an integer above {WINDOW} or a share as in "25%"',
         "rkv_buffer": f"takes an integer of at least {WINDOW}",
         "rkv_policy": f"takes one of {', '.join(POLICY_NAMES)}",
+        "rkv_protect": 'takes a number of tokens from 0 on, or "prompt"',
     }
     if field not in takes:
         return f"{shown_name(field)} is unknown (known: {', '.join(takes)})"

@@ -47,8 +47,8 @@ VALUE_SETS: dict[str, dict[str, Any]] = {
 EVERY_ARGUMENT = """
 --host=0.0.0.0 --port=8000 --served-model-name=reasoner --tensor-parallel-size=4 --block-size 16
 --kv-budget=1024 --kv-budget-min=512 --kv-budget-max=4096 --kv-require-budget --kv-buffer=128
---kv-policy=rkv --kv-policies=rkv,snapkv --kv-mix-lambda=0.25 --kv-granularity=token --kv-scope=head
---kv-order=temporal --kv-beyond-pool
+--kv-policy=rkv --kv-policies=rkv,snapkv --kv-protect=0 --kv-mix-lambda=0.25 --kv-granularity=token
+--kv-scope=head --kv-order=temporal --kv-beyond-pool
 --kv-key-policies=/etc/rkv-vllm/policies/key-policies.yaml
 --max-model-len=8192 --max-num-seqs=64 --gpu-memory-utilization=0.9 --limit-body-bytes=67108864
 --limit-max-tokens=4096 --limit-n=2 --limit-concurrent=9 --limit-concurrent-per-key=3

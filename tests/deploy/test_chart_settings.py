@@ -36,6 +36,9 @@ OVERRIDES: list[Values] = [
     {"require_budget": True, "budget_max": 9},
     {"policies": ["snapkv"]},
     {"policies": ["snapkv"], "policy": "snapkv"},
+    {"protect": "prompt"},
+    {"protect": 1000},
+    {"budget": "10%", "protect": 4000},
 ]
 #: Values that would reach the server beside those that are checked.
 BESIDE: list[tuple[Values, str]] = [
@@ -74,6 +77,26 @@ def combinations(choices: dict[str, list[Any]]) -> list[Values]:
     "cases",
     [
         combinations(BUDGETS),
+        combinations(
+            {
+                "budget": [
+                    "full",
+                    64,
+                    "25%",
+                    "0.5%",
+                    "100%",
+                    "0%",
+                    "00.0%",
+                    "101%",
+                    "25 %",
+                    "7.%",
+                    "1000000%",
+                ],
+                "protect": [0, 55, 56, "prompt", -1, "system"],
+                "budgetMax": [None, 64],
+                "requireBudget": [False, True],
+            }
+        ),
         combinations({"policy": ["rkv", "random"], "policies": [[], ["rkv"], ["snapkv", "random"]]}),
         combinations(
             {
@@ -90,7 +113,7 @@ def combinations(choices: dict[str, list[Any]]) -> list[Values]:
             for own in OVERRIDES
         ],
     ],
-    ids=["budgets", "policies", "engine", "keys"],
+    ids=["budgets", "shares", "policies", "engine", "keys"],
 )
 def test_the_chart_refuses_the_settings_that_the_server_refuses(cases: list[Values], tmp_path: Path) -> None:
     """Proves that both refuse the same settings of the KV cache: no pod ends for one, and none is lost."""

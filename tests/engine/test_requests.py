@@ -65,6 +65,7 @@ def test_results_are_exact(mixed_prompts: list[list[int]], mixed_run: Run) -> No
             "budget": budget,
             "buffer": buffer,
             "policy": extra.get("rkv_policy", "rkv") if budget else None,
+            "protect": None,
             "compactions": len(rounds),
             "evicted_tokens": rounds[-1] - budget if rounds and budget else 0,
             "peak_pages": max(held),
@@ -88,14 +89,38 @@ def test_a_short_request_says_why_nothing_was_compacted(rkv: Engine, encode: tex
     assert result["reason"] == "shorter than budget + buffer"
 
 
+def test_protected_prompts_and_shares(rkv: Engine, encode: texts.Encode) -> None:
+    """A protected prompt is counted in the request's own tokens, a share of its own longest length, and who
+    protects more than its budget holds is refused alone."""
+    prompt = encode(texts.multiples(7))
+    share = {"rkv_budget": "50%", "rkv_buffer": 16, "rkv_policy": "recency"}
+    budget = ceil((len(prompt) + 90) / 2)
+    too_much = {"rkv_budget": len(prompt) + 8, "rkv_protect": "prompt"}
+    assert len(prompt) + 8 < budget < len(prompt) + 90 - 16
+    asks = [Ask(prompt, 90, share), Ask(prompt, 90, {**share, "rkv_protect": "prompt"})]
+
+    run = rkv.run([*asks, Ask(prompt, 90, too_much)])
+
+    plain, protected, refused = run.answers
+    for answer, protect in ((plain, None), (protected, len(prompt))):
+        assert (answer.result["budget"], answer.result["protect"]) == (budget, protect)
+        assert answer.result["compactions"] == len(expected_compactions(len(prompt), 90, budget, 16)) > 1
+    assert refused.finish_reason == "error" and refused.tokens == []
+    assert f"at least {len(prompt) + 9}" in refused.result["reason"]
+    (first,) = rkv.run([Ask(prompt, 90, {**share, "rkv_protect": 4})]).answers
+    assert first.tokens == plain.tokens, "policy recency keeps the first four by itself"
+    assert protected.tokens != plain.tokens
+
+
 def test_bad_settings_fail_their_own_request_only(rkv: Engine, encode: texts.Encode) -> None:
     """A wrong value is an error that names its field, for its request alone; those in flight finish."""
     prompt = encode(texts.multiples(7))
     good = [Ask(prompt, 40, {"rkv_budget": 48, "rkv_buffer": 16}), Ask(prompt + prompt, 40)]
     bad: dict[str, list[dict[str, Any]]] = {
-        "rkv_budget takes": [{"rkv_budget": value} for value in ("x", 5, -1, 64.0)],
+        "rkv_budget takes": [{"rkv_budget": value} for value in ("x", 5, -1, 64.0, "0%")],
         "rkv_buffer takes": [{"rkv_buffer": 0}, {"rkv_budget": 64, "rkv_buffer": "16"}],
         "rkv_policy takes": [{"rkv_budget": 64, "rkv_policy": "best"}],
+        "rkv_protect takes": [{"rkv_budget": 64, "rkv_protect": value} for value in (-1, "system", 1.0)],
         "rkv_foo is unknown": [{"rkv_foo": 1}],
     }
     expected = rkv.run(good)
@@ -149,6 +174,7 @@ def test_2097_tokens_within_a_budget_of_512(long_ask: Ask, long_run: Future[Run]
         "budget": 512,
         "buffer": 128,
         "policy": "rkv",
+        "protect": None,
         "compactions": len(rounds),
         "evicted_tokens": rounds[-1] - 512,
         "peak_pages": ceil(prompt / PAGE_SIZE),

@@ -35,6 +35,7 @@ from rkv_vllm.observability.tally import read
 from rkv_vllm.scheduling import scheduler as scheduler_module
 from rkv_vllm.scheduling.scheduler import CompactingAsyncScheduler, CompactingScheduler
 from rkv_vllm.settings.config import CompactionSettings, RequestedSettings, RkvConfig
+from rkv_vllm.settings.request_size import RequestSize
 
 MAX_MODEL_LEN = 1024
 
@@ -54,7 +55,9 @@ class Arrival:
     stops_early: bool = True
 
     def settings(self, config: RkvConfig) -> CompactionSettings | None:
-        return config.resolve(RequestedSettings.from_extra_args(self.extra_args))
+        longest = min(len(self.prompt) + self.max_tokens, MAX_MODEL_LEN)
+        size = RequestSize(prompt=len(self.prompt), longest=longest)
+        return config.resolve(RequestedSettings.from_extra_args(self.extra_args), size)
 
     def peak_slots(self, setup: Setup) -> int:
         """Slots that it needs at once when it is alone."""
@@ -406,6 +409,7 @@ class Engine:
         points = model.reached()
         settings = model.settings
         assert result["budget"] == (settings.budget if settings else None)
+        assert result["protect"] == ((settings.protect or None) if settings else None)
         assert result["compactions"] == len(points)
         assert result["evicted_tokens"] == model.most_evicted
         if settings and points and self.setup.evicted_page_size is None:

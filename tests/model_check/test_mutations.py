@@ -284,8 +284,8 @@ def plan_again_before_the_report(patch: pytest.MonkeyPatch) -> None:
 def drop_a_page_of_the_window(patch: pytest.MonkeyPatch) -> None:
     leaving = symbolic_worker.leaving_pages
 
-    def newest(symbols: Any, queries: Any, keep: int, page_size: int) -> list[int]:
-        left = leaving(symbols, queries, keep, page_size)
+    def newest(symbols: Any, queries: Any, keep: int, page_size: int, protected: int) -> list[int]:
+        left = leaving(symbols, queries, keep, page_size, protected)
         return [*left[:-1], (len(symbols) - 1) // page_size]
 
     patch.setattr(symbolic_worker, "leaving_pages", newest)
@@ -297,6 +297,34 @@ def leave_evicted_pages_in_the_batch_row(patch: pytest.MonkeyPatch) -> None:
         runner.requests[request_id].block_ids[0][:] = pages
 
     patch.setattr(symbolic_worker.SymbolicRunner, "replace_pages", replace_pages)
+
+
+@mutation()
+def protect_nothing(patch: pytest.MonkeyPatch) -> None:
+    """The scheduler's messages leave out what is protected."""
+    begin_round = RoundPlanner._begin_round
+
+    def begin_unprotected(planner: Any, *args: Any) -> Any:
+        return replace(begin_round(planner, *args), protect=0)
+
+    patch.setattr(RoundPlanner, "_begin_round", begin_unprotected)
+
+
+@mutation(by_page=True)
+def protect_the_pages_that_are_filled(patch: pytest.MonkeyPatch) -> None:
+    """A page with some protected tokens in it counts as none."""
+    leaving = symbolic_worker.leaving_pages
+
+    def leave(symbols: Any, queries: Any, keep: int, page_size: int, protected: int) -> list[int]:
+        return leaving(symbols, queries, keep, page_size, max(protected - 1, 0))
+
+    patch.setattr(symbolic_worker, "leaving_pages", leave)
+
+
+@mutation(by_page=True, raises=ValueError, message="larger than population")
+def keep_no_room_beside_protected_pages(patch: pytest.MonkeyPatch) -> None:
+    budget = property(lambda lengths: max(lengths._pages(lengths.settings.budget), 1 + lengths._pages(7)))
+    patch.setattr(PageLengths, "kept_pages", budget)
 
 
 def run_random_engines(pages: bool) -> None:

@@ -10,7 +10,7 @@ from model_check_engine import Arrival, Setup
 from request_model import VOCABULARY
 from vllm.utils.math_utils import cdiv
 
-from rkv_vllm.settings.config import POLICY_NAMES, RkvConfig
+from rkv_vllm.settings.config import POLICY_NAMES, WINDOW, RkvConfig
 
 
 def random_arrivals(chance: random.Random, count: int, by_step: bool = False) -> list[Arrival]:
@@ -34,7 +34,7 @@ def random_arrivals(chance: random.Random, count: int, by_step: bool = False) ->
                 request_id=f"request-{index}",
                 prompt=prompt,
                 max_tokens=chance.choice((1, 3, 40, 90, 160, 240)),
-                extra_args=_budget(chance) if all_compacted else _extra_args(chance),
+                extra_args=_budget(chance, prompt) if all_compacted else _extra_args(chance, prompt),
                 at_step=at_step,
                 abort_after_tokens=chance.randrange(1, 120) if chance.random() < 0.15 else None,
                 abort_at_step=at_step + chance.randrange(1, 150)
@@ -88,17 +88,25 @@ def _tokens(chance: random.Random, count: int) -> tuple[int, ...]:
     return tuple(chance.randrange(1, VOCABULARY) for _ in range(count))
 
 
-def _extra_args(chance: random.Random) -> dict[str, Any] | None:
+def _extra_args(chance: random.Random, prompt: tuple[int, ...]) -> dict[str, Any] | None:
     kind = chance.random()
     if kind < 0.35:
         return None
-    return {"rkv_budget": 0} if kind < 0.5 else _budget(chance)
+    return {"rkv_budget": 0} if kind < 0.5 else _budget(chance, prompt)
 
 
-def _budget(chance: random.Random) -> dict[str, Any]:
-    return {
-        "rkv_budget": chance.choice((9, 16, 24, 32, 48, 72)),
+def _budget(chance: random.Random, prompt: tuple[int, ...]) -> dict[str, Any]:
+    """Settings of a request; every other protects its first tokens, as many as its budget has room for."""
+    budget = chance.choice((9, 16, 24, 32, 48, 72))
+    room = budget - WINDOW - 1
+    asked: dict[str, Any] = {
+        "rkv_budget": budget,
         "rkv_buffer": chance.choice((8, 9, 16, 32, 64)),
         "rkv_policy": chance.choice(POLICY_NAMES),
         "another": "argument",
     }
+    if len(prompt) % 2:
+        asked["rkv_protect"] = "prompt" if len(prompt) <= room else min(len(prompt) // 2, room)
+    elif len(prompt) % 8 == 0:
+        asked["rkv_budget"] = "20%"
+    return asked

@@ -24,6 +24,7 @@ RESULT = {
     "budget": 256,
     "buffer": 128,
     "policy": "rkv",
+    "protect": None,
     "compactions": 5,
     "evicted_tokens": 640,
     "peak_pages": 12,
@@ -32,7 +33,9 @@ RESULT = {
     "reason": None,
 }
 FULL = {**RESULT, "budget": None, "buffer": None, "policy": None, "compactions": 0, "reason": "full cache"}
-PUBLIC = {key: value for key, value in RESULT.items() if key not in ("page_size", "reason")}
+PUBLIC = {key: value for key, value in RESULT.items() if key != "page_size" and value is not None}
+#: As vLLM's routes give it to the engine.
+PROMPT = {"prompt_token_ids": [1, 2, 3]}
 
 
 class FakeEngine:
@@ -42,10 +45,11 @@ class FakeEngine:
         self.params = params
         self.closed_early = False
         self.output_processor = FakeOutputProcessor()
+        self.model_config = SimpleNamespace(max_model_len=2048)
         self.sampling_params: list[SimpleNamespace] = []
 
     async def generate(
-        self, prompt: str, sampling_params: SimpleNamespace
+        self, prompt: dict[str, Any], sampling_params: SimpleNamespace
     ) -> AsyncGenerator[SimpleNamespace, None]:
         self.sampling_params.append(sampling_params)
         try:
@@ -69,7 +73,7 @@ class FakeOutputProcessor:
 
 
 def params(xargs: dict[str, Any] | None = None) -> SimpleNamespace:
-    return SimpleNamespace(extra_args=xargs)
+    return SimpleNamespace(extra_args=xargs, max_tokens=16)
 
 
 def application(engine: FakeEngine, *, usage: bool = True) -> FastAPI:
@@ -77,7 +81,7 @@ def application(engine: FakeEngine, *, usage: bool = True) -> FastAPI:
     app.state.engine_client = engine
 
     async def chunks() -> AsyncGenerator[str, None]:
-        async for output in app.state.engine_client.generate("prompt", params()):
+        async for output in app.state.engine_client.generate(PROMPT, params()):
             yield f"data: {json.dumps({'choices': [output.text]})}\n\n"
         if usage:
             yield f"data: {json.dumps({'usage': {}})}\n\n"
@@ -87,13 +91,13 @@ def application(engine: FakeEngine, *, usage: bool = True) -> FastAPI:
     async def answer(request: Request) -> Any:
         if (await request.json())["stream"]:
             return StreamingResponse(chunks(), media_type="text/event-stream")
-        texts = [output.text async for output in app.state.engine_client.generate("prompt", params())]
+        texts = [output.text async for output in app.state.engine_client.generate(PROMPT, params())]
         return JSONResponse({"choices": texts, "usage": {"n": 3}})
 
     @app.post("/v1/other")
     async def other() -> Any:
         return JSONResponse(
-            {"texts": [output.text async for output in app.state.engine_client.generate("prompt", params())]}
+            {"texts": [output.text async for output in app.state.engine_client.generate(PROMPT, params())]}
         )
 
     app.add_middleware(KvCacheMiddleware, rules=RulesByApiKey(CallerRules(), {}))
@@ -181,7 +185,7 @@ def test_report_of_a_full_cache_says_why() -> None:
 async def leave_early(engine: FakeEngine) -> None:
     engine_client.wrap(engine)
     with engine_client.request_context(RequestContext(CallerRules())):
-        outputs = engine.generate("prompt", params())
+        outputs = engine.generate(PROMPT, params())
     await anext(outputs)
     await outputs.aclose()
 

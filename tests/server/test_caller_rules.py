@@ -12,8 +12,9 @@ from pydantic import ValidationError
 
 from rkv_vllm.server.caller_rules import CallerRules, KvSettings, RulesByApiKey
 from rkv_vllm.server.request import KvCacheError, KvCacheRequest, read_kv_cache, read_xargs
-from rkv_vllm.settings.config import POLICY_NAMES, XARGS_PREFIX, RequestedSettings
+from rkv_vllm.settings.config import POLICY_NAMES, WINDOW, XARGS_PREFIX, RequestedSettings
 from rkv_vllm.settings.error_text import explain
+from rkv_vllm.settings.request_size import RequestSize
 
 KEY = "the key of a caller"
 DIGEST = hashlib.sha256(KEY.encode()).hexdigest()
@@ -49,6 +50,38 @@ def test_what_is_out_of_bounds_is_refused_by_name(asked: dict[str, Any], field: 
     with pytest.raises(KvCacheError) as refused:
         BOUNDED.resolve(KvCacheRequest(**asked))
     assert refused.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("rules", "share", "tokens"),
+    [
+        (CallerRules(), "25%", 200),
+        (CallerRules(), "0.1%", WINDOW + 1),
+        (BOUNDED, "25%", 256),
+        (BOUNDED, "50%", 400),
+        (CallerRules(budget=64, budget_max=128), "100%", 128),
+        (CallerRules(budget="25%", budget_max=128), None, 128),
+        (CallerRules(budget="25%"), None, 200),
+    ],
+)
+def test_a_share_is_brought_within_the_bounds(rules: CallerRules, share: str | None, tokens: int) -> None:
+    """Proves that bounds hold for shares, the default among them, though none is refused for its length."""
+    settings = rules.resolve(KvCacheRequest(budget=share))
+    assert rules.settle(settings, RequestSize(prompt=100, longest=800)).rkv_budget == tokens
+
+
+def test_a_protected_prompt_is_counted_and_has_to_fit() -> None:
+    """Proves what the engine is told of a prompt, and the refusal of one that leaves no room."""
+    asked = BOUNDED.resolve(KvCacheRequest(budget=300, protect="prompt"))
+    assert BOUNDED.settle(asked, RequestSize(prompt=291, longest=800)).rkv_protect == 291
+    with pytest.raises(KvCacheError, match=r'cannot be "prompt": 292 protected .* at least 301') as no:
+        BOUNDED.settle(asked, RequestSize(prompt=292, longest=800))
+    assert no.value.field == "protect"
+    full = CallerRules().resolve(KvCacheRequest(budget="full", protect="prompt"))
+    assert CallerRules().settle(full, RequestSize(prompt=5000, longest=6000)).rkv_protect == 0
+    assert CallerRules(budget=64, protect=12).resolve(KvCacheRequest()).rkv_protect == 12
+    with pytest.raises(ValidationError, match="do not fit into a budget of 64"):
+        CallerRules(budget=64, protect=60)
 
 
 def test_a_budget_may_be_required() -> None:
@@ -107,6 +140,7 @@ def test_without_settings_everything_is_allowed_and_nothing_compacted() -> None:
         "budget": {"default": "full", "required": False, "min": 9, "max": None, "full": True},
         "buffer": {"default": 128, "min": 8, "max": None},
         "policy": {"default": "rkv", "allowed": list(POLICY_NAMES)},
+        "protect": {"default": 0},
     }
 
 
@@ -166,6 +200,14 @@ def test_a_wrong_file_is_refused_and_shows_no_key(tmp_path: Path, text: str, nam
         ({"buffer": "full"}, "buffer"),
         ({"policy": "RKV"}, "policy"),
         ({"policy": 1}, "policy"),
+        ({"budget": "25"}, "budget"),
+        ({"budget": "0%"}, "budget"),
+        ({"budget": "200%"}, "budget"),
+        ({"protect": -1}, "protect"),
+        ({"protect": 1.5}, "protect"),
+        ({"protect": True}, "protect"),
+        ({"protect": "10%"}, "protect"),
+        ({"protect": "system"}, "protect"),
     ],
 )
 def test_a_wrong_object_is_refused_by_member(value: Any, field: str) -> None:
@@ -193,15 +235,15 @@ def test_a_message_has_bounded_length_and_can_be_sent(read: Callable[[Any], Any]
 
 def test_absent_and_null_are_the_same() -> None:
     """Proves that a client which sends its unset fields as null gets the defaults."""
-    nothing = {"budget": None, "buffer": None, "policy": None}
+    nothing = {"budget": None, "buffer": None, "policy": None, "protect": None}
     assert read_kv_cache(None) == read_kv_cache({}) == read_kv_cache(nothing) == KvCacheRequest()
 
 
 def test_flat_keys_mean_the_same() -> None:
     """Proves that `vllm_xargs` with 0 is `full`, that others' keys are left alone, and what is refused."""
     assert read_xargs({"rkv_budget": 0, "session_id": "a"}) == KvCacheRequest(budget="full")
-    xargs = {"rkv_budget": 64, "rkv_buffer": 16, "rkv_policy": "snapkv"}
-    assert read_xargs(xargs) == KvCacheRequest(budget=64, buffer=16, policy="snapkv")
+    xargs = {"rkv_budget": "25%", "rkv_buffer": 16, "rkv_policy": "snapkv", "rkv_protect": "prompt"}
+    assert read_xargs(xargs) == KvCacheRequest(budget="25%", buffer=16, policy="snapkv", protect="prompt")
     assert read_xargs(None) == KvCacheRequest()
     wrong: dict[str, Any]
     for wrong in ({"rkv_budget": 8}, {"rkv_budget": True}, {"rkv_budget": "full"}, {"rkv_kept": 1}):

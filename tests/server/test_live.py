@@ -254,6 +254,7 @@ def test_bounds_of_the_caller(url: str) -> None:
         "budget": {"default": 64, "required": False, "min": 32, "max": 256, "full": False},
         "buffer": {"default": 32, "min": 8, "max": 32},
         "policy": {"default": "rkv", "allowed": ["rkv", "snapkv"]},
+        "protect": {"default": 0},
     }
     assert bounds(FREE_KEY)["budget"] == {
         "default": "full",

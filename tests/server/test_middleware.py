@@ -21,11 +21,12 @@ from rkv_vllm.server.request import KvCacheRequest
 from rkv_vllm.settings.config import POLICY_NAMES
 
 RULES = CallerRules(budget=512, budget_min=256, budget_max=1024)
-DEFAULT = {"rkv_budget": 512, "rkv_buffer": 128, "rkv_policy": "rkv"}
+DEFAULT = {"rkv_budget": 512, "rkv_buffer": 128, "rkv_policy": "rkv", "rkv_protect": 0}
 
 
 class Body(BaseModel):
     prompt: str = ""
+    max_tokens: int | None = None
     vllm_xargs: dict[str, Any] | None = None
 
 
@@ -35,8 +36,9 @@ class Engine:
     def __init__(self) -> None:
         self.extra_args: list[Any] = []
         self.output_processor = SimpleNamespace(process_outputs=lambda outputs: None, request_states={})
+        self.model_config = SimpleNamespace(max_model_len=2048)
 
-    async def generate(self, prompt: str, sampling_params: SimpleNamespace) -> Any:
+    async def generate(self, prompt: dict[str, Any], sampling_params: SimpleNamespace) -> Any:
         self.extra_args.append(sampling_params.extra_args)
         yield SimpleNamespace(finished=True, kv_transfer_params=None)
 
@@ -47,8 +49,9 @@ def application(engine: Engine, rules: CallerRules = RULES) -> TestClient:
 
     async def generate(body: Body) -> Any:
         """Like vLLM's routes, from which the engine gets what is in `vllm_xargs`."""
-        sampling_params = SimpleNamespace(extra_args=body.vllm_xargs)
-        async for _ in engine.generate(body.prompt, sampling_params=sampling_params):
+        sampling_params = SimpleNamespace(extra_args=body.vllm_xargs, max_tokens=body.max_tokens)
+        tokens = {"prompt_token_ids": list(body.prompt.encode())}
+        async for _ in engine.generate(tokens, sampling_params=sampling_params):
             pass
         return {"prompt": body.prompt}
 

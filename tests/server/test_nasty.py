@@ -23,7 +23,10 @@ def ask(monkeypatch: pytest.MonkeyPatch, path: str, content: bytes) -> httpx.Res
         monkeypatch.setenv(f"RKV_LIMIT_{name}", limit)
     app = FastAPI()
     processor = SimpleNamespace(process_outputs=None)
-    app.state.engine_client = SimpleNamespace(generate=None, errored=False, output_processor=processor)
+    model = SimpleNamespace(max_model_len=2048)
+    app.state.engine_client = SimpleNamespace(
+        generate=None, errored=False, output_processor=processor, model_config=model
+    )
 
     async def serve(request: Request) -> str:
         await request.json()

@@ -97,19 +97,22 @@ def test_max_slots(prompt: int, slots: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("budget", "buffer", "page", "kept", "due"),
+    ("budget", "buffer", "protect", "page", "kept", "due"),
     [
-        (256, 128, 16, 16, 384),
-        (250, 128, 16, 16, 378),
-        (24, 8, 16, 2, 40),
-        (9, 8, 16, 2, 40),
-        (9, 8, 4, 3, 20),
+        (256, 128, 0, 16, 16, 384),
+        (250, 128, 0, 16, 16, 378),
+        (24, 8, 0, 16, 2, 40),
+        (9, 8, 0, 16, 2, 40),
+        (9, 8, 0, 4, 3, 20),
+        (256, 128, 200, 16, 16, 384),  # 13 pages of protected tokens, and 2 that the window may touch
+        (256, 128, 225, 16, 17, 384),
+        (26, 8, 17, 16, 4, 72),
     ],
 )
-def test_pages_of_a_budget(budget: int, buffer: int, page: int, kept: int, due: int) -> None:
-    """Proves that a budget is rounded up to whole pages, to the window's at least, and that one can leave, a
-    window of tokens after the last at the earliest."""
-    lengths = PageLengths(1, CompactionSettings(budget, buffer, "rkv"), page_size=page)
+def test_pages_of_a_budget(budget: int, buffer: int, protect: int, page: int, kept: int, due: int) -> None:
+    """Proves that a budget is rounded up to whole pages, to the protected and the window's at least, and that
+    one can leave, a window of tokens after the last at the earliest."""
+    lengths = PageLengths(1, CompactionSettings(budget, buffer, "rkv", protect), page_size=page)
     assert (lengths.kept_pages, lengths.due_slots) == (kept, due)
 
 

@@ -78,7 +78,12 @@ def test_text_goes_into_a_chat() -> None:
     found, path, body = ask(chat("4", kv_cache=REPORT))
     assert path == "/v1/chat/completions"
     assert body["messages"] == [{"role": "user", "content": "2 + 2?"}]
-    assert body["vllm_xargs"] == {"rkv_budget": 512, "rkv_buffer": 64, "rkv_policy": "rkv"}
+    assert body["vllm_xargs"] == {
+        "rkv_budget": 512,
+        "rkv_buffer": 64,
+        "rkv_policy": "rkv",
+        "rkv_protect": 0,
+    }
     assert body["temperature"] == 0 and "seed" not in body
     assert (found.output, found.truncated, found.prompt_tokens, found.output_tokens) == ("4", False, 7, 9)
     assert found.report.evicted_tokens == 192

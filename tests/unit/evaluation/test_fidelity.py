@@ -35,6 +35,7 @@ from rkv_vllm.evaluation.fidelity import (
 )
 from rkv_vllm.evaluation.forced_decoder import REFERENCE, VARIANT, TeacherForcing, WindowComparison, compare
 from rkv_vllm.settings.config import CompactionSettings, RkvConfig
+from rkv_vllm.settings.request_size import RequestSize
 
 
 def test_predictions_are_compared_by_their_definition() -> None:
@@ -136,7 +137,8 @@ def test_texts_are_cut_into_whole_windows() -> None:
 def test_settings_are_every_combination_behind_the_control() -> None:
     """Proves the order of the settings, and the errors of wrong ones."""
     config = RkvConfig()
-    settings = settings_of(config, [64, 32], [16], ["rkv", "recency"])
+    size = RequestSize(prompt=10, longest=100)
+    settings = settings_of(config, size, [64, 32], [16], ["rkv", "recency"])
     assert settings == [
         None,
         *(CompactionSettings(budget, 16, "rkv") for budget in (64, 32)),
@@ -144,9 +146,9 @@ def test_settings_are_every_combination_behind_the_control() -> None:
     ]
     for budgets, policies, named in (([8], ["rkv"], "rkv_budget"), ([64], ["best"], "rkv_policy")):
         with pytest.raises(ValueError, match=named):
-            settings_of(config, budgets, [16], policies)
+            settings_of(config, size, budgets, [16], policies)
     with pytest.raises(ValueError, match="rkv_budget 0 is the full cache"):
-        settings_of(config, [0], [16], ["rkv"])
+        settings_of(config, size, [0], [16], ["rkv"])
 
 
 @pytest.fixture
@@ -259,7 +261,7 @@ def test_the_table_shows_controls_and_losses() -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (("--budgets", "8"), "rkv_budget takes 0 (full cache) or an integer above 8"),
+        (("--budgets", "8"), "rkv_budget takes 0 (full cache), an integer above 8"),
         (("--budgets", "many"), "--budgets: takes integers separated by commas, not 'many'"),
         (("--budgets", "64", "--buffers", "1"), "rkv_buffer takes an integer of at least 8"),
         (("--budgets", "64", "--policies", "best"), "rkv_policy takes one of"),

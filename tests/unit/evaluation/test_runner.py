@@ -38,7 +38,7 @@ class Numbers:
 
 
 def plan(budgets: str = "32", problems: int = 4, samples: int = 1, concurrency: int = 3) -> Plan:
-    return Plan(parse_budgets(budgets), ["rkv", "random"], [8], problems, samples, 0, concurrency)
+    return Plan(parse_budgets(budgets), ["rkv", "random"], [8], [0], problems, samples, 0, concurrency)
 
 
 def ask(

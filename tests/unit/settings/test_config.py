@@ -12,10 +12,12 @@ from rkv_vllm.settings.config import (
     POLICY_NAMES,
     WINDOW,
     CompactionSettings,
+    DoesNotFit,
     RequestedSettings,
     RkvConfig,
     extra_args,
 )
+from rkv_vllm.settings.request_size import RequestSize
 
 
 @pytest.mark.parametrize(
@@ -58,7 +60,7 @@ def test_server_accepts_its_bounds() -> None:
     """Proves that the smallest budget and buffer are accepted, and that the defaults compact nothing."""
     config = RkvConfig(budget=WINDOW + 1, buffer=WINDOW)
     assert (config.budget, config.buffer) == (WINDOW + 1, WINDOW)
-    assert RkvConfig().resolve(RequestedSettings()) is None
+    assert RkvConfig().resolve(RequestedSettings(), SIZE) is None
 
 
 def test_a_pool_below_max_model_len_needs_a_budget() -> None:
@@ -107,7 +109,8 @@ def test_request_budget_refused(value: Any) -> None:
     with pytest.raises(ValueError) as refused:
         RequestedSettings.from_extra_args({"rkv_budget": value})
     assert str(refused.value) == (
-        f"rkv_budget takes 0 (full cache) or an integer above {WINDOW}, not {json.dumps(value)}"
+        f"rkv_budget takes 0 (full cache), an integer above {WINDOW} or a share as in "
+        f'"25%", not {json.dumps(value)}'
     )
 
 
@@ -153,6 +156,7 @@ def test_foreign_arguments_are_left_alone(extra_args: dict[str, Any] | None) -> 
 
 
 SERVER = RkvConfig(budget=64, buffer=32, policy="keydiff")
+SIZE = RequestSize(prompt=40, longest=300)
 
 
 @pytest.mark.parametrize(
@@ -174,13 +178,72 @@ def test_settings_in_force(
     server: RkvConfig, asked: dict[str, Any], in_force: CompactionSettings | None
 ) -> None:
     """Proves that what a request names wins, the rest is the server's, and 0 is the full cache."""
-    assert server.resolve(RequestedSettings.from_extra_args(asked)) == in_force
+    assert server.resolve(RequestedSettings.from_extra_args(asked), SIZE) == in_force
 
 
-@pytest.mark.parametrize("settings", [None, CompactionSettings(9, 8, "snapkv")])
+@pytest.mark.parametrize(
+    ("share", "longest", "tokens"),
+    [("25%", 400, 100), ("25%", 401, 101), ("0.5%", 4000, 20), ("100%", 77, 77), ("33.333%", 3000, 1000)],
+)
+def test_a_share_is_of_the_longest_that_a_request_may_become(share: str, longest: int, tokens: int) -> None:
+    """Proves the exact number, rounded up, for a request's own share and for the server's."""
+    size = RequestSize(prompt=10, longest=longest)
+    asked = RequestedSettings.from_extra_args({"rkv_budget": share})
+    for server, request in ((SERVER, asked), (RkvConfig(budget=share), RequestedSettings())):
+        settings = server.resolve(request, size)
+        assert settings is not None and settings.budget == tokens
+
+
+def test_a_share_leaves_a_token_to_choose() -> None:
+    """Proves that a share of a short request is brought above the window, and not refused."""
+    settings = RkvConfig(budget="1%").resolve(RequestedSettings(), RequestSize(prompt=5, longest=50))
+    assert settings is not None and settings.budget == WINDOW + 1
+
+
+@pytest.mark.parametrize("share", ["0%", "101%", "-5%", "%", "25", "25 %", "1e1%", "25%%", "\u0662%"])
+def test_a_wrong_share_is_refused(share: str) -> None:
+    """Proves that what is no percentage above 0 and up to 100 is refused by its name, in both places."""
+    with pytest.raises(ValidationError, match="budget"):
+        RkvConfig(budget=share)
+    with pytest.raises(ValueError, match=r"rkv_budget takes .* or a share"):
+        RequestedSettings.from_extra_args({"rkv_budget": share})
+
+
+def test_what_is_protected() -> None:
+    """Proves whose word counts, and that the prompt is as long as the request's own."""
+    server = RkvConfig(budget=64, protect=20)
+    for asked, protect in (({}, 20), ({"rkv_protect": 0}, 0), ({"rkv_protect": "prompt"}, SIZE.prompt)):
+        settings = server.resolve(RequestedSettings.from_extra_args(asked), SIZE)
+        assert settings is not None and settings.protect == protect
+
+
+@pytest.mark.parametrize("protect", [55, "prompt"])
+def test_what_is_protected_leaves_a_token_to_choose(protect: int | str) -> None:
+    """Proves the bound against the budget at its edge: protected tokens, the window, and one more."""
+    asked = RequestedSettings.from_extra_args({"rkv_protect": protect})
+    size = RequestSize(prompt=55, longest=900)
+    for budget in (55 + WINDOW + 1, 55 + WINDOW):
+        if budget > 55 + WINDOW:
+            assert RkvConfig(budget=budget).resolve(asked, size) is not None
+            continue
+        with pytest.raises(DoesNotFit, match=rf"at least {55 + WINDOW + 1}"):
+            RkvConfig(budget=budget).resolve(asked, size)
+    assert RkvConfig(budget=64).resolve(RequestedSettings(rkv_budget=0, rkv_protect=500), size) is None
+
+
+def test_a_server_protects_no_more_than_its_budget_holds() -> None:
+    """Proves that defaults that exclude each other are refused at start, by the name of the field."""
+    with pytest.raises(ValidationError, match="do not fit into a budget of 64") as refused:
+        RkvConfig(budget=64, protect=56)
+    assert [problem["loc"] for problem in refused.value.errors()] == [("protect",)]
+    RkvConfig(budget=64, protect=55)
+    RkvConfig(budget="10%", protect=5000)  # each request is looked at
+
+
+@pytest.mark.parametrize("settings", [None, CompactionSettings(19, 8, "snapkv", 10)])
 def test_what_is_sent_is_what_is_read(settings: CompactionSettings | None) -> None:
     """Proves that a request that names its settings gets them, the full cache too, whatever the defaults."""
-    assert SERVER.resolve(RequestedSettings.from_extra_args(extra_args(settings))) == settings
+    assert SERVER.resolve(RequestedSettings.from_extra_args(extra_args(settings)), SIZE) == settings
 
 
 @pytest.mark.parametrize("policy", POLICY_NAMES)

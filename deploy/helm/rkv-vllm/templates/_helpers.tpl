@@ -77,6 +77,7 @@ namespace="{{ .Release.Namespace }}",service="{{ include "rkv-vllm.fullname" . }
   (list "kv-buffer" $values.kvCache.buffer)
   (list "kv-policy" $values.kvCache.policy)
   (list "kv-policies" (join "," $values.kvCache.policies))
+  (list "kv-protect" $values.kvCache.protect)
   (list "kv-mix-lambda" $values.kvCache.mixLambda)
   (list "kv-granularity" $values.kvCache.granularity)
   (list "kv-scope" $values.kvCache.scope)
