@@ -16,7 +16,7 @@ from rkv_vllm.settings.config import RkvConfig
 @options.takes(OptionGroup("shared", RkvConfig, prefix="--kv-", names=options.SHARED_SETTINGS))
 def evaluate(
     context: typer.Context,
-    task: Annotated[str, typer.Option(help="`derivation`, `jsonl:FILE` or `reasoning-gym:NAME`.")],
+    task: Annotated[str, typer.Option(help="`derivation`, `program`, `jsonl:FILE` or `reasoning-gym:NAME`.")],
     out: Annotated[Path, typer.Option(help="Folder for the results; a stopped run in it goes on.")],
     model: Annotated[
         str | None, typer.Option(help="Name or folder; with --base-url a name that the server knows.")
@@ -33,7 +33,10 @@ def evaluate(
     policies: Annotated[str, typer.Option(help="What scores tokens.")] = "rkv,snapkv,recency,random",
     buffers: Annotated[str, typer.Option(help="Tokens collected between two compactions.")] = "128",
     protects: Annotated[
-        str, typer.Option(help="First tokens of a request that never leave, or `prompt`, as in 0,prompt.")
+        str,
+        typer.Option(
+            "--kv-protect", help="First tokens of a request that never leave, or `prompt`, as in 0,prompt."
+        ),
     ] = "0",
     full_length: Annotated[
         float | None, typer.Option(help="Of which percentages are taken; default: measured first.")

@@ -121,7 +121,7 @@ async def _ask_all(
                 job.problem.prompt, job.setting, job.seed(plan.seed), task.decode
             )
             check_in_force(job.setting, generation)
-            log.add(judge(job, generation, opens_thinking=task.opens_thinking))
+            log.add(judge(job, generation, task))
             done += 1
             on_progress(total, done)
 
@@ -135,14 +135,16 @@ async def _ask_all(
         await asyncio.gather(*workers, return_exceptions=True)
 
 
-def judge(job: Job, generation: Generation, *, opens_thinking: bool) -> Answer:
+def judge(job: Job, generation: Generation, task: Task) -> Answer:
     """Right or wrong; an answer that was cut off, or whose thinking never ended, is wrong.
 
-    Args:
-        opens_thinking: whether the task's prompts end with the start of the thinking.
+    Where the task judges the thinking itself, its end does not matter.
     """
-    answer = after_thinking(generation.output, opens_thinking or generation.opened_thinking)
-    right = answer is not None and not generation.truncated and job.problem.is_right(answer)
+    answer = after_thinking(generation.output, task.opens_thinking or generation.opened_thinking)
+    if task.judges_thinking:
+        right = job.problem.is_right(generation.output)
+    else:
+        right = answer is not None and not generation.truncated and job.problem.is_right(answer)
     report: dict[str, Any] = generation.report.model_dump(exclude={"sequences", "reason"})
     return Answer(
         setting=job.setting.name,

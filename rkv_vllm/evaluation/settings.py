@@ -109,7 +109,7 @@ def parse_protects(text: str) -> list[Protect]:
     protects: list[Protect] = []
     for word in _words(text):
         if word != "prompt" and not (word.isascii() and word.isdigit()):
-            raise ValueError(f"protects: takes tokens from 0 on, and prompt, not {word!r}")
+            raise ValueError(f"--kv-protect: takes tokens from 0 on, and prompt, not {word!r}")
         protects.append("prompt" if word == "prompt" else int(word))
     return protects
 

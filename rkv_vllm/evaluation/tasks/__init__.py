@@ -13,15 +13,16 @@ from rkv_vllm.evaluation.tasks.base import Problem as Problem
 from rkv_vllm.evaluation.tasks.base import Task as Task
 from rkv_vllm.evaluation.tasks.derivation import DerivationOptions, DerivationTask
 from rkv_vllm.evaluation.tasks.jsonl import JsonlOptions, JsonlTask
+from rkv_vllm.evaluation.tasks.program import ProgramOptions, ProgramTask
 from rkv_vllm.evaluation.tasks.reasoning_gym import ReasoningGymTask
 
-NAMES = "derivation, jsonl:FILE, reasoning-gym:NAME"
+NAMES = "derivation, program, jsonl:FILE, reasoning-gym:NAME"
 
 
 def make_task(name: str, options: Mapping[str, str]) -> Task:
     """
     Args:
-        name: `derivation`, `jsonl:FILE` or `reasoning-gym:NAME`.
+        name: `derivation`, `program`, `jsonl:FILE` or `reasoning-gym:NAME`.
         options: of that task, as words.
 
     Raises: ValueError that names the task or the option that is wrong; OSError for a file that cannot be
@@ -31,6 +32,8 @@ def make_task(name: str, options: Mapping[str, str]) -> Task:
     try:
         if name == "derivation":
             return DerivationTask(DerivationOptions.model_validate(options))
+        if name == "program":
+            return ProgramTask(ProgramOptions.model_validate(options))
         if kind == "jsonl" and argument:
             return JsonlTask(Path(argument), JsonlOptions.model_validate(options))
     except ValidationError as error:

@@ -18,7 +18,8 @@ class Problem:
     Attributes:
         name: unique in its task.
         prompt: what a user says, put into the model's chat template, or the token ids of the whole prompt.
-        is_right: whether an answer, the text behind the thinking, is right; takes any text.
+        is_right: whether an answer, the text behind the thinking, is right, or all that was generated where
+            the task judges the thinking; takes any text.
     """
 
     name: str
@@ -36,11 +37,13 @@ class Task(Protocol):
     """Attributes:
     max_tokens: limit on an answer's tokens where none was given; None: what the context has room for.
     opens_thinking: whether the prompts, as token ids, end with the start of the thinking.
+    judges_thinking: whether it is the thinking that is right or wrong, wherever it was cut off.
     decode: the text of an answer's token ids; None: the model's tokenizer has to say.
     """
 
     max_tokens: int | None
     opens_thinking: bool
+    judges_thinking: bool
     decode: Decode | None
 
     def describe(self) -> dict[str, Any]:

@@ -123,6 +123,7 @@ class DerivationOptions(TaskOptions):
 
 class DerivationTask:
     opens_thinking = True
+    judges_thinking = False
 
     def __init__(self, options: DerivationOptions) -> None:
         self._options = options

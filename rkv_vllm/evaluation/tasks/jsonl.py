@@ -29,6 +29,7 @@ class JsonlOptions(TaskOptions):
 class JsonlTask:
     max_tokens: int | None = None
     opens_thinking = False
+    judges_thinking = False
     decode: Decode | None = None
 
     def __init__(self, path: Path, options: JsonlOptions) -> None:

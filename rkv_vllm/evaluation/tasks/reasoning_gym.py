@@ -18,6 +18,7 @@ UNREADABLE = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 class ReasoningGymTask:
     max_tokens: int | None = None
     opens_thinking = False
+    judges_thinking = False
     decode: Decode | None = None
 
     def __init__(self, name: str, options: dict[str, Any]) -> None:

@@ -24,8 +24,9 @@ class Numbers:
     max_tokens: int | None = None
     decode: Decode | None = None
 
-    def __init__(self, opens_thinking: bool = False) -> None:
+    def __init__(self, opens_thinking: bool = False, judges_thinking: bool = False) -> None:
         self.opens_thinking = opens_thinking
+        self.judges_thinking = judges_thinking
 
     def describe(self) -> dict[str, Any]:
         return {"name": "numbers"}
@@ -175,6 +176,15 @@ def test_only_what_follows_the_thinking_counts(
     assert judged(tmp_path, output, opened_thinking=opened).right is right
     (tmp_path / "task").mkdir()
     assert judged(tmp_path / "task", output, task=Numbers(opens_thinking=opened)).right is right
+
+
+@pytest.mark.parametrize(("output", "right"), [("0", True), ("0</think>0", False), ("1", False)])
+def test_where_the_thinking_is_judged_its_end_does_not_matter(
+    tmp_path: Path, output: str, right: bool
+) -> None:
+    """Proves that a task may look at all that was generated, cut off or not."""
+    task = Numbers(opens_thinking=True, judges_thinking=True)
+    assert judged(tmp_path, output, task=task, truncated=True).right is right
 
 
 def test_other_settings_than_asked_for_stop_the_run(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_what_is_protected_makes_settings_of_its_own() -> None:
     ]
     assert [setting.extra_args.get("rkv_protect") for setting in settings] == [None, 0, 16, "prompt"]
     for word in ("-1", "1.5", "all", "full"):
-        with pytest.raises(ValueError, match=f"protects: .*'{word}'"):
+        with pytest.raises(ValueError, match=f"--kv-protect: .*'{word}'"):
             parse_protects(f"0,{word}")
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from rkv_vllm.evaluation.tasks import make_task
 from rkv_vllm.evaluation.tasks.derivation import VOCABULARY, decode, encode, make_derivation
+from rkv_vllm.evaluation.tasks.program import make_program
 from rkv_vllm.evaluation.thinking import after_thinking
 
 #: Of `make_derivation(random.Random(0), 8, 1)`, as the model was trained on it.
@@ -124,6 +125,43 @@ def test_what_is_wrong_with_a_file_is_named(
     assert named in str(error.value)
 
 
+def test_a_program_is_judged_by_its_registers() -> None:
+    """Proves that the state after the asked steps decides, whatever follows and wherever the text ends."""
+    for seed in range(20):
+        program = make_program(random.Random(seed), lines=8, registers=6, steps=30)
+        assert (len(program.prompt_ids), len(program.trace_ids)) == (8 * 8 + 6 * 4 + 4 * 2 + 3, 30 * 20)
+        steps = program.trace.split(".")[:-1]
+        assert program.is_right(program.trace)
+        assert program.is_right(program.trace + "</think>nonsense")
+        assert program.is_right(program.trace + "#ab=c+d c:1 d:")
+        assert not program.is_right(".".join(steps[:-1]) + "."), "a step is missing"
+        assert not program.is_right(program.trace.replace("#", "", 1)), "a step cannot be read"
+        assert not program.is_right("</think>" + program.trace)
+        last = {name: step for step in steps if "=" in step for name in program.asked if step[2] == name}
+        if last:
+            wrong = next(iter(last.values()))
+            other = wrong[:-1] + str((int(wrong[-1]) + 1) % 10)
+            assert not program.is_right(program.trace[::-1].replace(wrong[::-1], other[::-1], 1)[::-1])
+
+
+def test_a_program_visits_most_of_its_lines() -> None:
+    """Proves that no problem is a loop of a few lines, and that jumps are taken and not taken."""
+    programs = [make_program(random.Random(seed), lines=16, registers=12, steps=96) for seed in range(10)]
+    for program in programs:
+        assert len({step[1] for step in program.trace.split(".")[:-1]}) >= 0.6 * 16
+    text = "".join(program.trace for program in programs)
+    assert "?:y" in text and "?:n" in text
+
+
+def test_the_program_task_gives_room_for_every_step() -> None:
+    """Proves that a right trace is not cut off, and that problems are the same for the same seed."""
+    task = make_task("program", {"lines": "10", "registers": "8", "steps": "40"})
+    assert task.judges_thinking and task.max_tokens == 40 * 20
+    first, again, other = (task.problems(3, seed) for seed in (1, 1, 2))
+    assert [each.prompt for each in first] == [each.prompt for each in again]
+    assert [each.prompt for each in first] != [each.prompt for each in other]
+
+
 def test_reasoning_gym() -> None:
     """Proves that the package's own verifier decides, with and without the tags that the prompt asks for."""
     task = make_task("reasoning-gym:chain_sum", {"min_terms": "2", "max_terms": "3"})
@@ -156,6 +194,8 @@ def test_verifiers_that_raise_call_it_wrong() -> None:
         ("reasoning-gym:chain_sum", {"sugar": "1"}, "task-option: "),
         ("derivation", {"variables": "27"}, "task-option variables: "),
         ("derivation", {"passes": "many"}, "task-option passes: "),
+        ("program", {"lines": "26"}, "task-option lines: "),
+        ("program", {"registers": "3"}, "task-option registers: "),
     ],
 )
 def test_a_wrong_task_is_named(name: str, options: dict[str, str], named: str) -> None:
