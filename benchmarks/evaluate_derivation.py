@@ -61,13 +61,13 @@ def runs() -> list[Run]:
     """In the order in which they start."""
 
     def run(group: str, name: str, budgets: str, *options: str, policy: str = "rkv") -> Run:
-        return Run(group, name, ("--budgets", budgets, "--policies", policy, *options))
+        return Run(group, name, ("--kv-budget", budgets, "--kv-policy", policy, *options))
 
     return [
         *(run("policies", f"policy-{policy}", ALL_BUDGETS, policy=policy) for policy in POLICY_NAMES),
         *(run("scope", f"scope-{each}", ALL_BUDGETS, "--kv-scope", each) for each in ("layer", "global")),
         *(
-            run("buffers", f"buffers-{each}", f"full,{each}%", "--buffers", "32,64,128,256")
+            run("buffers", f"buffers-{each}", f"full,{each}%", "--kv-buffer", "32,64,128,256")
             for each in (24, 37)
         ),
         *(run("lambda", f"lambda-{each}", TWO_BUDGETS, "--kv-mix-lambda", each) for each in LAMBDAS),

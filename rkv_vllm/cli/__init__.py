@@ -9,7 +9,7 @@ import typer
 
 from rkv_vllm import __version__
 from rkv_vllm.cli import args, bench, demo, doctor, evaluate, fidelity, serve
-from rkv_vllm.cli.options import with_vllm_options
+from rkv_vllm.cli.options import RKV_SETTINGS, with_old_names, with_vllm_options
 
 app = typer.Typer(
     name="rkv-vllm",
@@ -19,6 +19,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+#: Old names of options, with what they are called now.
+SINGULARS = {"budget": "kv-budget", "buffer": "kv-buffer", "policy": "kv-policy"}
+BARE = {field: RKV_SETTINGS.option_of(field).removeprefix("--") for field in RKV_SETTINGS.fields}
+PLURALS = {"budgets": "kv-budget", "buffers": "kv-buffer", "policies": "kv-policy"}
+
 
 def version() -> None:
     """Print the version."""
@@ -26,11 +31,13 @@ def version() -> None:
 
 
 app.command(**with_vllm_options("vLLM's own"))(serve.serve)
-app.command()(args.args)
+app.command(context_settings=with_old_names(**BARE))(args.args)
 app.command(**with_vllm_options("vLLM's own"))(doctor.doctor)
-app.command(**with_vllm_options("the engine's own"))(fidelity.fidelity)
-app.command("eval", **with_vllm_options("vLLM's own, for the engine in this process"))(evaluate.evaluate)
+app.command(**with_vllm_options("the engine's own", **PLURALS))(fidelity.fidelity)
+app.command("eval", **with_vllm_options("vLLM's own, for the engine in this process", **PLURALS))(
+    evaluate.evaluate
+)
 app.command()(evaluate.eval_report)
-app.command(**with_vllm_options("vLLM's own, for every engine"))(bench.bench)
+app.command(**with_vllm_options("vLLM's own, for every engine", **SINGULARS))(bench.bench)
 app.command()(demo.demo)
 app.command()(version)

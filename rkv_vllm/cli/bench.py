@@ -8,13 +8,17 @@ from typing import Annotated, Any
 import typer
 
 from rkv_vllm.bench.rows import Row
-from rkv_vllm.cli.options import given
+from rkv_vllm.cli.options import described, given
 from rkv_vllm.settings.config import PolicyName
 
 
-def _load(name: str, metavar: str | None = None) -> Any:
-    text = Row.model_fields[name].description
-    return typer.Option(f"--{name.replace('_', '-')}", help=text, metavar=metavar, rich_help_panel="Load")
+def _load(name: str, metavar: str | None = None, prefix: str = "--") -> Any:
+    return typer.Option(
+        f"{prefix}{name.replace('_', '-')}",
+        help=described(Row.model_fields[name]),
+        metavar=metavar,
+        rich_help_panel="Load",
+    )
 
 
 def bench(
@@ -34,9 +38,9 @@ def bench(
     ] = None,
     input: Annotated[int | None, _load("input", "tokens")] = None,
     output: Annotated[int | None, _load("output", "tokens")] = None,
-    budget: Annotated[int | None, _load("budget")] = None,
-    buffer: Annotated[int | None, _load("buffer")] = None,
-    policy: Annotated[PolicyName | None, _load("policy")] = None,
+    budget: Annotated[int | None, _load("budget", prefix="--kv-")] = None,
+    buffer: Annotated[int | None, _load("buffer", prefix="--kv-")] = None,
+    policy: Annotated[PolicyName | None, _load("policy", prefix="--kv-")] = None,
     concurrency: Annotated[int | None, _load("concurrency")] = None,
     backlog: Annotated[int | None, _load("backlog")] = None,
     batch: Annotated[int | None, _load("batch")] = None,

@@ -28,10 +28,17 @@ def evaluate(
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="Of the task; may be repeated.")
     ] = None,
     budgets: Annotated[
-        str, typer.Option(help="Tokens, or percent of the mean length with the full cache, as in 10%.")
+        str,
+        typer.Option(
+            "--kv-budget", help="Tokens, or percent of the mean length with the full cache, as in 10%."
+        ),
     ] = "full,2048,1024,512",
-    policies: Annotated[str, typer.Option(help="What scores tokens.")] = "rkv,snapkv,recency,random",
-    buffers: Annotated[str, typer.Option(help="Tokens collected between two compactions.")] = "128",
+    policies: Annotated[
+        str, typer.Option("--kv-policy", help="What scores tokens.")
+    ] = "rkv,snapkv,recency,random",
+    buffers: Annotated[
+        str, typer.Option("--kv-buffer", help="Tokens collected between two compactions.")
+    ] = "128",
     protects: Annotated[
         str,
         typer.Option(

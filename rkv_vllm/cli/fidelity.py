@@ -19,9 +19,11 @@ def fidelity(
     context: typer.Context,
     model: Annotated[str, typer.Option(help="Directory or name of the model.")],
     text: Annotated[list[Path], typer.Option(help="Text in UTF-8; may be given several times.")],
-    budgets: Annotated[str, typer.Option(help="Budgets to measure, separated by commas.")],
-    policies: Annotated[str | None, typer.Option(help="Policies, separated by commas; default: all.")] = None,
-    buffers: Annotated[str, typer.Option(help="Buffers, separated by commas.")] = "128",
+    budgets: Annotated[str, typer.Option("--kv-budget", help="Budgets to measure, separated by commas.")],
+    policies: Annotated[
+        str | None, typer.Option("--kv-policy", help="Policies, separated by commas; default: all.")
+    ] = None,
+    buffers: Annotated[str, typer.Option("--kv-buffer", help="Buffers, separated by commas.")] = "128",
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of a window that are read as a prompt.")] = 256,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of a window that are decoded.")] = 768,
     windows: Annotated[int, typer.Option(min=1, help="Windows of each text, at most.")] = 8,
@@ -44,8 +46,8 @@ def fidelity(
         settings = settings_of(
             config,
             RequestSize(prompt=prompt, longest=prompt + tokens),
-            _integers("--budgets", budgets),
-            _integers("--buffers", buffers),
+            _integers("--kv-budget", budgets),
+            _integers("--kv-buffer", buffers),
             POLICY_NAMES if policies is None else [name.strip() for name in policies.split(",")],
         )
         with options.vllm_on_stderr(level="ERROR"):

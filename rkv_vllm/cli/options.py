@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from rkv_vllm.settings.config import EngineSettings, RkvConfig, number
 from rkv_vllm.settings.error_text import explain
@@ -47,9 +48,22 @@ class OptionGroup:
     def fields(self) -> tuple[str, ...]:
         return tuple(self.model.model_fields) if self.names is None else self.names
 
+    def option_of(self, field: str) -> str:
+        return f"{self.prefix}{field.replace('_', '-')}"
+
     def parameter_of(self, field: str) -> str:
         """The Python name of a field's option."""
-        return f"{self.prefix}{field}".lstrip("-").replace("-", "_")
+        return self.option_of(field).lstrip("-").replace("-", "_")
+
+    def source_of(self, field: str, chosen: Mapping[str, Any]) -> str:
+        """What a user calls a field: the option, or else the variable.
+
+        Args:
+            chosen: the options that were given, by field.
+        """
+        if self.environment is None or field in chosen:
+            return self.option_of(field)
+        return f"{self.environment}{field.upper()}"
 
     def parameters(self) -> Iterator[inspect.Parameter]:
         """The options as typer reads them."""
@@ -57,9 +71,8 @@ class OptionGroup:
             field = self.model.model_fields[name]
             variable = "" if self.environment is None else f" [{self.environment}{name.upper()}]"
             option = typer.Option(
-                # Named, so that a flag has no `--no-` beside it.
-                f"{self.prefix}{name.replace('_', '-')}",
-                help=f"{field.description}{variable}",
+                self.option_of(name),  # named, so that a flag has no `--no-` beside it
+                help=f"{described(field)}{variable}",
                 rich_help_panel=self.panel,
             )
             yield inspect.Parameter(
@@ -95,6 +108,18 @@ def takes(*groups: OptionGroup) -> Callable[[Callable[..., None]], Callable[...,
     return decorate
 
 
+def described(field: FieldInfo) -> str:
+    """A field's description and its default."""
+    default = field.get_default(call_default_factory=True, validated_data={})
+    if isinstance(default, bool):
+        text = "on" if default else "off"
+    elif isinstance(default, list | tuple):
+        text = ",".join(map(str, default)) or "none"
+    else:
+        text = "none" if default is None else str(default)
+    return f"{field.description} (default: {text})"
+
+
 def _cli_type(annotation: Any) -> Any:
     """What a command line takes for a field: its one plain type or choice, and text for anything else."""
     kinds = {kind for kind in _leaves(annotation) if kind is not type(None)}
@@ -114,14 +139,28 @@ def _leaves(annotation: Any) -> Iterator[Any]:
         yield annotation
 
 
+#: The server's settings where a command takes them without the rest of a server's options.
+RKV_SETTINGS = OptionGroup("settings", RkvConfig, prefix="--kv-")
+
+
 def json(instead_of: str) -> Any:
     return typer.Option("--json", help=f"Print JSON instead of {instead_of}.")
 
 
-def with_vllm_options(whose: str) -> dict[str, Any]:
+def with_old_names(**names: str) -> dict[str, Any]:
+    """For a subcommand whose options had other names, which go on working and are not shown.
+
+    Args:
+        names: the old name and the new one, without dashes in front, as in `budget="kv-budget"`.
+    """
+    return {"token_normalize_func": lambda name: names.get(name.replace("-", "_"), name)}
+
+
+def with_vllm_options(whose: str, **old_names: str) -> dict[str, Any]:
     """For a subcommand that hands on the options it does not know, as `context.args`."""
+    passing = {"allow_extra_args": True, "ignore_unknown_options": True}
     return {
-        "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
+        "context_settings": {**passing, **with_old_names(**old_names)},
         "epilog": f"All other options are {whose}: see `vllm serve --help=all`.",
     }
 
@@ -139,7 +178,7 @@ def rkv_config(**settings: Any) -> RkvConfig:
     try:
         return RkvConfig(**{name: number(value) for name, value in settings.items()})
     except ValidationError as error:
-        raise typer.BadParameter(explain(error, depth=1)) from None
+        raise typer.BadParameter(explain(error, depth=1, named=RKV_SETTINGS.option_of)) from None
 
 
 def missing(*packages: str) -> str:

@@ -58,7 +58,7 @@ class Budget:
         tokens = round(self.amount * full_length / 100) if self.is_percent else round(self.amount)
         if tokens <= WINDOW:
             raise ValueError(
-                f"budgets: {self.amount:g} % of {full_length:g} tokens is {tokens}, "
+                f"--kv-budget: {self.amount:g} % of {full_length:g} tokens is {tokens}, "
                 f"not above the window, {WINDOW}"
             )
         return tokens
@@ -80,7 +80,7 @@ def parse_budgets(text: str) -> list[Budget]:
             amount = 0
         if not (0 < amount <= 100 if percent else amount > WINDOW):
             raise ValueError(
-                f"budgets: takes full, tokens above {WINDOW}, and percent from 0 to 100 with %, not {word!r}"
+                f"--kv-budget: takes full, tokens above {WINDOW}, and percent up to 100 with %, not {word!r}"
             )
         budgets.append(Budget(amount, is_percent=bool(percent)))
     return budgets
@@ -91,7 +91,7 @@ def parse_policies(text: str) -> list[PolicyName]:
     known = {name: name for name in get_args(PolicyName)}
     words = _words(text)
     if wrong := [word for word in words if word not in known]:
-        raise ValueError(f"policies: takes {', '.join(known)}, not {', '.join(wrong)}")
+        raise ValueError(f"--kv-policy: takes {', '.join(known)}, not {', '.join(wrong)}")
     return [known[word] for word in words]
 
 
@@ -100,7 +100,7 @@ def parse_buffers(text: str) -> list[int]:
     words = _words(text)
     for word in words:
         if not (word.isascii() and word.isdigit() and int(word) >= WINDOW):
-            raise ValueError(f"buffers: takes tokens, at least {WINDOW}, not {word!r}")
+            raise ValueError(f"--kv-buffer: takes tokens, at least {WINDOW}, not {word!r}")
     return [int(word) for word in words]
 
 

@@ -8,7 +8,8 @@ because it may be as long as a body.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from pydantic import ValidationError
@@ -40,6 +41,12 @@ def shown_name(name: str) -> str:
     return cut(json.dumps(name)[1:-1])
 
 
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What to write in place of a wrong name, to be put behind it; empty where none is near."""
+    found = get_close_matches(name, list(known), n=1)
+    return f"; did you mean {found[0].removeprefix('--')}?" if found else ""
+
+
 def cut(text: str, most: int = MOST_SHOWN) -> str:
     """`text`, with an ellipsis for what is beyond `most` characters."""
     return text if len(text) <= most else f"{text[:most]}..."
@@ -52,16 +59,27 @@ def one_line(problems: Sequence[str]) -> str:
     return "; ".join([*distinct[:MOST_PROBLEMS], *([f"and {more} more"] if more > 0 else [])])
 
 
-def explain(error: ValidationError, depth: int | None = None) -> str:
-    """One line that names each wrong field.
+#: How most of pydantic's messages begin.
+_SHOULD_BE = "Input should be "
+
+
+def explain(
+    error: ValidationError, depth: int | None = None, named: Callable[[str], str] = lambda field: field
+) -> str:
+    """One line that names each wrong field and says what it takes; of a union, what each member takes.
 
     Args:
         depth: parts of a field's path that name it; None: all of them.
+        named: what a user calls a field, an option or a variable for example.
     """
-    lines = []
+    messages: dict[str, list[str]] = {}
     for problem in error.errors():
         field = ".".join(shown_name(str(part)) for part in problem["loc"][:depth])
         # pydantic's prefix, where the text is ours
         message = cut(problem["msg"].removeprefix("Value error, "), MOST_OF_MESSAGE)
-        lines.append(f"{field}: {message}" if field else message)
+        messages.setdefault(named(field) if field else "", []).append(message)
+    lines = []
+    for field, (first, *others) in messages.items():
+        text = " or ".join([first, *(other.removeprefix(_SHOULD_BE) for other in others)])
+        lines.append(f"{field}: {text}" if field else text)
     return one_line(lines)

@@ -112,8 +112,8 @@ def test_everything_that_is_refused_is_listed(model: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (("--kv-budget=4",), "budget: Input should be greater than 8"),
-        (("--kv-beyond-pool",), "beyond_pool: needs a default budget"),
+        (("--kv-budget=4",), "--kv-budget: Input should be greater than 8 or 'full'"),
+        (("--kv-beyond-pool",), "--kv-beyond-pool: needs a default budget"),
         (("--length=9000",), "--length: must be from 1 to max_model_len (8192), not 9000"),
         (("--max-model-len=9000",), "max_model_len"),
         (("--gpu-memory-utilization=7",), "gpu_memory_utilization"),

@@ -26,7 +26,7 @@ def test_settings_are_compacted_as_asked_beside_the_full_cache(model: Path, tmp_
     command = [
         *(sys.executable, "-m", "rkv_vllm.cli", "eval", "--model", str(model), "--json"),
         *("--task", f"jsonl:{questions}", "--task-option", "match=numeric", "--out", str(out)),
-        *("--budgets", "32,50%,900", "--buffers", str(BUFFER), "--policies", "rkv,recency"),
+        *("--kv-budget", "32,50%,900", "--kv-buffer", str(BUFFER), "--kv-policy", "rkv,recency"),
         *("--max-tokens", "48", *OPTIONS),
     ]
     quiet = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}

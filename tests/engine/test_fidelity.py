@@ -23,7 +23,7 @@ def report(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     command = [
         *(sys.executable, "-m", "rkv_vllm.cli", "fidelity"),
         *("--model", str(model), "--text", str(Path(__file__).parents[2] / "LICENSE"), "--json"),
-        *("--budgets", f"{SMALL},{LARGE},{ABOVE}", "--policies", "recency", "--buffers", str(BUFFER)),
+        *("--kv-budget", f"{SMALL},{LARGE},{ABOVE}", "--kv-policy", "recency", "--kv-buffer", str(BUFFER)),
         *("--prompt", str(PROMPT), "--tokens", str(FORCED), "--windows", str(WINDOWS), "--out", str(out)),
         *("--max-num-seqs", "1", "--dtype", "float32", "--enforce-eager"),
         *("--kv-cache-memory-bytes", str(1 << 26)),

@@ -331,11 +331,11 @@ def test_evaluation(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("OPENAI_API_KEY", FREE_KEY)
     questions = tmp_path / "questions.jsonl"
     questions.write_text(json.dumps({"question": TEXT, "answer": "thirteen"}) + "\n")
-    options = ("--budgets", f"{BUDGET}", "--buffers", f"{BUFFER}", "--max-tokens", f"{TOKENS}", "--json")
+    options = ("--kv-budget", f"{BUDGET}", "--kv-buffer", f"{BUFFER}", "--max-tokens", f"{TOKENS}", "--json")
     for task in (f"jsonl:{questions}", "derivation"):
         words = ["eval", "--base-url", url, "--task", task, "--problems", "1", *options]
         out = tmp_path / task[:5]
-        result = CliRunner().invoke(app, [*words, "--policies", "rkv,snapkv", "--out", str(out)])
+        result = CliRunner().invoke(app, [*words, "--kv-policy", "rkv,snapkv", "--out", str(out)])
         assert result.exit_code == 0, result.output
         full, *budgeted = json.loads(result.stdout)["rows"]
         assert (full["setting"], full["evicted_tokens"]) == ("full", 0)

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from rkv_vllm.cli import app
 from rkv_vllm.cli.options import SHARED_SETTINGS, OptionGroup, takes
 from rkv_vllm.server.caller_rules import KvSettings
-from rkv_vllm.settings.config import RkvConfig
+from rkv_vllm.settings.config import RequestDefaults, RkvConfig
 
 README = Path(__file__).parents[3] / "README.md"
 
@@ -39,7 +39,7 @@ def run(*arguments: str) -> Any:
         """A command."""
         received.append((settings, other))
 
-    result = CliRunner().invoke(commands, list(arguments))
+    result = CliRunner().invoke(commands, list(arguments), env={"COLUMNS": "200"})
     return received[0] if received else result.output
 
 
@@ -59,7 +59,8 @@ def test_a_wrong_option_is_refused(wrong: tuple[str, ...]) -> None:
 def test_help_says_what_a_field_says() -> None:
     """Proves that description and variable of a field stand in the help."""
     shown = run("--help")
-    assert "How large. [X_SIZE]" in shown and "red|blue" in shown
+    assert "How large. (default: none) [X_SIZE]" in shown and "red|blue" in shown
+    assert "(default: red)" in shown and "(default: all)" in shown and "(default: off)" in shown
 
 
 @pytest.mark.parametrize(
@@ -67,9 +68,10 @@ def test_help_says_what_a_field_says() -> None:
     [
         ("serve", "--kv-", tuple(KvSettings.model_fields)),
         ("doctor", "--kv-", tuple(RkvConfig.model_fields)),
-        ("args", "--", tuple(RkvConfig.model_fields)),
-        ("eval", "--kv-", SHARED_SETTINGS),
-        ("fidelity", "--kv-", SHARED_SETTINGS),
+        ("args", "--kv-", tuple(RkvConfig.model_fields)),
+        ("eval", "--kv-", (*SHARED_SETTINGS, *RequestDefaults.model_fields)),
+        ("fidelity", "--kv-", (*SHARED_SETTINGS, *RequestDefaults.model_fields)),
+        ("bench", "--kv-", tuple(RequestDefaults.model_fields)),
     ],
 )
 def test_every_setting_is_an_option(command: str, prefix: str, fields: tuple[str, ...]) -> None:
@@ -79,6 +81,18 @@ def test_every_setting_is_an_option(command: str, prefix: str, fields: tuple[str
     options = {option for parameter in group.commands[command].params for option in parameter.opts}
     assert {f"{prefix}{name.replace('_', '-')}" for name in fields} <= options
     assert set(RkvConfig.model_fields) <= set(KvSettings.model_fields)
+
+
+def test_old_names_work_and_are_not_shown() -> None:
+    """Proves that scripts which say `--budget` go on working, and that only the one name is taught."""
+    for words in ("--budget=512 --mix-lambda=0.2", "--kv-budget=512 --kv-mix-lambda=0.2"):
+        printed = CliRunner().invoke(app, ["args", *words.split()]).stdout
+        assert "rkv.budget=512" in printed and "rkv.mix_lambda=0.2" in printed
+    refused = CliRunner().invoke(app, ["eval", "--task=derivation", "--out=x", "--model=m", "--budgets=7"])
+    assert "--kv-budget: takes" in refused.stderr
+    for command in ("args", "eval", "fidelity", "bench"):
+        text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).stdout
+        assert "--kv-budget" in text and "--budget" not in text
 
 
 def test_the_readme_has_every_setting() -> None:

@@ -57,7 +57,7 @@ def plain(text: str) -> str:
 def test_a_run_and_its_files(started: list[Any], questions: Path, tmp_path: Path) -> None:
     """Proves that table, JSON and files say the same, and that vLLM is given its own options."""
     out = tmp_path / "out"
-    options = ("--budgets=32", "--policies=rkv,random", "--buffers=8", "--kv-mix-lambda=0.3", "--seed=5")
+    options = ("--kv-budget=32", "--kv-policy=rkv,random", "--kv-buffer=8", "--kv-mix-lambda=0.3", "--seed=5")
     result = evaluate(questions, out, *options, "--max-model-len", "512", "--enforce-eager", "--json")
     assert result.exit_code == 0, result.output
     assert {path.name for path in out.iterdir()} == FILES
@@ -85,7 +85,7 @@ def test_a_run_and_its_files(started: list[Any], questions: Path, tmp_path: Path
 def test_rows_that_were_not_compacted_are_loud(started: list[Any], questions: Path, tmp_path: Path) -> None:
     """Proves that a curve without compaction cannot be mistaken for one with it, on screen or in files."""
     out = tmp_path / "out"
-    result = evaluate(questions, out, "--budgets=4096", "--policies=rkv")
+    result = evaluate(questions, out, "--kv-budget=4096", "--kv-policy=rkv")
     warning = "rkv 4096, buffer 128: this row was NOT compacted: no token was evicted"
     assert f"WARNING: {warning}" in plain(result.stdout)
     assert warning in (out / "table.md").read_text()
@@ -95,11 +95,11 @@ def test_rows_that_were_not_compacted_are_loud(started: list[Any], questions: Pa
 def test_another_run_is_not_mixed_in(started: list[Any], questions: Path, tmp_path: Path) -> None:
     """Proves that a folder goes on as the run it holds, with more problems and budgets, or not at all."""
     out = tmp_path / "out"
-    assert evaluate(questions, out, "--budgets=32", "--problems=2").exit_code == 0
-    more = json.loads(evaluate(questions, out, "--budgets=32,48", "--problems=3", "--json").stdout)
+    assert evaluate(questions, out, "--kv-budget=32", "--problems=2").exit_code == 0
+    more = json.loads(evaluate(questions, out, "--kv-budget=32,48", "--problems=3", "--json").stdout)
     assert [row["answers"] for row in more["rows"]] == [3] * 9
     for options in (("--seed=1",), ("--temperature=0.6",), ("--kv-mix-lambda=0.5",), ("--enforce-eager",)):
-        refused = evaluate(questions, out, "--budgets=32", *options)
+        refused = evaluate(questions, out, "--kv-budget=32", *options)
         assert refused.exit_code == 2
         assert "holds another run: " in plain(refused.stderr)
 
@@ -111,17 +111,17 @@ def test_a_run_that_answered_nothing_is_no_run(
     out = tmp_path / "out"
     with monkeypatch.context() as patched:
         patched.setattr(command, "in_process", Mock(side_effect=EngineError("no memory")))
-        failed = evaluate(questions, out, "--budgets=32", "--block-size=16")
+        failed = evaluate(questions, out, "--kv-budget=32", "--block-size=16")
         assert failed.exit_code == 1 and "no memory" in failed.stderr
-    assert evaluate(questions, out, "--budgets=32", "--block-size=32").exit_code == 0
+    assert evaluate(questions, out, "--kv-budget=32", "--block-size=32").exit_code == 0
 
 
 def test_percent_is_published_as_tokens(started: list[Any], questions: Path, tmp_path: Path) -> None:
     """Proves that a budget in percent comes out as both, and that the length it is of is kept."""
-    summary = json.loads(evaluate(questions, tmp_path / "out", "--budgets=40%", "--json").stdout)
+    summary = json.loads(evaluate(questions, tmp_path / "out", "--kv-budget=40%", "--json").stdout)
     assert summary["full_length"] == 100
     assert {(row["budget"], row["budget_percent"]) for row in summary["rows"][1:]} == {(40, 40)}
-    refused = evaluate(questions, tmp_path / "out", "--budgets=40%", "--full-length=50")
+    refused = evaluate(questions, tmp_path / "out", "--kv-budget=40%", "--full-length=50")
     assert refused.exit_code == 2 and "full-length" in refused.stderr
 
 
@@ -129,7 +129,7 @@ def test_several_runs_in_one_table(started: list[Any], questions: Path, tmp_path
     """Proves that runs with different server-wide settings are merged and told apart."""
     for weight in ("0.1", "0.5"):
         evaluate(
-            questions, tmp_path / weight, "--budgets=32,64", "--policies=rkv", f"--kv-mix-lambda={weight}"
+            questions, tmp_path / weight, "--kv-budget=32,64", "--kv-policy=rkv", f"--kv-mix-lambda={weight}"
         )
     merged = tmp_path / "merged"
     words = ["eval-report", str(tmp_path / "0.1"), str(tmp_path / "0.5"), "--out", str(merged)]
@@ -148,9 +148,9 @@ def test_several_runs_in_one_table(started: list[Any], questions: Path, tmp_path
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (("--budgets=7",), "budgets: "),
-        (("--policies=best",), "policies: "),
-        (("--buffers=7",), "buffers: "),
+        (("--kv-budget=7",), "--kv-budget: "),
+        (("--kv-policy=best",), "--kv-policy: "),
+        (("--kv-buffer=7",), "--kv-buffer: "),
         (("--samples=2",), "samples: "),
         (("--task-option=match",), "task-option: "),
         (("--task-option=match=best",), "task-option match: "),

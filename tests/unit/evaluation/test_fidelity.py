@@ -261,12 +261,12 @@ def test_the_table_shows_controls_and_losses() -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (("--budgets", "8"), "rkv_budget takes 0 (full cache), an integer above 8"),
-        (("--budgets", "many"), "--budgets: takes integers separated by commas, not 'many'"),
-        (("--budgets", "64", "--buffers", "1"), "rkv_buffer takes an integer of at least 8"),
-        (("--budgets", "64", "--policies", "best"), "rkv_policy takes one of"),
-        (("--budgets", "64", "--kv-granularity", "page", "--kv-scope", "layer"), "scope: layer needs"),
-        (("--budgets", "64"), "no/such/file"),
+        (("--kv-budget", "8"), "rkv_budget takes 0 (full cache), an integer above 8"),
+        (("--kv-budget", "many"), "--kv-budget: takes integers separated by commas, not 'many'"),
+        (("--kv-budget", "64", "--kv-buffer", "1"), "rkv_buffer takes an integer of at least 8"),
+        (("--kv-budget", "64", "--kv-policy", "best"), "rkv_policy takes one of"),
+        (("--kv-budget", "64", "--kv-granularity", "page", "--kv-scope", "layer"), "scope: layer needs"),
+        (("--kv-budget", "64"), "no/such/file"),
     ],
 )
 def test_wrong_options_are_named_before_an_engine_starts(options: tuple[str, ...], named: str) -> None:

@@ -45,7 +45,7 @@ def test_a_share_within_the_window_is_refused() -> None:
 )
 def test_a_wrong_budget_is_named(word: str) -> None:
     """Proves that what is neither tokens nor percent is refused by its name."""
-    with pytest.raises(ValueError, match=f"budgets: .*'{word}'"):
+    with pytest.raises(ValueError, match=f"--kv-budget: .*'{word}'"):
         parse_budgets(f"full,512,{word}")
 
 
@@ -66,10 +66,10 @@ def test_what_is_protected_makes_settings_of_its_own() -> None:
 
 def test_wrong_policies_and_buffers_are_named() -> None:
     """Proves that the other two lists are checked too."""
-    with pytest.raises(ValueError, match=r"policies: .*best"):
+    with pytest.raises(ValueError, match=r"--kv-policy: .*best"):
         parse_policies("rkv,best")
     for word in ("7", "-8", "x", "1.5"):
-        with pytest.raises(ValueError, match=f"buffers: .*'{word}'"):
+        with pytest.raises(ValueError, match=f"--kv-buffer: .*'{word}'"):
             parse_buffers(f"128,{word}")
 
 
