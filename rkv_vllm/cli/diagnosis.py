@@ -6,14 +6,15 @@ import platform
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from rkv_vllm.decisions.lengths import RequestLengths, make_request_lengths
-from rkv_vllm.decisions.sizing import KvShape, Pool, peak_slots
-from rkv_vllm.host.contract import CONTRACT, CONTRACT_V1_RUNNER, CONTRACT_V2_RUNNER, contract_problems
+from rkv_vllm.decisions.sizing import Pool, peak_slots
+from rkv_vllm.host.compatibility import unsupported_features
+from rkv_vllm.host.pool import given_pool, kv_shape
+from rkv_vllm.host.preflight import engine_config, installation_problems, start_problems
 from rkv_vllm.provenance import versions
 from rkv_vllm.settings.config import RequestedSettings, RkvConfig
-from rkv_vllm.settings.error_text import explain
 from rkv_vllm.settings.request_size import RequestSize
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ GIB = 1 << 30
 
 
 class Row(BaseModel):
-    """Requests of one kind in the pool. `budget` None: full cache."""
+    """Requests of one kind in the pool; `requests` 0: not one fits. `budget` None: full cache."""
 
     budget: int | None
     buffer: int | None
@@ -57,17 +58,23 @@ class Sizes(BaseModel):
 
 
 class Diagnosis(BaseModel):
-    """`problems` keep vLLM from starting with R-KV; `sizes` is there for a model that can be served."""
+    """`problems` keep vLLM from starting with R-KV; `sizes` is there for a model that R-KV works with, also
+    where its pool or page size is wrong. `unknown` says why there are none otherwise."""
 
     versions: dict[str, str]
     platform: str
     model: str | None
     problems: list[str]
     sizes: Sizes | None
+    unknown: str | None = None
 
     @property
     def refused(self) -> bool:
         return bool(self.problems)
+
+
+class UnknownWeights(Exception):
+    """Nothing says how large a model's weights are."""
 
 
 def diagnose(arguments: list[str], config: RkvConfig, length: int | None = None) -> Diagnosis:
@@ -94,59 +101,42 @@ def diagnose(arguments: list[str], config: RkvConfig, length: int | None = None)
     found = Diagnosis(
         versions=versions(), platform=f"{platform.platform()}, {device}", model=None, problems=[], sizes=None
     )
-    runner_contract = CONTRACT_V1_RUNNER if on_cpu else CONTRACT_V2_RUNNER
-    found.problems = contract_problems(CONTRACT, runner_contract)
     if not arguments:
+        found.problems = installation_problems()
         return found
-    from rkv_vllm.host.compatibility import unsupported_features, wrong_runner
+    from rkv_vllm.settings.command_line import engine_arguments
 
-    vllm_config = _vllm_config(arguments, config)
+    vllm_config = engine_config(engine_arguments("doctor", arguments, config))
     found.model = vllm_config.model_config.model
-    found.problems = unsupported_features(vllm_config) + wrong_runner(vllm_config, on_cpu) + found.problems
-    if not found.refused:
-        found.sizes = _sizes(vllm_config, config, length)
+    found.problems = start_problems(vllm_config)
+    if not unsupported_features(vllm_config):
+        try:
+            found.sizes = _sizes(vllm_config, config, length)
+        except UnknownWeights as error:
+            found.unknown = str(error)
     return found
 
 
-def _vllm_config(arguments: list[str], config: RkvConfig) -> VllmConfig:
-    """The engine's configuration as `rkv-vllm serve` would make it."""
-    from rkv_vllm.settings.command_line import engine_arguments
-
-    try:
-        return engine_arguments("doctor", arguments, config).create_engine_config()
-    except ValidationError as error:
-        raise ValueError(explain(error)) from None
-    except OSError as error:  # no such model
-        raise ValueError(f"model: {error}") from None
-
-
 def _sizes(vllm_config: VllmConfig, config: RkvConfig, length: int | None) -> Sizes:
-    from vllm.utils.torch_utils import get_dtype_size, kv_cache_dtype_str_to_dtype
+    from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 
-    model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
+    model, cache = vllm_config.model_config, vllm_config.cache_config
     if length is None:
         length = model.max_model_len
     elif not 0 < length <= model.max_model_len:
         raise ValueError(f"--length: must be from 1 to max_model_len ({model.max_model_len}), not {length}")
-    dtype = kv_cache_dtype_str_to_dtype(cache.cache_dtype, model)
-    shape = KvShape(
-        layers=model.get_num_layers(parallel),
-        kv_heads=model.get_num_kv_heads(parallel),
-        head_size=model.get_head_size(),
-        element_bytes=get_dtype_size(dtype),
-    )
-    if cache.num_gpu_blocks_override is not None:
-        pool_bytes, source, estimate = None, "--num-gpu-blocks-override", False
-        pool = Pool(cache.num_gpu_blocks_override, cache.block_size)
+    shape, given = kv_shape(vllm_config), given_pool(vllm_config)
+    if given is not None:
+        pool, pool_bytes, source = given.pool, given.size_bytes, given.source
     else:
-        pool_bytes, source, estimate = _pool_bytes(vllm_config)
+        pool_bytes, source = _estimated_bytes(vllm_config)
         pool = Pool.of_bytes(pool_bytes, cache.block_size, shape.bytes_per_token)
     cached: list[RequestLengths | None] = [None]
     size = RequestSize(prompt=0, longest=length)
     if (budget := config.resolve(RequestedSettings(), size)) is not None:
         cached.append(make_request_lengths(config.granularity, 0, budget, pool.page_size))
     return Sizes(
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(kv_cache_dtype_str_to_dtype(cache.cache_dtype, model)).removeprefix("torch."),
         layers=shape.layers,
         kv_heads=shape.kv_heads,
         head_size=shape.head_size,
@@ -157,7 +147,7 @@ def _sizes(vllm_config: VllmConfig, config: RkvConfig, length: int | None) -> Si
         largest_graph=vllm_config.compilation_config.max_cudagraph_capture_size or None,
         pool_bytes=pool_bytes,
         pool_source=source,
-        pool_is_estimate=estimate,
+        pool_is_estimate=given is None,
         pool_pages=pool.pages,
         rows=[_row(pool, length, each) for each in cached],
     )
@@ -174,26 +164,24 @@ def _row(pool: Pool, length: int, lengths: RequestLengths | None) -> Row:
     )
 
 
-def _pool_bytes(vllm_config: VllmConfig) -> tuple[int, str, bool]:
-    """Returns: bytes of the pool on one device, where the number is from, and whether it is an estimate."""
+def _estimated_bytes(vllm_config: VllmConfig) -> tuple[int, str]:
+    """Returns: bytes of the pool on one device, at most, and what they are made of."""
     from vllm.platforms import current_platform
     from vllm.transformers_utils.config import get_safetensors_params_metadata
 
     cache, model, parallel = vllm_config.cache_config, vllm_config.model_config, vllm_config.parallel_config
-    if cache.kv_cache_memory_bytes is not None:  # VLLM_CPU_KVCACHE_SPACE comes out here too
-        return cache.kv_cache_memory_bytes, "as given", False
     memory = current_platform.get_device_total_memory()
     tensors = get_safetensors_params_metadata(model.model, revision=model.revision)
     tensors.pop("__metadata__", None)  # of the file, not a tensor
     stored = sum(end - start for start, end in (tensor["data_offsets"] for tensor in tensors.values()))
     if not stored:
-        raise ValueError(
-            "--kv-cache-memory-bytes: give it, as no safetensors file says how large the weights of "
-            f"{model.model} are"
+        raise UnknownWeights(
+            "How many requests fit is not known: no safetensors file says how large the weights of "
+            f"{model.model} are. Give the pool's size, with --kv-cache-memory-bytes."
         )
     weights = stored // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
     source = (
         f"{memory / GIB:.1f} GiB of memory x {cache.gpu_memory_utilization:g} - {weights / GIB:.1f} GiB of "
         "weights; activations and CUDA graphs take more"
     )
-    return int(memory * cache.gpu_memory_utilization) - weights, source, True
+    return int(memory * cache.gpu_memory_utilization) - weights, source

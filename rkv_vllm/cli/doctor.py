@@ -7,19 +7,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rkv_vllm.cli import options
-from rkv_vllm.cli.options import OptionGroup
-from rkv_vllm.settings.config import RkvConfig
+from rkv_vllm.cli.server_settings import (
+    KV_CACHE,
+    OPERATION,
+    kv_settings,
+    operation_settings,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from rkv_vllm.cli.diagnosis import Diagnosis, Sizes
+    from rkv_vllm.cli.diagnosis import Diagnosis, Row, Sizes
 
 
-@options.takes(OptionGroup("settings", RkvConfig, prefix="--kv-"))
+@options.takes(KV_CACHE, OPERATION)
 def doctor(
     context: typer.Context,
-    settings: dict[str, Any],
+    kv: dict[str, Any],
+    operation: dict[str, Any],
     length: Annotated[
         int | None, typer.Option(help="Tokens of a request, prompt and answer; default: max_model_len.")
     ] = None,
@@ -30,12 +35,13 @@ def doctor(
     Takes the arguments of `rkv-vllm serve`, starts nothing, and exits with 1 where something is refused.
     Without a MODEL it looks at the installation alone.
     """
-    config = options.rkv_config(**settings)
+    settings, _ = kv_settings(kv)
+    operation_settings(operation)
     from rkv_vllm.cli.diagnosis import diagnose
 
     try:
         with options.vllm_on_stderr(level="ERROR"):
-            found = diagnose(context.args, config, length)
+            found = diagnose(context.args, settings.engine, length)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     if json:
@@ -63,8 +69,14 @@ def show(found: Diagnosis, console: Console) -> None:
             console.print(f"  - {problem}", markup=False, highlight=False)
     else:
         console.print(f"R-KV works with {subject}.", style="green")
+    if found.unknown is not None:
+        console.print(found.unknown, markup=False, highlight=False)
     if found.sizes is not None:
         _show_sizes(found.sizes, console)
+
+
+def _fit(row: Row) -> str:
+    return f"{row.requests:,}" if row.requests else "none: the pool cannot hold one"
 
 
 def _show_sizes(sizes: Sizes, console: Console) -> None:
@@ -72,7 +84,7 @@ def _show_sizes(sizes: Sizes, console: Console) -> None:
 
     from rkv_vllm.cli.diagnosis import GIB
 
-    console.print("Layers are checked when the model is loaded (sliding window, ALiBi, shared caches).")
+    console.print("What the model's config does not say of its layers is checked when it is loaded.")
     facts = Table(title="KV cache of one device", title_justify="left", show_header=False)
     facts.add_row(
         "KV bytes a token",
@@ -88,7 +100,7 @@ def _show_sizes(sizes: Sizes, console: Console) -> None:
     table = Table("cache", "tokens held", "pages", "requests", title=title, title_justify="left")
     for row in sizes.rows:
         kind = "full" if row.budget is None else f"budget {row.budget}, buffer {row.buffer}"
-        table.add_row(kind, f"{row.tokens_held:,}", f"{row.pages_per_request:,}", f"{row.requests:,}")
+        table.add_row(kind, f"{row.tokens_held:,}", f"{row.pages_per_request:,}", _fit(row))
     console.print(table)
     if len(sizes.rows) == 1:
         console.print("See what a budget does with --kv-budget TOKENS.")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rkv_vllm.host import model_layers
 from rkv_vllm.host.contract import CONTRACT, Contract, contract_problems
 from rkv_vllm.settings.config import RkvConfig
 
@@ -16,16 +17,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Feature:
-    """One row. `in_use` tells whether a configuration uses a refused feature; None: it is not seen there."""
+    """One row.
+
+    Attributes:
+        in_use: whether a configuration uses a refused feature; None: it is not seen there.
+        remedy: what to do with which option, for whoever uses it.
+    """
 
     name: str
     works: bool
     remark: str
     in_use: Callable[[VllmConfig], bool] | None = None
+    remedy: str = ""
+
+    @property
+    def problem(self) -> str:
+        """One line for whoever uses a refused feature."""
+        return "; ".join(filter(None, (f"{self.name} is not supported: {self.remark}", self.remedy)))
 
 
-def _refused(name: str, remark: str, in_use: Callable[[VllmConfig], bool] | None = None) -> Feature:
-    return Feature(name, works=False, remark=remark, in_use=in_use)
+def _refused(
+    name: str, remark: str, in_use: Callable[[VllmConfig], bool] | None = None, remedy: str = ""
+) -> Feature:
+    return Feature(name, works=False, remark=remark, in_use=in_use, remedy=remedy)
 
 
 def _works(name: str, remark: str) -> Feature:
@@ -73,11 +87,13 @@ FEATURES: tuple[Feature, ...] = (
         "speculative decoding",
         "rejected tokens would be rolled back past a compaction",
         lambda c: c.speculative_config is not None,
+        "leave out --speculative-config",
     ),
     _refused(
         "KV connectors and offloading",
         "they map pages to token positions, which a compacted request has not",
         lambda c: c.kv_transfer_config is not None or c.cache_config.kv_offloading_size is not None,
+        "leave out --kv-transfer-config and --kv-offloading-size",
     ),
     _refused(
         "context parallelism",
@@ -86,11 +102,13 @@ FEATURES: tuple[Feature, ...] = (
             c.parallel_config.decode_context_parallel_size > 1
             or c.parallel_config.prefill_context_parallel_size > 1
         ),
+        "leave out --decode-context-parallel-size and --prefill-context-parallel-size",
     ),
     _refused(
         "micro-batching (dual batch overlap)",
         "attention metadata is built per micro-batch",
         lambda c: c.parallel_config.use_ubatching,
+        "leave out --enable-dbo and --ubatch-size",
     ),
     _refused(
         "quantised KV cache",
@@ -115,11 +133,29 @@ FEATURES: tuple[Feature, ...] = (
         "page granularity or a shared scope with tensor or pipeline parallelism",
         "each rank would score its own heads and layers, and keep other tokens",
         lambda c: c.parallel_config.world_size > 1 and _needs_one_decision_for_all_ranks(c),
+        "leave out --kv-granularity and --kv-scope",
     ),
-    _refused("sliding-window or chunked attention", "the mask is cut by distance between slots"),
-    _refused("ALiBi", "the bias is a distance between slots"),
-    _refused("layers with other head counts or sizes than the first", "all share one ring of queries"),
-    _refused("cross-layer KV sharing", "one cache would be scored by several layers' queries"),
+    _refused(
+        "sliding-window attention",
+        "the mask is cut by distance between slots; `--disable-sliding-window` works, up to the window",
+        lambda c: model_layers.has_windows(c.model_config),
+    ),
+    _refused(
+        "chunked attention",
+        "the mask is cut by distance between slots",
+        lambda c: c.model_config.attention_chunk_size is not None,
+    ),
+    _refused("ALiBi", "the bias is a distance between slots", lambda c: c.model_config.uses_alibi),
+    _refused(
+        "layers with other head counts or sizes than the first",
+        "all share one ring of queries",
+        lambda c: model_layers.has_unequal_heads(c.model_config),
+    ),
+    _refused(
+        "cross-layer KV sharing",
+        "one cache would be scored by several layers' queries",
+        lambda c: model_layers.shares_caches(c.model_config),
+    ),
     _refused("streaming input sessions", "such a request keeps its full cache; others are compacted"),
 )
 
@@ -147,9 +183,7 @@ def refuse_unsupported(vllm_config: VllmConfig, *contracts: Contract) -> None:
 def unsupported_features(vllm_config: VllmConfig) -> list[str]:
     """The refused features that a configuration uses, one line each; empty where there are none."""
     return [
-        f"{feature.name} is not supported: {feature.remark}"
-        for feature in FEATURES
-        if feature.in_use is not None and feature.in_use(vllm_config)
+        feature.problem for feature in FEATURES if feature.in_use is not None and feature.in_use(vllm_config)
     ]
 
 

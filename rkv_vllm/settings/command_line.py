@@ -65,7 +65,7 @@ def engine_arguments(command: str, arguments: list[str], config: RkvConfig) -> A
     that vLLM does not know.
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from rkv_vllm.settings.engine_args import rkv_serve_flags
@@ -73,6 +73,10 @@ def engine_arguments(command: str, arguments: list[str], config: RkvConfig) -> A
     commands = FlexibleArgumentParser(prog="rkv-vllm").add_subparsers(dest="subparser")
     parser = commands.add_parser(command, usage=f"rkv-vllm {command} [any option of `vllm serve`]")
     parsed = make_arg_parser(parser).parse_args(serve_arguments(arguments, rkv_serve_flags(config)))
+    try:
+        validate_parsed_serve_args(parsed)
+    except TypeError as error:  # which it raises for options that need another one
+        raise ValueError(str(error)) from None
     if parsed.model_tag is not None:
         parsed.model = parsed.model_tag
     return AsyncEngineArgs.from_cli_args(parsed)

@@ -52,9 +52,13 @@ def test_flags_go_before_the_environment_and_reach_vllms_processes(launched: lis
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (("--kv-budget", "8"), "budget: "),
+        (("--kv-budget", "8"), "--kv-budget: Input should be greater than 8 or 'full'"),
+        (("--kv-buffer", "lots"), "'--kv-buffer'"),
+        (("--access-log", "xml"), "--access-log"),
+        (("--limit-n", "0"), "--limit-n: "),
+        (("--kv-beyond-pool",), "--kv-beyond-pool: needs a default budget"),
         (("--kv-budget-min", "512", "--kv-budget-max", "256"), "budget_min: 512 is above budget_max, 256"),
-        (("--kv-policies", "rkv,best"), "policies: "),
+        (("--kv-policies", "rkv,best"), "--kv-policies: "),
         (("--kv-key-policies", "no/such/file"), "no/such/file"),
     ],
 )

@@ -18,6 +18,12 @@ from rkv_vllm.host.compatibility import (
 )
 
 
+def text_config(**fields: Any) -> Any:
+    """What is read of a model's config."""
+    written = {"num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2, **fields}
+    return SimpleNamespace(to_dict=lambda: written)
+
+
 def configuration(**changes: Any) -> Any:
     """What the check reads of a VllmConfig; a change is named `part__field`, or `field` of the whole."""
     config = SimpleNamespace(
@@ -39,8 +45,14 @@ def configuration(**changes: Any) -> Any:
             is_attention_free=False,
             is_hybrid=False,
             runner_type="generate",
+            attention_chunk_size=None,
+            uses_alibi=False,
+            architectures=["LlamaForCausalLM"],
+            hf_text_config=text_config(),
         ),
     )
+    model: Any = config.model_config
+    model.get_sliding_window = lambda: model.hf_text_config.to_dict().get("sliding_window")
     for name, value in changes.items():
         part, _, field = name.rpartition("__")
         owner = getattr(config, part) if part else config
@@ -90,6 +102,43 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+WINDOWS = "sliding-window attention"
+HEADS = "layers with other head counts or sizes than the first"
+SLIDING = ["sliding_attention", "full_attention"]
+REFUSED += [
+    *(
+        (name, {"model_config__hf_text_config": text_config(**fields)})
+        for name, fields in (
+            (WINDOWS, {"sliding_window": 1024}),
+            (WINDOWS, {"sliding_window": 1024, "layer_types": SLIDING}),
+            (HEADS, {"num_attention_heads_per_layer": [8, 4]}),
+            (HEADS, {"num_key_value_heads": [2, 4]}),
+            (HEADS, {"head_dim": 64, "per_layer_config": {"1": {"head_dim": 128}}}),
+            ("cross-layer KV sharing", {"num_kv_shared_layers": 1}),
+        )
+    ),
+    ("chunked attention", {"model_config__attention_chunk_size": 1024}),
+    ("ALiBi", {"model_config__uses_alibi": True}),
+]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"sliding_window": None, "layer_types": SLIDING},
+        {"sliding_window": 1024, "layer_types": ["full_attention"] * 2},
+        {"num_attention_heads_per_layer": [8, 8]},
+        {"head_dim": 64, "per_layer_config": {"0": {"head_dim": 128}, "1": {"head_dim": 128}}},
+        {"num_kv_shared_layers": 0},
+        {"intermediate_size": [256, 512]},
+    ],
+    ids=str,
+)
+def test_what_a_config_names_without_using_it_passes(fields: dict[str, Any]) -> None:
+    """Proves that a window without layers, layers without a window, and lists of equal numbers are plain."""
+    refuse_unsupported(configuration(model_config__hf_text_config=text_config(**fields)))
+
+
 def test_a_plain_configuration_passes() -> None:
     """Proves that nothing is refused on the installed vLLM where no refused feature is in use."""
     for dtype in ("auto", "float16", "bfloat16"):
@@ -99,10 +148,11 @@ def test_a_plain_configuration_passes() -> None:
 @pytest.mark.parametrize(("feature", "change"), REFUSED)
 def test_each_refused_feature_is_refused(feature: str, change: dict[str, Any]) -> None:
     """Proves that each use of a refused feature stops the start, by name and with its reason."""
-    remark = next(row.remark for row in FEATURES if row.name == feature)
+    problem = next(row.problem for row in FEATURES if row.name == feature)
     with pytest.raises(ValueError) as refused:
         refuse_unsupported(configuration(**change))
-    assert str(refused.value).splitlines()[1:] == [f"  - {feature} is not supported: {remark}"]
+    assert str(refused.value).splitlines()[1:] == [f"  - {problem}"]
+    assert problem.startswith(f"{feature} is not supported: ")
 
 
 def test_several_ranks_are_refused_for_common_decisions_only() -> None:
@@ -128,6 +178,8 @@ def test_every_feature_that_can_be_seen_is_tested() -> None:
 def test_all_problems_in_one_error() -> None:
     """Proves that one error lists every refused feature in use and every method that differs."""
     changes = {name: value for _, change in REFUSED for name, value in change.items()}
+    fields = {"sliding_window": 1024, "num_kv_shared_layers": 1, "num_key_value_heads": [2, 4]}
+    changes["model_config__hf_text_config"] = text_config(**fields)
     contract = {"vllm.config.VllmConfig.no_such_method": ()}
     with pytest.raises(ValueError) as refused:
         refuse_unsupported(configuration(**changes), contract)

@@ -1,0 +1,68 @@
+"""The options of `rkv-vllm serve` beside vLLM's, for every command that takes them."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from typing import Any
+
+import typer
+from pydantic import ValidationError
+
+from rkv_vllm.cli.options import OptionGroup
+from rkv_vllm.server.caller_rules import ENVIRONMENT_PREFIX, KvSettings, RulesByApiKey
+from rkv_vllm.server.operations import PREFIX, OperationSettings
+from rkv_vllm.settings.error_text import explain
+
+KV_CACHE = OptionGroup("kv", KvSettings, prefix="--kv-", environment=ENVIRONMENT_PREFIX, panel="KV cache")
+OPERATION = OptionGroup(
+    "operation",
+    OperationSettings,
+    names=tuple(name for name in OperationSettings.model_fields if name != "api_keys"),  # not to be seen
+    environment=PREFIX,
+    panel="Operation",
+)
+
+
+def kv_settings(chosen: dict[str, Any]) -> tuple[KvSettings, RulesByApiKey]:
+    """The server's settings and what follows for each caller; flags go before the environment.
+
+    Raises: typer.BadParameter that names each wrong one.
+    """
+    try:
+        settings = KvSettings(**chosen)
+        settings.engine  # noqa: B018 - checks the engine's own settings together
+        return settings, RulesByApiKey.load(settings)
+    except ValidationError as error:
+        raise typer.BadParameter(
+            explain(error, depth=1, named=partial(KV_CACHE.source_of, chosen=chosen))
+        ) from None
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def operation_settings(chosen: dict[str, Any]) -> OperationSettings:
+    """The settings of the server's operation; flags go before the environment.
+
+    Raises: typer.BadParameter that names each wrong one.
+    """
+    try:
+        settings = OperationSettings(**chosen)
+        settings.read_keys()
+        return settings
+    except ValidationError as error:
+        raise typer.BadParameter(
+            explain(error, depth=1, named=partial(OPERATION.source_of, chosen=chosen))
+        ) from None
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def to_environment(kv: dict[str, Any], operation: OperationSettings) -> None:
+    """Puts what was chosen where vLLM's processes find it.
+
+    Args:
+        kv: the KV cache settings that were chosen, by field.
+    """
+    os.environ |= {f"{ENVIRONMENT_PREFIX}{name.upper()}": str(value) for name, value in kv.items()}
+    os.environ |= operation.to_environment()

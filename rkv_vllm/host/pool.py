@@ -1,0 +1,99 @@
+"""The KV cache pool of a configuration: what a token takes, and how much was given."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rkv_vllm.decisions.lengths import make_request_lengths
+from rkv_vllm.decisions.sizing import KvShape, Pool
+from rkv_vllm.settings.config import RequestedSettings, RkvConfig
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+#: Sets the pool on a CPU, in GiB, and goes there before the option for bytes.
+CPU_SPACE = "VLLM_CPU_KVCACHE_SPACE"
+
+
+@dataclass(frozen=True)
+class GivenPool:
+    """A pool that options or the environment give.
+
+    Attributes:
+        size_bytes: on one device; None: it was given in pages.
+        source: the option or variable that gave it.
+    """
+
+    pool: Pool
+    size_bytes: int | None
+    source: str
+
+
+def kv_shape(vllm_config: VllmConfig) -> KvShape:
+    """What one token leaves on the first device."""
+    from vllm.utils.torch_utils import get_dtype_size, kv_cache_dtype_str_to_dtype
+
+    model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
+    return KvShape(
+        layers=model.get_num_layers(parallel),
+        kv_heads=model.get_num_kv_heads(parallel),
+        head_size=model.get_head_size(),
+        element_bytes=get_dtype_size(kv_cache_dtype_str_to_dtype(cache.cache_dtype, model)),
+    )
+
+
+def given_pool(vllm_config: VllmConfig) -> GivenPool | None:
+    """The pool that was given; None where vLLM measures what is left of the memory."""
+    cache = vllm_config.cache_config
+    if cache.num_gpu_blocks_override is not None:
+        pool = Pool(cache.num_gpu_blocks_override, cache.block_size)
+        return GivenPool(pool, None, "--num-gpu-blocks-override")
+    if cache.kv_cache_memory_bytes is None:
+        return None
+    pool = Pool.of_bytes(cache.kv_cache_memory_bytes, cache.block_size, kv_shape(vllm_config).bytes_per_token)
+    by_variable = vllm_config.device_config.device_type == "cpu" and os.environ.get(CPU_SPACE)
+    source = CPU_SPACE if by_variable else "--kv-cache-memory-bytes"
+    return GivenPool(pool, cache.kv_cache_memory_bytes, source)
+
+
+def pool_problems(vllm_config: VllmConfig) -> list[str]:
+    """What vLLM will find wrong with the pool that was given, one line; empty where nothing is, or where the
+    pool is known only when the weights are loaded."""
+    given = given_pool(vllm_config)
+    model = vllm_config.model_config
+    if given is None or model.original_max_model_len == -1:  # vLLM fits the length to the pool then
+        return []
+    pool, config = given.pool, RkvConfig.from_additional_config(vllm_config.additional_config)
+    tokens, what = model.max_model_len, f"a request of max_model_len ({model.max_model_len:,} tokens)"
+    default = config.resolve(RequestedSettings())
+    if config.beyond_pool and default is not None:
+        least = make_request_lengths(config.granularity, 0, default, pool.page_size).max_slots
+        if least < tokens:
+            tokens, what = least, f"a request at the default budget ({least:,} tokens with its buffer)"
+    if pool.pages_for(tokens) <= pool.usable_pages:
+        return []
+    return [
+        f"the pool is too small: {what} takes {pool.pages_for(tokens):,} pages of {pool.page_size}, and "
+        f"requests can hold {pool.usable_pages:,} ({given.source}, one page less); "
+        f"{too_small_remedy(config, pool, given.source)}"
+    ]
+
+
+def too_small_remedy(config: RkvConfig, pool: Pool | None = None, memory: str | None = None) -> str:
+    """What to do about a pool that is too small.
+
+    Args:
+        pool: where it is known.
+        memory: what gave its size; None: vLLM measured the memory.
+    """
+    more = f"a larger {memory}" if memory else "a larger --gpu-memory-utilization"
+    if config.beyond_pool:
+        return f"give a smaller --kv-budget or --kv-buffer, or {more}"
+    budget = "" if config.resolve(RequestedSettings()) else " with a default --kv-budget"
+    holds = "" if pool is None else f" of at most {pool.usable_pages * pool.page_size}"
+    return (
+        f"give --kv-beyond-pool{budget}, which refuses only requests that cannot fit, a "
+        f"--max-model-len{holds}, or {more}"
+    )
