@@ -18,12 +18,16 @@ class CompactingSpec(FullAttentionSpec):
     """A full-attention layer whose pages are managed by `CompactingManager`; no field of its own."""
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        """Bytes of this layer that the pool has to hold, or vLLM refuses to start.
+        """Bytes of this layer that a request holds at most.
 
-        That is a request of max_model_len, unless the server lets max_model_len exceed the pool: then it is
-        a request at its default budget, and the scheduler refuses those that do not fit.
+        vLLM asks twice. Before the pool has its size: what must fit, or it refuses to start. That is a full
+        cache of max_model_len, unless the server lets max_model_len exceed the pool: then it is a request at
+        its default budget, and the scheduler refuses those that do not fit. Afterwards, to say how many
+        tokens the pool holds: always the full cache, which the answer is reckoned from.
         """
         whole = super().max_memory_usage_bytes(vllm_config)
+        if vllm_config.cache_config.num_gpu_blocks is not None:
+            return whole
         config = RkvConfig.from_additional_config(vllm_config.additional_config)
         size = RequestSize(prompt=0, longest=vllm_config.model_config.max_model_len)
         default = config.resolve(RequestedSettings(), size)

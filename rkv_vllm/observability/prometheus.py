@@ -11,6 +11,7 @@ them out again. How long compactions took comes from the workers, on a step's ou
 A tally carries differences. vLLM gives each step's statistics to exactly one API server, so that counters
 stay true under several of them: each adds up what it got, and prometheus_client's multiprocess mode, which
 vLLM switches on then, adds up the processes. Gauges are sent when they change; the most recent one counts.
+Nothing comes before the first step, so that the size of the pool is set here at start.
 Engines under data parallelism differ in the label `engine`.
 
 vLLM finds `RkvStatLogger` by the entry point `vllm.stat_logger_plugins`, in every server in which this
@@ -32,7 +33,7 @@ from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, Schedule
 from rkv_vllm import __version__
 from rkv_vllm.decisions.messages import take_tally
 from rkv_vllm.decisions.query_rows import num_query_rows
-from rkv_vllm.observability.metric_table import TALLIED, Metric
+from rkv_vllm.observability.metric_table import POOL_PAGES, TALLIED, Metric
 from rkv_vllm.observability.tally import read
 from rkv_vllm.settings.config import WINDOW, RkvConfig
 
@@ -57,11 +58,14 @@ class RkvStatLogger(AggregateStatLoggerBase):
         self._model_name = vllm_config.model_config.served_model_name
         config = RkvConfig.from_additional_config(vllm_config.additional_config)
         collectors = _collectors()
+        # vLLM has the sum over all engines, which are alike; each engine's first tally has its own.
+        pool_pages = vllm_config.cache_config.num_gpu_blocks // len(engine_indexes) - 1  # less the null page
         for engine in map(str, engine_indexes):
             for metric in TALLIED:
                 for labels in metric.label_values():
                     collectors[metric.name].labels(self._model_name, engine, *labels)
             common = (self._model_name, engine)
+            collectors[POOL_PAGES.name].labels(*common).set(pool_pages)
             collectors[QUERY_RING_BYTES.name].labels(*common).set(query_ring_bytes(vllm_config))
             collectors[BUILD_INFO.name].labels(*common, *_build_labels(config)).set(1)
 

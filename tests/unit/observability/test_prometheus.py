@@ -41,6 +41,7 @@ def config(model: str, additional_config: dict[str, Any]) -> Any:
             get_head_size=lambda: 16,
             get_num_layers=lambda parallel: 3,
         ),
+        cache_config=SimpleNamespace(num_gpu_blocks=82),
         parallel_config=None,
         scheduler_config=SimpleNamespace(max_num_seqs=10),
     )
@@ -54,7 +55,8 @@ def record(logger: RkvStatLogger, engine: int, tally: dict[str, int]) -> None:
 
 def test_engines_are_kept_apart_and_steps_add_up() -> None:
     """Counters of two data-parallel engines grow apart, gauges take the newest value, and what has not
-    happened shows as 0."""
+    happened shows as 0. Only the pool has its size from the start: half of all pages, one of which nobody
+    may hold."""
     logger = RkvStatLogger(config("two-engines", {"rkv": {"budget": 64}}), [0, 1])
     record(logger, 0, {"rkv_evicted_tokens_total|rkv": 32, "rkv_pages_held": 9})
     record(logger, 0, {"rkv_evicted_tokens_total|rkv": 32, "rkv_pages_held": 3})
@@ -67,6 +69,7 @@ def test_engines_are_kept_apart_and_steps_add_up() -> None:
     assert value("rkv_evicted_tokens_total", "1", policy="rkv") == 5
     assert value("rkv_evicted_tokens_total", "1", policy="keydiff") == 0
     assert value("rkv_pages_held", "0") == 3
+    assert value("rkv_pool_pages", "0") == value("rkv_pool_pages", "1") == 40
     assert value("rkv_request_kept_ratio_sum", "1") == pytest.approx(0.5)
     assert (
         value("rkv_query_window_bytes", "0") == 3 * 10 * 8 * 4 * 16 * 2

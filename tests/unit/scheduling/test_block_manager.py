@@ -381,10 +381,13 @@ def test_specs_are_converted_as_they_are() -> None:
 )
 def test_what_the_pool_must_hold_at_start(asked: dict[str, Any], tokens: int) -> None:
     """Proves that vLLM's check at start asks for max_model_len, and for the budget alone where that is
-    opted into."""
+    opted into; and that once the pool has a size, its tokens are reckoned by max_model_len in any case."""
     vllm_config: Any = SimpleNamespace(
         model_config=SimpleNamespace(max_model_len=4096),
         parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+        cache_config=SimpleNamespace(num_gpu_blocks=None),
         additional_config=rkv_engine_args(**asked)["additional_config"],
     )
     assert SPEC.max_memory_usage_bytes(vllm_config) == tokens // PAGE * SPEC.page_size_bytes
+    vllm_config.cache_config.num_gpu_blocks = 40
+    assert SPEC.max_memory_usage_bytes(vllm_config) == 4096 // PAGE * SPEC.page_size_bytes
