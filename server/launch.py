@@ -17,6 +17,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from rkv_vllm.host.pool import too_small_remedy
 from rkv_vllm.host.preflight import engine_config, start_problems
+from rkv_vllm.host.process_end import skip_last_collections
 from rkv_vllm.host.start_failure import FAILED, TOO_SMALL, awaiting_failure
 from rkv_vllm.server.operations import SHUTDOWN_TIMEOUT, prepare
 from rkv_vllm.settings.config import RkvConfig
@@ -45,6 +46,7 @@ def launch(arguments: list[str]) -> None:
         parser.error(str(error))
     if problems:
         refuse("rkv-vllm cannot run this configuration:", problems)
+    skip_last_collections()
     reason = _run(command, parsed)
     if reason is None:
         return

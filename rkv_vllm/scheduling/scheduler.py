@@ -32,6 +32,7 @@ from rkv_vllm.decisions.messages import (
 )
 from rkv_vllm.decisions.query_rows import QueryRows, num_query_rows
 from rkv_vllm.host.compatibility import refuse_unsupported
+from rkv_vllm.host.process_end import skip_last_collections_of_engine
 from rkv_vllm.observability.tally import MetricTally
 from rkv_vllm.scheduling.admission import AdmissionControl
 from rkv_vllm.scheduling.block_manager import CompactingManager, register_compacting_spec
@@ -63,6 +64,7 @@ class CompactingSchedulerMixin(_Scheduler):
         super().__init__(*args, **kwargs)
         vllm_config: VllmConfig = self.vllm_config
         refuse_unsupported(vllm_config)
+        skip_last_collections_of_engine()
         self._rkv_config = RkvConfig.from_additional_config(vllm_config.additional_config)
         managers = self.kv_cache_manager.coordinator.single_type_managers
         if len(managers) != 1 or not isinstance(managers[0], CompactingManager):
@@ -127,11 +129,9 @@ class CompactingSchedulerMixin(_Scheduler):
     def _refuse(self, request: Request, reason: str) -> None:
         logger.warning("Request %s is refused: it %s", request.request_id, reason)
         result = self._result(request) | {"peak_pages": 0, "reason": reason}
+        said = {RESULT_KEY: result, REFUSAL_KEY: reason}
         refusal = EngineCoreOutput(
-            request.request_id,
-            [],
-            finish_reason=FinishReason.ERROR,
-            kv_transfer_params={RESULT_KEY: result, REFUSAL_KEY: reason},
+            request.request_id, [], finish_reason=FinishReason.ERROR, kv_transfer_params=said
         )
         self._refusals.append((request.client_index, refusal))
         self.finish_requests(request.request_id, RequestStatus.FINISHED_ERROR)

@@ -14,6 +14,7 @@ from rkv_vllm.execution.layers import attention_layers
 from rkv_vllm.host.compatibility import NEEDS_V1_RUNNER, refuse_unsupported
 from rkv_vllm.host.contract import CONTRACT_V1_RUNNER
 from rkv_vllm.host.kv_cache_spec import to_compacting_specs
+from rkv_vllm.host.process_end import skip_last_collections_of_engine
 from rkv_vllm.host.retype import retype
 
 
@@ -24,6 +25,7 @@ class CompactingCpuWorker(CPUWorker):
         super().__init__(*args, **kwargs)
         refuse_unsupported(self.vllm_config, CONTRACT_V1_RUNNER)
         plugin.register()
+        skip_last_collections_of_engine()
 
     def init_device(self) -> None:
         super().init_device()

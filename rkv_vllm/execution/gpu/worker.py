@@ -13,6 +13,7 @@ from rkv_vllm.execution.layers import attention_layers
 from rkv_vllm.host.compatibility import NEEDS_V2_RUNNER, refuse_unsupported
 from rkv_vllm.host.contract import CONTRACT_V2_RUNNER
 from rkv_vllm.host.kv_cache_spec import to_compacting_specs
+from rkv_vllm.host.process_end import skip_last_collections_of_engine
 
 
 class CompactingGpuWorker(Worker):
@@ -24,6 +25,7 @@ class CompactingGpuWorker(Worker):
         if not self.use_v2_model_runner:
             raise ValueError(NEEDS_V2_RUNNER)
         plugin.register()
+        skip_last_collections_of_engine()
 
     def _make_model_runner(self) -> CompactingRunnerV2:
         return CompactingRunnerV2(self.vllm_config, self.device)
