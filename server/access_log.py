@@ -37,7 +37,8 @@ class AccessLog:
     """ASGI middleware: logs what was asked for, what came of it, and never a key, a query or a body.
 
     `key` is the name of the API key, null where none was accepted; `status` is null where nothing was
-    answered; `disconnected`: the client left before its answer was complete; bytes are those of bodies.
+    answered; `disconnected`: the client left before its answer was complete; bytes are those of bodies;
+    `kv_cache` is the report as in answers, null where no generation has ended.
     """
 
     def __init__(self, app: ASGIApp, logger: logging.Logger) -> None:
@@ -73,6 +74,8 @@ class AccessLog:
         try:
             await self.app(scope, watched_receive, watched_send)
         finally:
+            context = state.get("kv_cache")
+            report = None if context is None else context.report
             line = {
                 "time": began.isoformat(timespec="milliseconds"),
                 "method": cut(scope.get("method", "WEBSOCKET"), MOST_CHARACTERS),
@@ -83,5 +86,6 @@ class AccessLog:
                 "client": cut(scope["client"][0], MOST_CHARACTERS) if scope.get("client") else None,
                 "key": state.get("api_key"),
                 **seen,
+                "kv_cache": None if report is None else report.to_dict(),
             }
             self._logger.info(json.dumps(line))

@@ -1,13 +1,13 @@
 """Writes the `kv_cache` object into answers as they are sent.
 
 vLLM copies the engine's report into whole answers, under a name of its own, and drops it from streams. Here
-it goes into both. Little JSON is parsed: the object is spliced in before a closing brace, and a stream's
-chunks pass untouched until the engine has finished the request.
+it goes into both, once: a stream's events pass untouched until the engine has finished the request.
 """
 
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import Message, Send
@@ -15,9 +15,10 @@ from starlette.types import Message, Send
 from rkv_vllm.server.engine_client import RequestContext
 from rkv_vllm.server.protocol import FIELD
 
-END_OF_STREAM = b"data: [DONE]"
-#: How the last event of a streamed response begins; the response object is a member of its data.
-RESPONSE_COMPLETED = b"event: response.completed\ndata: "
+END_OF_CHUNKS = b"data: [DONE]"
+#: How the events begin that end an answer in streams whose events have names: of OpenAI's responses and of
+#: Anthropic's messages. The latter is the last one that Anthropic's clients give to their callers as it came.
+CLOSING_EVENTS = (b"event: response.completed\n", b"event: message_delta\n")
 
 
 class ReportingSend:
@@ -25,8 +26,8 @@ class ReportingSend:
 
     A whole JSON answer is held until it is complete. Of a stream of chunks, from the moment a report is
     there, the newest is held until the next shows whether it was the last one before `[DONE]`: with
-    `stream_options.include_usage` that is the usage chunk, else the last choice's. Of a stream of response
-    events, the one that completes the response has it in the response object.
+    `stream_options.include_usage` that is the usage chunk, else the last choice's. Of a stream of named
+    events, one of `CLOSING_EVENTS` has it.
     """
 
     def __init__(self, send: Send, context: RequestContext) -> None:
@@ -45,7 +46,7 @@ class ReportingSend:
         elif self._start is not None:
             await self._on_json(message)
         elif self._streaming and self._context.report is not None:
-            await self._on_chunk(message)
+            await self._on_event(message)
         else:
             await self._send(message)
 
@@ -70,11 +71,11 @@ class ReportingSend:
         await self._send({**self._start, "headers": headers.raw})
         await self._send({**message, "body": body})
 
-    async def _on_chunk(self, message: Message) -> None:
+    async def _on_event(self, message: Message) -> None:
         body = message.get("body", b"")
-        if body.startswith(RESPONSE_COMPLETED):
-            message = {**message, "body": self._with_report_in_response(body)}
-        elif body.startswith(END_OF_STREAM):
+        if body.startswith(CLOSING_EVENTS):
+            message = {**message, "body": self._in_event(body)}
+        elif body.startswith(END_OF_CHUNKS):
             await self._release(last=True)
         elif body.startswith(b"data: {") and message.get("more_body", False):
             await self._release(last=False)
@@ -88,19 +89,30 @@ class ReportingSend:
         held, self._held = self._held, None
         if held is None:
             return
-        await self._send({**held, "body": self._with_report(held["body"])} if last else held)
+        await self._send({**held, "body": self._in_event(held["body"])} if last else held)
+
+    def _in_event(self, event: bytes) -> bytes:
+        name, data, answer = event.partition(b"data: ")
+        return name + data + self._with_report(answer) + b"\n\n"
 
     def _with_report(self, body: bytes) -> bytes:
-        """`body`, which ends in a JSON object of at least one member, with the report as its last one."""
-        text = body.rstrip()
-        report = self._context.report
-        if report is None or not text.endswith(b"}"):
-            return body
-        return text[:-1] + b',"%s":%s}' % (FIELD.encode(), report.to_json()) + body[len(text) :]
-
-    def _with_report_in_response(self, body: bytes) -> bytes:
+        """`body`, a JSON object that ends an answer, with the report in the answer."""
         report = self._context.report
         assert report is not None
-        event = json.loads(body.removeprefix(RESPONSE_COMPLETED))
-        event["response"][FIELD] = json.loads(report.to_json())
-        return RESPONSE_COMPLETED + json.dumps(event).encode() + b"\n\n"
+        content = json.loads(body)
+        add_report(content.get("response", content), report.to_dict())
+        return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def add_report(answer: dict[str, Any], report: dict[str, Any]) -> None:
+    """Put the report beside `usage`, and into its details of output, which more of OpenAI's clients keep.
+
+    Anthropic's usage has no such details: they would have to hold a number that vLLM does not count.
+    """
+    answer[FIELD] = report
+    usage = answer.get("usage") or {}
+    if "completion_tokens" in usage:
+        details = usage.get("completion_tokens_details") or {}
+        usage["completion_tokens_details"] = {**details, FIELD: report}
+    elif "output_tokens_details" in usage:
+        usage["output_tokens_details"] = {**usage["output_tokens_details"], FIELD: report}

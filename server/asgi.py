@@ -35,7 +35,8 @@ def route_path(scope: Scope) -> str | None:
 def request_state(scope: Scope) -> dict[str, Any]:
     """What middlewares leave for one another, and handlers see as `request.state`.
 
-    `request_id`: str. `api_key`: name of the caller's API key; absent where none was asked for.
+    `request_id`: str. `api_key`: name of the caller's API key; absent where none was asked for. `kv_cache`:
+    the `RequestContext` of a request that reached vLLM's routes, which has the report of its generations.
     """
     state: dict[str, Any] = scope.setdefault("state", {})
     return state

@@ -11,14 +11,14 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from contextvars import ContextVar
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from vllm.exceptions import VLLMValidationError
 from vllm.utils import length_from_prompt_token_ids_or_embeds
 
-from rkv_vllm.decisions.messages import REFUSAL_KEY, RESULT_KEY
+from rkv_vllm.decisions.messages import REFUSAL_KEY, RESULT_KEY, CompactionResult
+from rkv_vllm.decisions.result_sum import combined
 from rkv_vllm.server.caller_rules import CallerRules
-from rkv_vllm.server.protocol import KvCacheReport, combined
+from rkv_vllm.server.protocol import KvCacheReport
 from rkv_vllm.server.request import KvCacheError, read_xargs
 from rkv_vllm.settings.config import XARGS_PREFIX, RequestedSettings
 from rkv_vllm.settings.request_size import RequestSize
@@ -34,12 +34,12 @@ class RequestContext:
     def __init__(self, rules: CallerRules, settings: RequestedSettings | None = None) -> None:
         self.rules = rules
         self.settings = settings
-        self._reports: list[KvCacheReport] = []  # of its finished generations
+        self._results: list[CompactionResult] = []  # of its finished generations
 
     @property
     def report(self) -> KvCacheReport | None:
         """The sum over all finished generations: several prompts, or turns between tool calls."""
-        return combined(self._reports) if self._reports else None
+        return KvCacheReport.from_result(combined(self._results)) if self._results else None
 
     def apply(self, sampling_params: Any, size: RequestSize) -> None:
         """Write the settings of a generation of this size where the engine reads them.
@@ -52,10 +52,9 @@ class RequestContext:
         sampling_params.extra_args = {**others, **settings.model_dump()}
 
     def keep(self, params: Mapping[str, Any] | None) -> None:
-        """Remember the report in a finished output's `kv_transfer_params`, if it has one."""
-        report = KvCacheReport.from_kv_transfer_params(params)
-        if report is not None:
-            self._reports.append(report)
+        """Remember the result in a finished output's `kv_transfer_params`, if it has one."""
+        if params is not None and RESULT_KEY in params:
+            self._results.append(params[RESULT_KEY])
 
 
 def settle(
@@ -104,8 +103,6 @@ def request_context(context: RequestContext) -> Iterator[None]:
 def wrap(engine_client: Any) -> None:
     """Put this module between vLLM's routes and its engine client; called once for one client."""
     engine_client.generate = _generate(engine_client.generate, engine_client.model_config.max_model_len)
-    processor = engine_client.output_processor
-    processor.process_outputs = _process_outputs(processor, processor.process_outputs)
 
 
 def _generate(
@@ -133,28 +130,3 @@ async def _with_report(
                     raise ValueError(f"The request {reason}")  # vLLM answers HTTP 400
                 context.keep(output.kv_transfer_params)
             yield output
-
-
-def _process_outputs(processor: Any, process: Callable[..., Any]) -> Callable[..., Any]:
-    """`process`, with the results of the `n` answers of a request added up.
-
-    The engine runs each answer as a request of its own. vLLM keeps the result of the one that finishes last;
-    this makes it the sum over all.
-    """
-    reports: WeakKeyDictionary[Any, dict[str, KvCacheReport]] = WeakKeyDictionary()
-
-    def add_up(request_id: str, params: dict[str, Any]) -> None:
-        state = processor.request_states.get(request_id)
-        report = KvCacheReport.from_kv_transfer_params(params)
-        if state is not None and state.parent_req is not None and report is not None:
-            siblings = reports.setdefault(state.parent_req, {})
-            siblings[request_id] = report
-            params[RESULT_KEY] |= combined(list(siblings.values())).to_result()
-
-    def process_and_add_up(engine_core_outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
-        for output in engine_core_outputs:
-            if output.kv_transfer_params is not None:
-                add_up(output.request_id, output.kv_transfer_params)
-        return process(engine_core_outputs, *args, **kwargs)
-
-    return process_and_add_up

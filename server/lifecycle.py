@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rkv_vllm.server.asgi import route_path
-from rkv_vllm.server.errors import error_response
+from rkv_vllm.server.errors import ErrorResponse, error_response
 
 READY = "/ready"
 #: Answered by vLLM whatever this server is doing, and not waited for.
@@ -31,7 +31,7 @@ GRACE = 5.0
 STOPPING = "The server is stopping."
 
 
-def _unavailable(message: str) -> JSONResponse:
+def _unavailable(message: str) -> ErrorResponse:
     return error_response(503, message, headers={"Retry-After": RETRY_AFTER})
 
 
@@ -97,12 +97,11 @@ class Lifecycle:
     async def _ready(self, scope: Scope, receive: Receive, send: Send) -> None:
         # No request comes here before the model is loaded: vLLM's launcher listens only then.
         if self._stop is not None:
-            response = _unavailable(STOPPING)
+            await _unavailable(STOPPING)(scope, receive, send)
         elif scope["app"].state.engine_client.errored:
-            response = _unavailable("The engine is dead.")
+            await _unavailable("The engine is dead.")(scope, receive, send)
         else:
-            response = JSONResponse({"status": "ready"})
-        await response(scope, receive, send)
+            await JSONResponse({"status": "ready"})(scope, receive, send)
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         answer = AbortableSend(send, self._cut)
@@ -161,6 +160,6 @@ class AbortableSend:
         if not self._started:
             await response(scope, receive, self._send)
         elif self._event_stream:
-            event = b"data: " + bytes(response.body) + b"\n\n"
+            body = response.event(scope)
             with suppress(OSError):  # the client may have left
-                await self._send({"type": "http.response.body", "body": event, "more_body": False})
+                await self._send({"type": "http.response.body", "body": body, "more_body": False})

@@ -9,11 +9,10 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from starlette.datastructures import MutableHeaders
-from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rkv_vllm.server.asgi import BodyTooLarge, ClientGone, is_request, read_body, replay, request_state
-from rkv_vllm.server.errors import error_response
+from rkv_vllm.server.errors import ErrorResponse, error_response
 from rkv_vllm.server.json_body import UnfitBody, json_object
 from rkv_vllm.settings.error_text import shown
 
@@ -91,7 +90,7 @@ class RequestLimits:
             if not self.running[key]:
                 del self.running[key]
 
-    def _one_too_many(self, key: str) -> Response | None:
+    def _one_too_many(self, key: str) -> ErrorResponse | None:
         headers = {"Retry-After": RETRY_AFTER}
         limit = self.limits.concurrent_per_key
         if limit is not None and self.running[key] >= limit:

@@ -9,8 +9,9 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rkv_vllm.server import engine_client
+from rkv_vllm.server.answer_headers import with_report_headers
 from rkv_vllm.server.answer_report import ReportingSend
-from rkv_vllm.server.asgi import ClientGone, is_request, read_body, replay, route_path
+from rkv_vllm.server.asgi import ClientGone, is_request, read_body, replay, request_state, route_path
 from rkv_vllm.server.auth import presented_key
 from rkv_vllm.server.caller_rules import CallerRules, KvSettings, RulesByApiKey
 from rkv_vllm.server.engine_client import RequestContext
@@ -24,7 +25,7 @@ from rkv_vllm.settings.config import XARGS_PREFIX, RequestedSettings
 from rkv_vllm.settings.error_text import shown_name
 
 #: Routes whose bodies take a `kv_cache` object, and whose answers have one.
-PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 #: Route that tells a client what it may ask for.
 BOUNDS_PATH = "/v1/kv_cache"
 
@@ -54,8 +55,7 @@ class KvCacheMiddleware:
         elif scope["type"] == "http" and scope["method"] == "POST" and path in PATHS:
             await self._generate(rules, scope, receive, send)
         else:
-            with engine_client.request_context(RequestContext(rules)):
-                await self.app(scope, receive, send)
+            await self._run(RequestContext(rules), scope, receive, send)
 
     async def _generate(self, rules: CallerRules, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -69,8 +69,12 @@ class KvCacheMiddleware:
         except Refused as error:
             await error_response(400, str(error), param=error.param)(scope, receive, send)
             return
+        await self._run(context, scope, replay(body, receive), ReportingSend(send, context))
+
+    async def _run(self, context: RequestContext, scope: Scope, receive: Receive, send: Send) -> None:
+        request_state(scope)["kv_cache"] = context
         with engine_client.request_context(context):
-            await self.app(scope, replay(body, receive), ReportingSend(send, context))
+            await self.app(scope, receive, with_report_headers(send, context))
 
     def _prepare(self, app: Any) -> None:
         """Wrap what vLLM has made by the time of the first request."""

@@ -50,7 +50,7 @@ def _extend(schema: dict[str, Any], paths: Sequence[str], bounds_path: str) -> N
         answer = operation["responses"]["200"]["content"].setdefault("application/json", {})
         answer["schema"] = {
             "type": "object",
-            "description": f"OpenAI's object, with `{FIELD}` beside `usage`.",
+            "description": f"The API's object, with `{FIELD}` beside `usage`.",
             "properties": {FIELD: report},
             "additionalProperties": True,
         }

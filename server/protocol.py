@@ -1,13 +1,13 @@
-"""What this package adds to the bodies of OpenAI answers."""
+"""What this package adds to the bodies of answers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from rkv_vllm.decisions.messages import RESULT_KEY
+from rkv_vllm.decisions.messages import RESULT_KEY, CompactionResult
 
 #: Name of the object in a request and in an answer, where it stands beside `usage`.
 FIELD = "kv_cache"
@@ -32,6 +32,7 @@ class KvCacheReport(BaseModel):
                     "evicted_tokens": 384,
                     "peak_pages": 20,
                     "pages_without_compaction": 29,
+                    "page_size": 16,
                 }
             ]
         },
@@ -51,6 +52,7 @@ class KvCacheReport(BaseModel):
     evicted_tokens: int = Field(description="Tokens that left the cache before the end.")
     peak_pages: int = Field(description="Most pages of the KV cache held at a time.")
     pages_without_compaction: int = Field(description="Pages that the whole length would have filled.")
+    page_size: int = Field(description="Tokens that a page holds.")
     sequences: int = Field(
         default=1, description="Over how many sequences the numbers are summed; absent where it is one."
     )
@@ -59,35 +61,19 @@ class KvCacheReport(BaseModel):
     )
 
     @classmethod
+    def from_result(cls, result: CompactionResult) -> KvCacheReport:
+        """The report of what the engine says of a request."""
+        return cls.model_validate({**result, "budget": result["budget"] or "full"})
+
+    @classmethod
     def from_kv_transfer_params(cls, params: Mapping[str, Any] | None) -> KvCacheReport | None:
         """The report inside a finished `RequestOutput.kv_transfer_params`; None if the engine sent none."""
         result = (params or {}).get(RESULT_KEY)
-        if result is None:
-            return None
-        return cls.model_validate({**result, "budget": result["budget"] or "full"})
+        return None if result is None else cls.from_result(result)
 
-    def to_result(self) -> dict[str, Any]:
-        """What `from_kv_transfer_params` reads."""
-        return {**self.model_dump(), "budget": None if self.budget == "full" else self.budget}
-
-    def to_json(self) -> bytes:
-        left_out = {"sequences"} if self.sequences == 1 else None
-        return self.model_dump_json(exclude_none=True, exclude=left_out).encode()
-
-
-def combined(reports: Sequence[KvCacheReport]) -> KvCacheReport:
-    """The report of several sequences of one HTTP request, which share their settings; at least one."""
-    compactions = sum(report.compactions for report in reports)
-    return reports[0].model_copy(
-        update={
-            "compactions": compactions,
-            "evicted_tokens": sum(report.evicted_tokens for report in reports),
-            "peak_pages": sum(report.peak_pages for report in reports),
-            "pages_without_compaction": sum(report.pages_without_compaction for report in reports),
-            "sequences": sum(report.sequences for report in reports),
-            "reason": None if compactions else reports[0].reason,
-        }
-    )
+    def to_dict(self) -> dict[str, Any]:
+        """The object in an answer."""
+        return self.model_dump(exclude_none=True, exclude={"sequences"} if self.sequences == 1 else None)
 
 
 class BudgetBounds(BaseModel):

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from rkv_vllm.settings.config import PolicyName
 
@@ -198,8 +198,9 @@ def take_tally(stats: SchedulerStats) -> dict[str, int]:
 class CompactionResult(TypedDict):
     """What compaction did to one finished request: the proof that travels back with its answer.
 
-    `pages_without_compaction` is what the request's logical length would fill; `reason` says why nothing was
-    compacted, and is None where something was.
+    `pages_without_compaction` is what the request's logical length would fill; `page_size` is in tokens;
+    `reason` says why nothing was compacted, and is None where something was; `sequences` is there where the
+    numbers are sums over several.
     """
 
     budget: int | None
@@ -212,3 +213,4 @@ class CompactionResult(TypedDict):
     pages_without_compaction: int
     page_size: int
     reason: str | None
+    sequences: NotRequired[int]

@@ -145,7 +145,7 @@ def judge(job: Job, generation: Generation, task: Task) -> Answer:
         right = job.problem.is_right(generation.output)
     else:
         right = answer is not None and not generation.truncated and job.problem.is_right(answer)
-    report: dict[str, Any] = generation.report.model_dump(exclude={"sequences", "reason"})
+    report: dict[str, Any] = generation.report.model_dump(exclude={"page_size", "sequences", "reason"})
     return Answer(
         setting=job.setting.name,
         problem=job.problem.name,

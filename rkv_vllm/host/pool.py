@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rkv_vllm.decisions.lengths import make_request_lengths
 from rkv_vllm.decisions.sizing import KvShape, Pool
 from rkv_vllm.settings.config import RequestedSettings, RkvConfig
+from rkv_vllm.settings.request_size import RequestSize
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -67,7 +68,8 @@ def pool_problems(vllm_config: VllmConfig) -> list[str]:
         return []
     pool, config = given.pool, RkvConfig.from_additional_config(vllm_config.additional_config)
     tokens, what = model.max_model_len, f"a request of max_model_len ({model.max_model_len:,} tokens)"
-    default = config.resolve(RequestedSettings())
+    size = RequestSize(prompt=0, longest=model.max_model_len)
+    default = config.resolve(RequestedSettings(), size)
     if config.beyond_pool and default is not None:
         least = make_request_lengths(config.granularity, 0, default, pool.page_size).max_slots
         if least < tokens:
@@ -91,7 +93,7 @@ def too_small_remedy(config: RkvConfig, pool: Pool | None = None, memory: str | 
     more = f"a larger {memory}" if memory else "a larger --gpu-memory-utilization"
     if config.beyond_pool:
         return f"give a smaller --kv-budget or --kv-buffer, or {more}"
-    budget = "" if config.resolve(RequestedSettings()) else " with a default --kv-budget"
+    budget = " with a default --kv-budget" if config.budget is None else ""
     holds = "" if pool is None else f" of at most {pool.usable_pages * pool.page_size}"
     return (
         f"give --kv-beyond-pool{budget}, which refuses only requests that cannot fit, a "

@@ -45,6 +45,13 @@ _CORE_METHODS: Contract = {
     "vllm.v1.core.block_pool.BlockPool.get_new_blocks": ("num_blocks",),
     "vllm.v1.core.block_pool.BlockPool.free_blocks": ("ordered_blocks",),
     "vllm.v1.core.block_pool.BlockPool.evict_blocks": ("block_ids",),
+    # Sees the results of a request's answers before vLLM keeps one of them.
+    "vllm.v1.engine.output_processor.OutputProcessor.process_outputs": (
+        "engine_core_outputs",
+        "engine_core_timestamp",
+        "iteration_stats",
+        "weight_version",
+    ),
     # Leaves `watermark_blocks` free when it admits a request, which admission sets.
     "vllm.v1.core.kv_cache_manager.KVCacheManager.allocate_slots": (
         "request",
@@ -205,6 +212,8 @@ _CORE_ATTRIBUTES = _attributes(
         ),
         "engine.EngineCoreOutput": "finish_reason kv_transfer_params request_id",
         "engine.EngineCoreOutputs": "outputs",
+        "engine.output_processor.OutputProcessor": "request_states",
+        "engine.output_processor.RequestState": "parent_req",
     }
 )
 _V1_RUNNER_ATTRIBUTES = _attributes(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
+import logging
 from collections.abc import AsyncGenerator
 from types import SimpleNamespace
 from typing import Any
@@ -11,14 +13,18 @@ from typing import Any
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.testclient import TestClient
 
 from rkv_vllm.server import engine_client
+from rkv_vllm.server.access_log import AccessLog
+from rkv_vllm.server.answer_headers import HEADERS
 from rkv_vllm.server.answer_report import ReportingSend
 from rkv_vllm.server.caller_rules import CallerRules, RulesByApiKey
 from rkv_vllm.server.engine_client import RequestContext
 from rkv_vllm.server.middleware import KvCacheMiddleware
-from rkv_vllm.server.protocol import KvCacheReport, combined
+from rkv_vllm.server.protocol import KvCacheReport
 
 RESULT = {
     "budget": 256,
@@ -33,7 +39,7 @@ RESULT = {
     "reason": None,
 }
 FULL = {**RESULT, "budget": None, "buffer": None, "policy": None, "compactions": 0, "reason": "full cache"}
-PUBLIC = {key: value for key, value in RESULT.items() if key != "page_size" and value is not None}
+PUBLIC = {key: value for key, value in RESULT.items() if value is not None}
 #: As vLLM's routes give it to the engine.
 PROMPT = {"prompt_token_ids": [1, 2, 3]}
 
@@ -44,7 +50,6 @@ class FakeEngine:
     def __init__(self, params: dict[str, Any] | None) -> None:
         self.params = params
         self.closed_early = False
-        self.output_processor = FakeOutputProcessor()
         self.model_config = SimpleNamespace(max_model_len=2048)
         self.sampling_params: list[SimpleNamespace] = []
 
@@ -61,17 +66,6 @@ class FakeEngine:
             raise
 
 
-class FakeOutputProcessor:
-    """The part of vLLM's output processor with which the results of several answers are added up."""
-
-    def __init__(self) -> None:
-        self.request_states: dict[str, SimpleNamespace] = {}
-        self.processed: list[list[SimpleNamespace]] = []
-
-    def process_outputs(self, engine_core_outputs: list[SimpleNamespace]) -> None:
-        self.processed.append(engine_core_outputs)
-
-
 def params(xargs: dict[str, Any] | None = None) -> SimpleNamespace:
     return SimpleNamespace(extra_args=xargs, max_tokens=16)
 
@@ -84,7 +78,7 @@ def application(engine: FakeEngine, *, usage: bool = True) -> FastAPI:
         async for output in app.state.engine_client.generate(PROMPT, params()):
             yield f"data: {json.dumps({'choices': [output.text]})}\n\n"
         if usage:
-            yield f"data: {json.dumps({'usage': {}})}\n\n"
+            yield f"data: {json.dumps({'usage': {'completion_tokens': 3}})}\n\n"
         yield "data: [DONE]\n\n"
 
     @app.post("/v1/chat/completions")
@@ -92,7 +86,7 @@ def application(engine: FakeEngine, *, usage: bool = True) -> FastAPI:
         if (await request.json())["stream"]:
             return StreamingResponse(chunks(), media_type="text/event-stream")
         texts = [output.text async for output in app.state.engine_client.generate(PROMPT, params())]
-        return JSONResponse({"choices": texts, "usage": {"n": 3}})
+        return JSONResponse({"choices": texts, "usage": {"completion_tokens": 3}})
 
     @app.post("/v1/other")
     async def other() -> Any:
@@ -113,7 +107,8 @@ def test_usage_chunk_carries_the_report() -> None:
     """Only the usage chunk has it when there is one."""
     *chunks, usage, done = stream(application(FakeEngine({"rkv": RESULT})))
     assert done == "[DONE]"
-    assert json.loads(usage) == {"usage": {}, "kv_cache": PUBLIC}
+    details = {"completion_tokens_details": {"kv_cache": PUBLIC}}
+    assert json.loads(usage) == {"usage": {"completion_tokens": 3, **details}, "kv_cache": PUBLIC}
     assert [json.loads(chunk) for chunk in chunks] == [
         {"choices": ["a"]},
         {"choices": ["}"]},
@@ -134,7 +129,8 @@ def test_whole_answer_carries_the_report() -> None:
     answer = TestClient(application(FakeEngine({"rkv": RESULT}))).post(
         "/v1/chat/completions", json={"stream": False}
     )
-    assert answer.json() == {"choices": ["a", "}", "end"], "usage": {"n": 3}, "kv_cache": PUBLIC}
+    usage = {"completion_tokens": 3, "completion_tokens_details": {"kv_cache": PUBLIC}}
+    assert answer.json() == {"choices": ["a", "}", "end"], "usage": usage, "kv_cache": PUBLIC}
     assert int(answer.headers["content-length"]) == len(answer.content)
 
 
@@ -152,11 +148,45 @@ def test_nothing_is_added_without_a_report(params: dict[str, Any] | None, stream
     assert ours.content == theirs.content
 
 
-def test_other_paths_are_left_alone() -> None:
-    """Only OpenAI's generation endpoints get the object."""
+def test_the_bodies_of_other_paths_are_left_alone() -> None:
+    """Their answers say it in headers; a stream's headers leave before there is anything to say."""
     app = application(FakeEngine({"rkv": RESULT}))
     stream(app)  # the engine is observed from here on
-    assert TestClient(app).post("/v1/other").json() == {"texts": ["a", "}", "end"]}
+    answer = TestClient(app).post("/v1/other")
+    assert answer.json() == {"texts": ["a", "}", "end"]}
+    for path, body, number in (("/v1/other", {}, 4), ("/v1/chat/completions", {"stream": True}, 0)):
+        headers = TestClient(app).post(path, json=body).headers
+        found = {name: value for name, value in headers.items() if name.startswith("x-rkv")}
+        assert found == dict(
+            [
+                ("x-rkv-budget", "256"),
+                ("x-rkv-compactions", "5"),
+                ("x-rkv-evicted-tokens", "640"),
+                ("x-rkv-peak-pages", "12"),
+            ][:number]
+        )
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/other"])
+@pytest.mark.parametrize("streaming", [True, False])
+def test_the_access_log_has_the_report(path: str, streaming: bool) -> None:
+    """Proves that every request that generated leaves it there, whatever its client keeps of the answer."""
+    lines = io.StringIO()
+    logger = logging.Logger("access")
+    logger.addHandler(logging.StreamHandler(lines))
+    client = TestClient(AccessLog(application(FakeEngine({"rkv": RESULT})), logger))
+    client.post(path, json={"stream": streaming})
+    assert json.loads(lines.getvalue())["kv_cache"] == PUBLIC
+
+
+def test_a_page_of_another_origin_may_read_the_headers() -> None:
+    """Where vLLM lets it read the answer at all."""
+    app = application(FakeEngine({"rkv": RESULT}))
+    app.user_middleware.append(Middleware(CORSMiddleware, allow_origins=["*"]))  # the inner one, as in vLLM
+    client = TestClient(app)
+    for headers, exposed in (({}, None), ({"origin": "http://a"}, ", ".join(HEADERS))):
+        answer = client.post("/v1/chat/completions", json={"stream": False}, headers=headers)
+        assert answer.headers.get("access-control-expose-headers") == exposed
 
 
 def test_requests_do_not_mix_up_their_reports() -> None:
@@ -172,12 +202,13 @@ def test_report_of_a_full_cache_says_why() -> None:
     """A request that was not compacted has a reason, and no buffer and no policy."""
     report = KvCacheReport.from_kv_transfer_params({"rkv": FULL})
     assert report is not None
-    assert json.loads(report.to_json()) == {
+    assert report.to_dict() == {
         "budget": "full",
         "compactions": 0,
         "evicted_tokens": 640,
         "peak_pages": 12,
         "pages_without_compaction": 29,
+        "page_size": 32,
         "reason": "full cache",
     }
 
@@ -239,55 +270,37 @@ def test_a_refusal_is_an_error_of_the_request() -> None:
         TestClient(app).post("/v1/chat/completions", json={"stream": False})
 
 
-def test_several_reports_are_added_up() -> None:
-    """Proves that numbers are sums, and that a reason stays only where nothing at all was compacted."""
-    one = KvCacheReport.from_kv_transfer_params({"rkv": RESULT})
-    none = KvCacheReport.from_kv_transfer_params({"rkv": {**RESULT, "compactions": 0, "reason": "short"}})
-    assert one is not None and none is not None
-    both = json.loads(combined([none, one]).to_json())
-    assert both == {
-        **{key: 2 * PUBLIC[key] for key in ("evicted_tokens", "peak_pages", "pages_without_compaction")},
-        **{key: PUBLIC[key] for key in ("budget", "buffer", "policy", "compactions")},
-        "sequences": 2,
-    }
-    assert combined([none, none]).reason == "short"
-    assert combined([combined([one, none]), one]) == combined([one, combined([none, one])])
+REPORTED: Any = {"kv_cache": PUBLIC}
 
 
-def test_the_answers_of_one_request_are_added_up_where_they_finish() -> None:
-    """Proves that the last of several answers carries the sum of all; another request's are left alone.
-
-    An answer may report more than once, as one with stop strings does: its newest report counts.
-    """
-    engine = FakeEngine(None)
-    processor = engine.output_processor
-    parent = FakeOutputProcessor()  # anything that can be referred to weakly, as vLLM's ParentRequest can
-    for name in ("0_r", "1_r"):
-        processor.request_states[name] = SimpleNamespace(parent_req=parent)
-    processor.request_states["alone"] = SimpleNamespace(parent_req=None)
-    engine_client.wrap(engine)
-
-    def output(name: str, compactions: int) -> SimpleNamespace:
-        result = {**RESULT, "compactions": compactions}
-        return SimpleNamespace(request_id=name, kv_transfer_params={"rkv": result})
-
-    unfinished = SimpleNamespace(request_id="0_r", kv_transfer_params=None)
-    outputs = [output("0_r", 1), output("0_r", 2), output("alone", 7), unfinished, output("1_r", 40)]
-    processor.process_outputs(outputs)
-    assert processor.processed == [outputs]
-    seen = [o.kv_transfer_params["rkv"]["compactions"] for o in outputs if o.kv_transfer_params]
-    assert seen == [1, 2, 7, 42]
-    report = KvCacheReport.from_kv_transfer_params(outputs[-1].kv_transfer_params)
-    assert report is not None and report.sequences == 2
-    assert outputs[-1].kv_transfer_params["rkv"]["page_size"] == RESULT["page_size"]
-
-
-def test_the_event_that_completes_a_response_carries_the_report() -> None:
-    """Proves that it goes into the response object, and that all other events pass as they are."""
+@pytest.mark.parametrize(
+    ("event", "data", "expected"),
+    [
+        (
+            "response.completed",
+            {"response": {"id": "\u00e9", "usage": {"output_tokens_details": {"reasoning_tokens": 1}}}},
+            {
+                "response": {
+                    "id": "\u00e9",
+                    "usage": {"output_tokens_details": {"reasoning_tokens": 1, **REPORTED}},
+                    **REPORTED,
+                }
+            },
+        ),
+        (
+            "message_delta",
+            {"delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": 3}},
+            {"delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": 3}, **REPORTED},
+        ),
+    ],
+)
+def test_the_event_that_ends_an_answer_carries_the_report(event: str, data: Any, expected: Any) -> None:
+    """Proves that it goes into the response object, or into Anthropic's event, and that all other events
+    pass as they are."""
     sent: list[Any] = []
     context = RequestContext(CallerRules())
     delta = b'event: response.output_text.delta\ndata: {"delta": "a"}\n\n'
-    completed = b'event: response.completed\ndata: {"response": {"id": "\xc3\xa9"}, "type": "x"}\n\n'
+    closing = f"event: {event}\ndata: {json.dumps(data)}\n\n".encode()
 
     async def record(message: Any) -> None:
         sent.append(message)
@@ -299,13 +312,13 @@ def test_the_event_that_completes_a_response_carries_the_report() -> None:
         await send({"type": "http.response.body", "body": delta, "more_body": True})
         context.keep({"rkv": RESULT})
         await send({"type": "http.response.body", "body": delta, "more_body": True})
-        await send({"type": "http.response.body", "body": completed, "more_body": True})
+        await send({"type": "http.response.body", "body": closing, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     asyncio.run(drive())
     _, first, second, last, end = sent
     assert first["body"] == second["body"] == delta
-    name, data = last["body"].split(b"\ndata: ")
-    assert name == b"event: response.completed"
-    assert json.loads(data) == {"response": {"id": "\u00e9", "kv_cache": PUBLIC}, "type": "x"}
+    name, text = last["body"].split(b"\ndata: ")
+    assert name.decode() == f"event: {event}"
+    assert json.loads(text) == expected
     assert end["body"] == b""

@@ -112,6 +112,25 @@ def test_what_is_left_is_aborted_and_told_so(stream: bool, cause: str) -> None:
     drive(test)
 
 
+def test_anthropics_clients_are_told_by_an_event_of_their_own() -> None:
+    """They take a stream that ends without one for a whole answer."""
+
+    async def test() -> None:
+        gate = Gate(stream=True)
+        lifecycle, server = Lifecycle(gate), new_server()
+        running = Connection("/v1/messages")
+        task = running.start(lifecycle)
+        await gate.until_entered(1)
+        lifecycle.stop(server, 0.01)
+        await task
+        name, data = running.body.split(b"\n\n")[1].split(b"\n")
+        assert name == b"event: error"
+        assert json.loads(data.removeprefix(b"data: "))["type"] == "error"
+        await until_exit(server)
+
+    drive(test)
+
+
 def test_does_not_wait_for_ever_for_a_request_that_ignores_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """The server is then told not to wait for it either."""
     monkeypatch.setattr("rkv_vllm.server.lifecycle.GRACE", 0.01)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import httpx
 import openai
 import pytest
@@ -19,6 +20,7 @@ from schemathesis import GenerationMode
 from typer.testing import CliRunner
 
 from rkv_vllm.cli import app
+from rkv_vllm.server.middleware import PATHS
 
 pytestmark = pytest.mark.engine
 
@@ -79,6 +81,7 @@ def test_chat(client: openai.OpenAI) -> None:
     answer = chat(client)
     check_compacted(answer.kv_cache)
     assert answer.usage.completion_tokens == TOKENS
+    assert answer.usage.completion_tokens_details.kv_cache == answer.kv_cache
     evicted, total = answer.kv_cache["evicted_tokens"], answer.usage.total_tokens
     assert BUDGET <= total - evicted <= BUDGET + BUFFER + 1
 
@@ -87,6 +90,7 @@ def test_streamed_chat(client: openai.OpenAI) -> None:
     """Proves that the usage chunk of a stream has the report, and no other chunk."""
     *chunks, last = chat(client, stream=True, stream_options={"include_usage": True})
     assert last.usage.completion_tokens == TOKENS
+    assert last.usage.completion_tokens_details.kv_cache == last.kv_cache
     check_compacted(last.kv_cache)
     assert not any("kv_cache" in chunk.model_extra for chunk in chunks)
 
@@ -122,10 +126,38 @@ def test_responses(client: openai.OpenAI) -> None:
     extra = {"kv_cache": KV_CACHE, "ignore_eos": True}
     whole: Any = client.responses.create(**request, extra_body=extra)
     check_compacted(whole.kv_cache)
+    assert whole.usage.output_tokens_details.kv_cache == whole.kv_cache
     *events, last = client.responses.create(**request, stream=True, extra_body=extra)
     assert last.type == "response.completed"
     assert last.response.kv_cache == whole.kv_cache
     assert not any("kv_cache" in str(event) for event in events)
+
+
+def test_messages(url: str) -> None:
+    """Proves that Anthropic's client gets the report: whole, at a stream's end, and in headers."""
+    request: Any = {
+        "model": MODEL,
+        "messages": MESSAGES,
+        "max_tokens": TOKENS,
+        "extra_body": {"kv_cache": KV_CACHE},
+    }
+    with anthropic.Anthropic(base_url=url, api_key="any", max_retries=0, timeout=120) as client:
+        raw = client.messages.with_raw_response.create(**request)
+        whole: Any = raw.parse()
+        check_compacted(whole.kv_cache)
+        assert int(raw.headers["x-rkv-compactions"]) == whole.kv_cache["compactions"]
+        with client.messages.stream(**request) as stream:
+            reports = [event.kv_cache for event in stream if event.type == "message_delta"]
+        check_compacted(*reports)
+        budget = {**request, "extra_body": {"kv_cache": {"budget": 3}}}
+        for wrong, param in (
+            (budget, "kv_cache.budget"),
+            ({**request, "extra_body": {"kv_budget": 64}}, "kv_budget"),
+        ):
+            with pytest.raises(anthropic.BadRequestError) as refused:
+                client.messages.create(**wrong)
+            body: Any = refused.value.body
+            assert (body["type"], body["error"]["param"]) == ("error", param)
 
 
 def test_async_client_with_mixed_budgets(url: str) -> None:
@@ -220,6 +252,7 @@ def test_no_route_leads_around_the_bounds(url: str, path: str, body: dict[str, A
     assert "vllm_xargs.rkv_budget is 9000" in refused.text
     allowed = httpx.post(f"{url}{path}", json={**request, "vllm_xargs": {"rkv_budget": 40}}, timeout=60)
     assert allowed.status_code == 200, allowed.text
+    assert allowed.headers["x-rkv-budget"] == "40"
 
 
 def test_tokens_in_tokens_out_obeys_the_bounds(url: str) -> None:
@@ -229,6 +262,7 @@ def test_tokens_in_tokens_out_obeys_the_bounds(url: str) -> None:
         sampling = {"max_tokens": 1, "extra_args": {"rkv_budget": budget}}
         answer = httpx.post(f"{url}/inference/v1/generate", json={**body, "sampling_params": sampling})
         assert answer.status_code == status, answer.text
+    assert answer.headers["x-rkv-budget"] == "40"
 
 
 def test_keys_have_policies_of_their_own(url: str, client: openai.OpenAI) -> None:
@@ -268,10 +302,10 @@ def test_bounds_of_the_caller(url: str) -> None:
 
 
 def test_openapi_documents_the_additions(url: str) -> None:
-    """Proves that the published schema has the object in all three requests and answers."""
+    """Proves that the published schema has the object in the requests and answers of all four routes."""
     schema = httpx.get(f"{url}/openapi.json", timeout=60).json()
     schemas = schema["components"]["schemas"]
-    for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses"):
+    for path in PATHS:
         operation = schema["paths"][path]["post"]
         body = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
         assert schemas[body]["properties"]["kv_cache"]["anyOf"][0] == {

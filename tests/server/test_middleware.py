@@ -16,7 +16,7 @@ from starlette.testclient import TestClient
 from vllm.exceptions import VLLMValidationError
 
 from rkv_vllm.server.caller_rules import CallerRules, RulesByApiKey
-from rkv_vllm.server.middleware import KvCacheMiddleware, Refused, settings_of
+from rkv_vllm.server.middleware import PATHS, KvCacheMiddleware, Refused, settings_of
 from rkv_vllm.server.request import KvCacheRequest
 from rkv_vllm.settings.config import POLICY_NAMES
 
@@ -35,7 +35,6 @@ class Engine:
 
     def __init__(self) -> None:
         self.extra_args: list[Any] = []
-        self.output_processor = SimpleNamespace(process_outputs=lambda outputs: None, request_states={})
         self.model_config = SimpleNamespace(max_model_len=2048)
 
     async def generate(self, prompt: dict[str, Any], sampling_params: SimpleNamespace) -> Any:
@@ -58,16 +57,17 @@ def application(engine: Engine, rules: CallerRules = RULES) -> TestClient:
     async def echo(request: Request) -> Any:
         return {"length": len(await request.body())}
 
-    for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"):
+    for path in (*PATHS, "/invocations"):
         app.post(path)(generate)
     app.post("/echo")(echo)
     app.add_middleware(KvCacheMiddleware, rules=RulesByApiKey(rules, {}))
     return TestClient(app)
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses"])
+@pytest.mark.parametrize("path", PATHS)
 def test_the_settings_of_the_body_reach_the_engine(path: str) -> None:
-    """Proves that `kv_cache` and the flat keys mean the same on all three routes; others' keys survive."""
+    """Proves that `kv_cache` and the flat keys mean the same on all routes that take it; others' keys
+    survive."""
     engine = Engine()
     client = application(engine)
     bodies: list[dict[str, Any]] = [
@@ -109,13 +109,22 @@ def test_other_routes_obey_the_same_bounds() -> None:
     """Proves that a route whose body is not read gets the default, and cannot ask for more."""
     engine = Engine()
     client = application(engine)
-    assert client.post("/v1/messages", json={}).status_code == 200
-    assert client.post("/v1/messages", json={"vllm_xargs": {"rkv_budget": 1024}}).status_code == 200
+    assert client.post("/invocations", json={}).status_code == 200
+    assert client.post("/invocations", json={"vllm_xargs": {"rkv_budget": 1024}}).status_code == 200
     assert engine.extra_args == [DEFAULT, {**DEFAULT, "rkv_budget": 1024}]
     with pytest.raises(VLLMValidationError, match="rkv_budget is 1025") as refused:  # vLLM answers with 400
-        client.post("/v1/messages", json={"vllm_xargs": {"rkv_budget": 1025}})
+        client.post("/invocations", json={"vllm_xargs": {"rkv_budget": 1025}})
     assert refused.value.parameter == "vllm_xargs.rkv_budget"
     assert len(engine.extra_args) == 2
+
+
+def test_anthropics_clients_find_a_type_beside_the_error() -> None:
+    """Proves that a refusal on their route has what they look for and what OpenAI's envelope has."""
+    answer = application(Engine()).post("/v1/messages", json={"kv_cache": {"budget": 3}})
+    assert answer.status_code == 400
+    assert answer.json()["type"] == "error"
+    assert answer.json()["error"]["param"] == "kv_cache.budget"
+    assert answer.json()["error"]["message"].startswith("kv_cache.budget takes")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'"a"', b"\xff"])

@@ -99,8 +99,9 @@ def test_logs_one_line_a_request_without_secrets() -> None:
         done, refused = lines.read()
         assert set(done) == {
             *("time", "method", "path", "status", "duration_ms", "request_id", "client", "key"),
-            *("disconnected", "bytes_in", "bytes_out"),
+            *("disconnected", "bytes_in", "bytes_out", "kv_cache"),
         }
+        assert done["kv_cache"] is None, "nothing was generated"
         assert (done["method"], done["path"], done["status"]) == ("POST", "/v1/models", 200)
         assert (done["key"], done["request_id"], done["client"]) == ("alice", "mine", "127.0.0.1")
         assert (done["bytes_in"], done["bytes_out"]) == (5, len(answer.content))

@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "observability": {"policies", "decisions", "settings", "kernels"},
     "scheduling": {"observability", "host", "policies", "decisions", "settings", "kernels"},
     "execution": {"plugin", "observability", "host", "policies", "decisions", "settings", "kernels"},
-    "plugin": {"scheduling"},  # what vLLM loads in each process: makes the block manager known
+    "plugin": {"scheduling", "host"},  # what vLLM loads in each process: makes the block manager known
     "server": set(),  # filled below
 }
 MAY_IMPORT["server"] = {folder for folder in MAY_IMPORT if folder != "server"}

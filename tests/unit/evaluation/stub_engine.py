@@ -21,7 +21,12 @@ def report_of(setting: Setting, tokens: int = PROMPT_TOKENS + OUTPUT_TOKENS) -> 
     pages = -(-tokens // PAGE_SIZE)
     if setting == FULL_CACHE:
         return KvCacheReport(
-            budget="full", compactions=0, evicted_tokens=0, peak_pages=pages, pages_without_compaction=pages
+            budget="full",
+            compactions=0,
+            evicted_tokens=0,
+            peak_pages=pages,
+            pages_without_compaction=pages,
+            page_size=PAGE_SIZE,
         )
     evicted = max(0, tokens - setting.budget)
     return KvCacheReport(
@@ -32,6 +37,7 @@ def report_of(setting: Setting, tokens: int = PROMPT_TOKENS + OUTPUT_TOKENS) -> 
         evicted_tokens=evicted,
         peak_pages=-(-min(tokens, setting.budget + setting.buffer) // PAGE_SIZE),
         pages_without_compaction=pages,
+        page_size=PAGE_SIZE,
     )
 
 

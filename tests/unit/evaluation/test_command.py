@@ -156,7 +156,7 @@ def test_several_runs_in_one_table(started: list[Any], questions: Path, tmp_path
         (("--task-option=match=best",), "task-option match: "),
         (("--task=best",), "task: "),
         (("--task=jsonl:no/such/file",), "no/such/file"),
-        (("--kv-mix-lambda=2",), "mix_lambda: "),
+        (("--kv-mix-lambda=2",), "--kv-mix-lambda: "),
         (("--problems=0",), "--problems"),
         (("--base-url=http://127.0.0.1:9", "--kv-mix-lambda=0.5"), "has its own settings: mix_lambda"),
         (("--base-url=http://127.0.0.1:9", "--max-model-len=9"), "has its own settings: --max-model-len=9"),

@@ -23,6 +23,7 @@ REPORT = {
     "evicted_tokens": 192,
     "peak_pages": 20,
     "pages_without_compaction": 29,
+    "page_size": 16,
 }
 USAGE = {"prompt_tokens": 7, "completion_tokens": 9, "total_tokens": 16}
 
@@ -112,7 +113,7 @@ def test_an_answer_without_content_is_empty() -> None:
 
 def test_vllms_own_server_reports_too() -> None:
     """Proves that its name for the report is known."""
-    full = {**REPORT, "budget": None, "policy": None, "buffer": None, "page_size": 16, "reason": "full cache"}
+    full = {**REPORT, "budget": None, "policy": None, "buffer": None, "reason": "full cache"}
     found, _, _ = ask(chat("4", kv_transfer_params={"rkv": full}), setting=FULL_CACHE)
     assert found.report.budget == "full"
 
