@@ -16,7 +16,7 @@ from rkv_vllm.server.auth import ApiKeys, Authentication
 from rkv_vllm.server.lifecycle import Lifecycle
 from rkv_vllm.server.limits import Limits, RequestLimits
 from rkv_vllm.server.request_id import RequestId
-from rkv_vllm.server.routes import OPEN_ROUTES, ClosedRoutes
+from rkv_vllm.server.routes import ClosedRoutes, OpenRoutes, TrailingSlashes
 
 PREFIX = "RKV_"
 #: Seconds that running requests have after SIGTERM where `--shutdown-timeout` is not given.
@@ -117,18 +117,20 @@ def prepare(vllm: Namespace) -> None:
 class OperationsMiddleware:
     """ASGI middleware for vLLM's flag `--middleware`, the outermost one; set by the environment.
 
-    A request passes, in this order: the access log, its id, readiness and stopping, the open routes, the
-    API keys, the limits.
+    A request passes, in this order: the access log, its id, trailing slashes, readiness and stopping, the API
+    keys, the open routes, the limits.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         settings = OperationSettings()
+        open_routes = OpenRoutes(settings.open_routes)
         app = RequestLimits(app, _limits(settings))
+        app = ClosedRoutes(app, open_routes)
         if keys := settings.read_keys():
             public = {"/health", *(["/metrics"] if settings.open_metrics else [])}
             app = Authentication(app, keys, public)
-        app = ClosedRoutes(app, [*OPEN_ROUTES, *settings.open_routes])
         app = Lifecycle(app)
+        app = TrailingSlashes(app, open_routes)
         app = RequestId(app)
         if settings.access_log == "json":
             app = AccessLog(app, access_logger())

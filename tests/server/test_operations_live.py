@@ -93,13 +93,34 @@ def test_guards_every_open_route_and_closes_the_others(server: Server) -> None:
             statuses = {method: stranger.request(method, route).status_code for method in ("GET", "POST")}
             if route in ("/health", "/ready"):
                 assert statuses["GET"] == 200
-            elif route in OPEN_ROUTES:
-                assert set(statuses.values()) == {401}, route
-            else:
-                assert set(statuses.values()) == {404}, route
+                continue
+            assert set(statuses.values()) == {401}, "whether open, closed or nowhere"
+            if route not in OPEN_ROUTES:
                 assert http.get(route).status_code == http.post(route, json={}).status_code == 404, route
+        closed = http.post("/tokenize", json={}).json()["error"]["message"]
+        assert (
+            closed
+            == "/tokenize is closed on this server: --open-routes /tokenize (RKV_OPEN_ROUTES) opens it."
+        )
+        assert http.get("/tokenise").json()["error"]["message"] == "There is no such route."
+        assert stranger.get("/nowhere").status_code == stranger.get("/tokenize/").status_code == 401
         assert http.get("/ready").json() == {"status": "ready"}
         assert http.get("/v1/models").status_code == 200
+    log = server.log.read_text()
+    assert re.search("these are open: .*/v1/models", log)
+    assert re.search("closed until --open-routes names them: .*/tokenize", log)
+
+
+def test_a_trailing_slash_leads_where_it_leads_in_vllm(server: Server) -> None:
+    """With a request's method and body, and with its key: none is needed where none was before."""
+    with server.http() as http, server.http(key=None) as stranger:
+        answer = http.post("/v1/completions/", json=completion(max_tokens=1))
+        assert (answer.status_code, answer.headers["location"]) == (307, "/v1/completions")
+        http.follow_redirects = stranger.follow_redirects = True
+        assert http.post("/v1/completions/", json=completion(max_tokens=1)).status_code == 200
+        assert http.get("/v1/models/").json()["data"][0]["id"] == MODEL
+        assert http.get("/metrics/").status_code == stranger.get("/health/").status_code == 200
+        assert stranger.get("/metrics/").status_code == stranger.get("/v1/models/").status_code == 401
 
 
 def test_request_ids_go_through_vllm_and_into_the_log(server: Server) -> None:
@@ -126,6 +147,8 @@ def test_request_ids_go_through_vllm_and_into_the_log(server: Server) -> None:
         ("bob", 200),
         ("bob", 400),
     ]
+    reports = {line["status"]: line["kv_cache"] for line in lines}
+    assert (reports[200]["budget"], reports[200]["page_size"], reports[400]) == ("full", 32, None)
     assert not any(key in server.log.read_text() for key in KEYS.values())
 
 

@@ -1,4 +1,4 @@
-"""Request ids, the access log and closed routes."""
+"""Request ids and the access log."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from asgi_stubs import Connection, Echo, Gate, client, drive
 from rkv_vllm.server.access_log import AccessLog
 from rkv_vllm.server.auth import ApiKeys, Authentication
 from rkv_vllm.server.request_id import RequestId
-from rkv_vllm.server.routes import OPEN_ROUTES, ClosedRoutes
 
 KEY = "sk-secret-" + "k" * 40
 
@@ -142,60 +141,10 @@ def test_a_line_is_one_line_of_bounded_length() -> None:
         for path in ("/a\nb\u2028\ud800\x1b[31m", "/" + "\n" * 100_000, "/health\n"):
             connection = Connection(path)
             connection.scope |= {"method": "M" * 100_000, "client": ("c" * 100_000, 1)}
-            await connection.start(AccessLog(ClosedRoutes(Echo(), OPEN_ROUTES), lines.logger))
+            await connection.start(AccessLog(Echo(404), lines.logger))
 
     drive(test)
     short, long, probe = lines.read()
     assert (short["path"], probe["path"]) == ("/a\nb\u2028\ud800\x1b[31m", "/health\n")
     assert lines.text.isascii() and lines.text.count("\n") == 3
     assert len(json.dumps(long)) < 3000
-
-
-CLOSED = [
-    *(
-        "/scale_elastic_ep",
-        "/is_scaling_elastic_ep",
-        "/inference/v1/generate",
-        "/inference/v1/abort_requests",
-    ),
-    *("/invocations", "/ping", "/load", "/tokenize", "/detokenize", "/generative_scoring", "/v1/systemone"),
-    *("/sleep", "/wake_up", "/start_profile", "/collective_rpc", "/server_info", "/reset_prefix_cache"),
-    *("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/chat/completions/batch", "/pause"),
-    *("/v1/responses/render", "/v1/completions/derender", "/kv_event_sources", "/tokenizer_info"),
-    *("/v1/completions\n", "/v1/responses/resp_1\n", "/v1/responses/resp_1/cancel\n", "/health\r"),
-    *("/v1/responses/resp_\x00", "/v1/models\x7f", "/ready\x85", "/proxy\n/v1/models"),
-    *("/metrics/x", "/v1/responses/a/b", "/V1/models", "/v1/models/", "/", "", "//v1/models", "/v1"),
-]
-
-
-@pytest.mark.parametrize("path", CLOSED)
-def test_what_is_not_on_the_list_is_closed(path: str) -> None:
-    """With and without a proxy's prefix, and whether or not vLLM knows the path."""
-
-    async def test() -> None:
-        for root in ("", "/proxy"):
-            application = Echo()
-            connection = Connection(root + path)
-            connection.scope["root_path"] = root
-            await connection.start(ClosedRoutes(application, OPEN_ROUTES))
-            assert connection.status == 404
-            assert json.loads(connection.body)["error"]["type"] == "NotFoundError"
-            assert application.calls == 0
-
-    drive(test)
-
-
-def test_open_routes_answer_and_more_can_be_opened() -> None:
-    """Templates stand for one part of a path."""
-
-    async def test() -> None:
-        application = ClosedRoutes(Echo(), [*OPEN_ROUTES, "/tokenize"])
-        async with client(application) as http:
-            for path in ("/v1/chat/completions", "/v1/responses/resp_1/cancel", "/health", "/tokenize"):
-                assert (await http.post(path)).status_code == 200
-        connection = Connection("/proxy/v1/models")
-        connection.scope["root_path"] = "/proxy"
-        await connection.start(application)
-        assert connection.status == 200
-
-    drive(test)
