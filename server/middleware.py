@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -20,12 +21,15 @@ from rkv_vllm.server.json_body import UnfitBody, json_object
 from rkv_vllm.server.near_misses import near_miss
 from rkv_vllm.server.openapi import with_kv_cache
 from rkv_vllm.server.protocol import FIELD
-from rkv_vllm.server.request import XARGS, KvCacheError, read_kv_cache, read_xargs
-from rkv_vllm.settings.config import XARGS_PREFIX, RequestedSettings
+from rkv_vllm.server.request import FULL, XARGS, KvCacheError, read_kv_cache, read_xargs
+from rkv_vllm.settings.config import OFF, XARGS_PREFIX, RequestedSettings
 from rkv_vllm.settings.error_text import shown_name
 
 #: Routes whose bodies take a `kv_cache` object, and whose answers have one.
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+#: Member of a body by which vLLM searches beams.
+BEAM_SEARCH = "use_beam_search"
+_BOOLEAN = TypeAdapter(bool)
 #: Route that tells a client what it may ask for.
 BOUNDS_PATH = "/v1/kv_cache"
 
@@ -108,9 +112,21 @@ def settings_of(rules: CallerRules, body: dict[str, Any] | None) -> RequestedSet
     if flat and asked is not None:
         raise Refused(FIELD, f"and the {XARGS_PREFIX} keys of {XARGS} exclude each other")
     try:
-        return rules.resolve(read_xargs(xargs) if flat else read_kv_cache(asked))
+        settings = rules.resolve(read_xargs(xargs) if flat else read_kv_cache(asked))
     except KvCacheError as error:
         raise Refused(error.param(xargs=flat), str(error)) from None
+    if settings.rkv_budget != OFF and _searches_beams(body):
+        full = f'{{"{FIELD}": {{"budget": "{FULL}"}}}}'
+        raise Refused(BEAM_SEARCH, f"needs {full}: its steps are requests of their own, too short to compact")
+    return settings
+
+
+def _searches_beams(body: dict[str, Any]) -> bool:
+    """As vLLM's models read it, which take "true" and 1 too; what is no boolean is vLLM's to refuse."""
+    try:
+        return _BOOLEAN.validate_python(body.get(BEAM_SEARCH, False))
+    except ValidationError:
+        return False
 
 
 def bounds(rules: CallerRules, scope: Scope) -> JSONResponse:

@@ -25,8 +25,8 @@ XARGS = "vllm_xargs"
 #: No context is longer; it keeps what goes to the engine within its integers.
 MOST_TOKENS = 2**31 - 1
 
-_BUDGET = f'takes an integer above {WINDOW}, a share as in "25%", or "{FULL}"'
-_BUFFER = f"takes an integer of at least {WINDOW}"
+_BUDGET = f'takes an integer from {WINDOW + 1} to {MOST_TOKENS}, a share as in "25%", or "{FULL}"'
+_BUFFER = f"takes an integer from {WINDOW} to {MOST_TOKENS}"
 _POLICY = f"takes one of {', '.join(POLICY_NAMES)}"
 _PROTECT = 'takes a number of tokens from 0 on, or "prompt"'
 

@@ -104,8 +104,21 @@ class AdmissionControl:
             return None
         return (
             f"needs {needed} pages of {self._page_size} tokens, and the whole pool has {self._usable_pages}: "
-            "ask for fewer tokens (max_tokens) or for a smaller KV budget"
+            f"{self._advice(request)}"
         )
+
+    def _advice(self, request: Request) -> str:
+        """What would let the pool hold a request that it cannot hold."""
+        if request.resumable:
+            return "a streaming-input session is reckoned with max_model_len; it needs a larger pool"
+        prompt = self._pages(request.num_prompt_tokens)
+        if prompt > self._usable_pages:
+            return (
+                f"the prompt alone fills {prompt}; send a shorter one, or have the server given a larger pool"
+            )
+        if request.request_id in self._tracked:
+            return "ask for fewer tokens (max_tokens) or for a smaller KV budget"
+        return "ask for fewer tokens (max_tokens) or for a KV budget"
 
     def running_requests_changed(self) -> None:
         """Forces a forecast in the next step: a request came, went or was preempted."""

@@ -118,6 +118,31 @@ def test_other_routes_obey_the_same_bounds() -> None:
     assert len(engine.extra_args) == 2
 
 
+@pytest.mark.parametrize("value", [True, 1, "true"])
+def test_beam_search_needs_the_full_cache(value: Any) -> None:
+    """Proves that a search whose steps are too short to be compacted is refused, also under a default budget,
+    and served where it keeps its full cache, as is a request that searches no beams."""
+    engine = Engine()
+    budgeted, free = application(engine), application(engine, CallerRules())
+    search = {"use_beam_search": value}
+    for client, body in ((budgeted, search), (free, {**search, "kv_cache": {"budget": 64}})):
+        error = client.post("/v1/completions", json=body).json()["error"]
+        assert (error["param"], error["code"]) == ("use_beam_search", 400)
+        assert '{"kv_cache": {"budget": "full"}}' in error["message"]
+    assert engine.extra_args == []
+    for served in (search, {**search, "kv_cache": {"budget": "full"}}):
+        assert free.post("/v1/completions", json=served).status_code == 200
+    for no_search in ({"use_beam_search": False}, {"use_beam_search": "perhaps"}):
+        assert budgeted.post("/v1/completions", json=no_search).status_code == 200
+
+
+@pytest.mark.parametrize("member", ["budget", "buffer"])
+def test_a_number_beyond_all_contexts_is_told_the_bound(member: str) -> None:
+    """Proves that the message does not say what is true of the number that it refuses."""
+    answer = application(Engine()).post("/v1/completions", json={"kv_cache": {member: 10**12}})
+    assert f"to {2**31 - 1}" in answer.json()["error"]["message"]
+
+
 def test_anthropics_clients_find_a_type_beside_the_error() -> None:
     """Proves that a refusal on their route has what they look for and what OpenAI's envelope has."""
     answer = application(Engine()).post("/v1/messages", json={"kv_cache": {"budget": 3}})

@@ -155,3 +155,32 @@ def test_closed_sessions_leave_nothing_behind() -> None:
     for index in range(20):
         engine.add(f"{index}", [], 3, stop="zzz", resumable=False)
     assert not engine.scheduler.requests and not engine.scheduler._with_stop_strings
+
+
+PROMPT_ALONE = "the prompt alone fills 125; send a shorter one, or have the server given a larger pool"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "extra_args", "resumable", "advice"),
+    [
+        (2000, FULL_CACHE, False, PROMPT_ALONE),
+        (2000, budget(64), False, PROMPT_ALONE),
+        (100, FULL_CACHE, False, "ask for fewer tokens (max_tokens) or for a KV budget"),
+        (100, budget(900), False, "ask for fewer tokens (max_tokens) or for a smaller KV budget"),
+        (
+            *(100, budget(64), True),
+            "a streaming-input session is reckoned with max_model_len; it needs a larger pool",
+        ),
+    ],
+)
+def test_a_refusal_says_what_would_help(
+    prompt: int, extra_args: dict[str, Any], resumable: bool, advice: str
+) -> None:
+    """Proves that no advice is given that cannot help: a budget does nothing for a prompt beyond the pool."""
+    engine = make_engine({"beyond_pool": True, "budget": 64}, pages=40)
+    engine.add("large", [3] * prompt, 2000, extra_args=extra_args, resumable=resumable)
+    run_steps(engine, 1)
+    engine.schedule()
+    [refused] = engine.update()
+    assert refused.kv_transfer_params is not None
+    assert refused.kv_transfer_params["rkv_refusal"].partition(" has 40: ")[2] == advice
