@@ -52,7 +52,7 @@ def test_flags_go_before_the_environment_and_reach_vllms_processes(launched: lis
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (("--kv-budget", "8"), "--kv-budget: Input should be greater than 8 or 'full'"),
+        (("--kv-budget", "8"), "--kv-budget: takes an integer above 8, a share"),
         (("--kv-buffer", "lots"), "'--kv-buffer'"),
         (("--access-log", "xml"), "--access-log"),
         (("--limit-n", "0"), "--limit-n: "),
