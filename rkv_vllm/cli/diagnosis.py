@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from rkv_vllm.decisions.lengths import RequestLengths, make_request_lengths
 from rkv_vllm.decisions.sizing import Pool, peak_slots
 from rkv_vllm.host.compatibility import unsupported_features
-from rkv_vllm.host.pool import given_pool, kv_shape
+from rkv_vllm.host.pool import CPU_SPACE, given_pool, kv_shape
 from rkv_vllm.host.preflight import engine_config, installation_problems, start_problems
 from rkv_vllm.provenance import versions
 from rkv_vllm.settings.config import RequestedSettings, RkvConfig
@@ -128,6 +128,8 @@ def _sizes(vllm_config: VllmConfig, config: RkvConfig, length: int | None) -> Si
     shape, given = kv_shape(vllm_config), given_pool(vllm_config)
     if given is not None:
         pool, pool_bytes, source = given.pool, given.size_bytes, given.source
+        if source == CPU_SPACE:
+            source += ", which goes before --kv-cache-memory-bytes"
     else:
         pool_bytes, source = _estimated_bytes(vllm_config)
         pool = Pool.of_bytes(pool_bytes, cache.block_size, shape.bytes_per_token)

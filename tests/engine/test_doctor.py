@@ -99,6 +99,28 @@ def test_tensor_parallel_ranks_share_the_heads(model: Path) -> None:
     assert found["pool_pages"] > 0
 
 
+def test_a_pool_too_small_for_one_request(model: Path) -> None:
+    """Proves that a row that cannot be served says so, beside one that can be."""
+    words = ("--block-size=32", "--max-model-len=4096", "--num-gpu-blocks-override=64", "--kv-budget=256")
+    result = doctor(model, *words)
+    assert result.exit_code == 1
+    assert "--kv-beyond-pool" in result.stdout and "none: the pool cannot hold one" in result.stdout
+    result = doctor(model, *words, "--kv-beyond-pool")
+    assert result.exit_code == 0
+    assert "none: the pool cannot hold one" in result.stdout
+
+
+def test_the_pool_is_the_one_that_the_server_takes(model: Path) -> None:
+    """Proves that the variable for CPUs goes before the option, as in vLLM, and that the doctor says so."""
+    option = "--kv-cache-memory-bytes=16M"
+    found = sizes(model, option, "--max-model-len=256")
+    assert (found["pool_bytes"], found["pool_source"]) == (16 << 20, "--kv-cache-memory-bytes")
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    found = sizes(model, option, "--max-model-len=256")
+    assert found["pool_bytes"] == 1 << 30
+    assert found["pool_source"] == "VLLM_CPU_KVCACHE_SPACE, which goes before --kv-cache-memory-bytes"
+
+
 def test_everything_that_is_refused_is_listed(model: Path) -> None:
     """Proves that each refused feature is named, with exit code 1 for scripts."""
     speculation = json.dumps({"method": "ngram", "num_speculative_tokens": 3})
