@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rkv_vllm.cli import options
+from rkv_vllm.cli.config_file import ConfigFile, vllm_arguments
 from rkv_vllm.cli.server_settings import (
     KV_CACHE,
     OPERATION,
     kv_settings,
     operation_settings,
+    refuse_unknown_variables,
 )
 
 if TYPE_CHECKING:
@@ -29,19 +31,21 @@ def doctor(
         int | None, typer.Option(help="Tokens of a request, prompt and answer; default: max_model_len.")
     ] = None,
     json: Annotated[bool, options.json("tables")] = False,
+    config: ConfigFile = None,
 ) -> None:
     """Say what `rkv-vllm serve MODEL ...` would meet: versions, what is refused, how many requests fit.
 
     Takes the arguments of `rkv-vllm serve`, starts nothing, and exits with 1 where something is refused.
     Without a MODEL it looks at the installation alone.
     """
+    refuse_unknown_variables()
     settings, _ = kv_settings(kv)
     operation_settings(operation)
     from rkv_vllm.cli.diagnosis import diagnose
 
     try:
         with options.vllm_on_stderr(level="ERROR"):
-            found = diagnose(context.args, settings.engine, length)
+            found = diagnose(vllm_arguments(context, config), settings.engine, length)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     if json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ from pydantic import ValidationError
 from rkv_vllm.cli.options import OptionGroup
 from rkv_vllm.server.caller_rules import ENVIRONMENT_PREFIX, KvSettings, RulesByApiKey
 from rkv_vllm.server.operations import PREFIX, OperationSettings
-from rkv_vllm.settings.error_text import explain
+from rkv_vllm.settings.error_text import explain, nearest, one_line, shown_name
 
 KV_CACHE = OptionGroup("kv", KvSettings, prefix="--kv-", environment=ENVIRONMENT_PREFIX, panel="KV cache")
 OPERATION = OptionGroup(
@@ -22,6 +23,27 @@ OPERATION = OptionGroup(
     environment=PREFIX,
     panel="Operation",
 )
+
+
+#: What Kubernetes and Docker set for a service whose name begins with `rkv`.
+_SERVICE_LINK = re.compile(r"_(SERVICE_(HOST|PORT\w*)|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)$")
+
+
+def refuse_unknown_variables() -> None:
+    """
+    Raises: typer.BadParameter that names each variable of the environment that begins as ours do and is none.
+    """
+    known = [*OperationSettings.model_fields, *(f"kv_{name}" for name in KvSettings.model_fields)]
+    variables = [f"{PREFIX}{name.upper()}" for name in known]
+    wrong = [
+        f"{shown_name(name)} is no setting{nearest(name.upper(), variables)}"
+        for name in os.environ
+        if name.upper().startswith(PREFIX)
+        and name.upper() not in variables
+        and not _SERVICE_LINK.search(name)
+    ]
+    if wrong:
+        raise typer.BadParameter(one_line(wrong))
 
 
 def kv_settings(chosen: dict[str, Any]) -> tuple[KvSettings, RulesByApiKey]:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from tempfile import NamedTemporaryFile
+from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from rkv_vllm.settings.config import RkvConfig
+from rkv_vllm.settings.error_text import nearest, shown_name
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -80,6 +85,31 @@ def engine_arguments(command: str, arguments: list[str], config: RkvConfig) -> A
     if parsed.model_tag is not None:
         parsed.model = parsed.model_tag
     return AsyncEngineArgs.from_cli_args(parsed)
+
+
+def file_arguments(settings: dict[str, Any], others: Iterable[str] = ()) -> list[str]:
+    """vLLM's settings out of a YAML file, as vLLM writes them onto its command line.
+
+    Args:
+        settings: by option without dashes, as the file has them.
+        others: options that the file may have beside vLLM's, for what is said about a wrong name.
+
+    Raises: ValueError for a name that is no option.
+    """
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(FlexibleArgumentParser())
+    known = [*others, *parser._option_string_actions]
+    for name in settings:
+        option = f"--{name.replace('_', '-')}"
+        if option.partition(".")[0] not in known:
+            raise ValueError(f"{shown_name(name)} is no option{nearest(option, known)}")
+    with NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump(settings, file)
+        file.flush()
+        arguments: list[str] = parser.load_config_file(file.name)
+    return arguments
 
 
 def _dotted(text: str) -> list[str]:

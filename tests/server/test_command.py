@@ -12,6 +12,8 @@ from typer.testing import CliRunner, Result
 from rkv_vllm.cli import app
 from rkv_vllm.server import launch
 from rkv_vllm.server.caller_rules import KvSettings, RulesByApiKey
+from rkv_vllm.server.operations import OperationSettings
+from rkv_vllm.settings.engine_args import VALIDATOR
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +72,98 @@ def test_a_wrong_setting_is_named_before_anything_starts(
     assert result.exit_code == 2
     assert named in result.output
     assert launched == []
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("RKV_KV_BUDGET", "lots", "RKV_KV_BUDGET: Input should be a valid integer or 'full'"),
+        ("RKV_KV_MIX_LAMBDA", "7", "RKV_KV_MIX_LAMBDA: "),
+        ("RKV_LIMIT_N", "many", "RKV_LIMIT_N: "),
+        ("RKV_KV_BUGDET", "512", "RKV_KV_BUGDET is no setting; did you mean RKV_KV_BUDGET?"),
+        ("rkv_acess_log", "json", "rkv_acess_log is no setting; did you mean RKV_ACCESS_LOG?"),
+        ("RKV_X", "1", "RKV_X is no setting"),
+    ],
+)
+def test_a_wrong_variable_names_itself(
+    launched: list[list[str]], variable: str, value: str, said: str
+) -> None:
+    """Proves that a typing error in the environment of a container stops it, by its name and once."""
+    os.environ[variable] = value
+    for command in ("serve", "doctor"):
+        result = CliRunner().invoke(app, [command, "some/model"])
+        assert result.exit_code == 2
+        assert result.output.count(said) == 1
+    assert launched == []
+
+
+@pytest.mark.parametrize(
+    "variable",
+    ["RKV_VLLM_SERVICE_HOST", "RKV_SERVICE_PORT_HTTP", "RKV_PORT", "RKV_VLLM_PORT_8000_TCP_ADDR"],
+)
+def test_variables_of_service_links_are_not_ours(launched: list[list[str]], variable: str) -> None:
+    """Proves that a Kubernetes service whose name begins with rkv stops no pod of its namespace."""
+    os.environ[variable] = "10.0.0.1"
+    assert serve("some/model").exit_code == 0
+    assert launched
+
+
+def test_a_file_has_every_option(launched: list[list[str]], tmp_path: Path) -> None:
+    """Proves that options of ours and of vLLM's come out of one file, and that those given go before it."""
+    path = tmp_path / "settings.yaml"
+    path.write_text(
+        "kv-budget: 256\nkv_buffer: 64\nkv-policies: [rkv, recency]\naccess-log: json\nlimit-n: 4\n"
+        "max-model-len: 2048\nenforce-eager: true\nenable-prefix-caching: false\nmodel: from/file\n"
+        "additional-config: {theirs: {a: 1}}\nlogits-processors: [a:B]\n"
+    )
+    os.environ |= {"RKV_KV_BUDGET": "512", "RKV_LIMIT_N": "2"}
+    for option in (("--config", str(path)), (f"--config={path}",)):
+        result = serve(*option, "--kv-buffer", "32", "--port", "1")
+        assert result.exit_code == 0, result.output
+        rules = RulesByApiKey.load(KvSettings()).server
+        assert (rules.budget, rules.buffer, rules.policies) == (256, 32, ("rkv", "recency"))
+        operation = OperationSettings()
+        assert (operation.access_log, operation.limit_n) == ("json", 4)
+        arguments = launched.pop()
+        assert arguments[0] == "from/file" and arguments[-4:-2] != ["--config", str(path)]
+        assert arguments.index("--max-model-len") < arguments.index("--port")
+        assert {"--enforce-eager", "--no-enable-prefix-caching"} <= set(arguments)
+        assert '--additional-config.theirs={"a": 1}' in arguments
+        processors = arguments.index("--logits-processors")
+        assert arguments[processors + 1 : processors + 3] == [VALIDATOR, "a:B"]
+    assert serve("--config", str(path), "--port", "1").exit_code == 0
+    assert "--additional-config.rkv.buffer=64" in launched.pop()
+    assert serve("named/here", "--config", str(path)).exit_code == 0
+    assert launched.pop()[0] == "named/here"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("kv-bugdet: 256", "kv-bugdet is no option; did you mean kv-budget?"),
+        ("max-modl-len: 256", "max-modl-len is no option; did you mean max-model-len?"),
+        ("kv-budget: 5", "--kv-budget: Input should be greater than 8"),
+        ("access-log: xml", "access-log"),
+        ("- kv-budget", "takes options and their values"),
+        ("a: [", "settings.yaml"),
+        ("worker-cls: mine", "--worker-cls is set by rkv-vllm"),
+    ],
+)
+def test_a_wrong_file_is_refused(launched: list[list[str]], tmp_path: Path, text: str, said: str) -> None:
+    """Proves that nothing in a file is passed over."""
+    path = tmp_path / "settings.yaml"
+    path.write_text(text)
+    for command in ("serve", "doctor"):
+        result = CliRunner().invoke(app, [command, "some/model", f"--config={path}"])
+        assert result.exit_code == 2
+        assert said in result.output
+    assert launched == []
+
+
+def test_a_missing_file_is_named(launched: list[list[str]]) -> None:
+    """Proves that a wrong path does not start a server without its settings."""
+    result = serve("some/model", "--config", "no/such/file.yaml")
+    assert result.exit_code == 2 and "no/such/file.yaml" in result.output and launched == []
 
 
 def test_the_rules_of_keys_are_printed_without_the_keys(launched: list[list[str]], tmp_path: Path) -> None:
