@@ -72,7 +72,15 @@ def test_the_server_with_a_gpu_and_without() -> None:
 
 def test_settings_are_the_servers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each RKV_ variable is one that the server knows, and the values that are passed through are valid."""
-    server = config(GPU, KV_BUDGET="2048", API_KEYS="sk-a,sk-b", MODEL="Qwen/Qwen3-8B")["services"]["server"]
+    asked = {"RKV_KV_BUDGET": "2048", "RKV_API_KEYS": "sk-a,sk-b", "MODEL": "Qwen/Qwen3-8B"}
+    server = config(GPU, **asked)["services"]["server"]
+    assert (
+        server
+        == config(GPU, **{name.removeprefix("RKV_"): value for name, value in asked.items()})["services"][
+            "server"
+        ]
+    ), "the older names go on working"
+    assert config(GPU)["services"]["server"]["environment"]["RKV_KV_BUDGET"] == "1024"
     assert server["command"][0] == "Qwen/Qwen3-8B"
     known = {f"RKV_{name}".upper() for name in OperationSettings.model_fields}
     known |= {f"RKV_KV_{name}".upper() for name in KvSettings.model_fields}
