@@ -18,7 +18,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from rkv_vllm.host.pool import too_small_remedy
 from rkv_vllm.host.preflight import engine_config, start_problems
 from rkv_vllm.host.process_end import skip_last_collections
-from rkv_vllm.host.start_failure import FAILED, TOO_SMALL, awaiting_failure
+from rkv_vllm.host.start_failure import TOO_SMALL, awaiting_failure
 from rkv_vllm.server.operations import SHUTDOWN_TIMEOUT, prepare
 from rkv_vllm.settings.config import RkvConfig
 
@@ -63,7 +63,7 @@ def _run(command: ServeSubcommand, parsed: Namespace) -> str | None:
         try:
             command.cmd(parsed)
         except RuntimeError as error:
-            if (reason := failure.reason()) is None or not str(error).startswith(FAILED):
+            if (reason := failure.reason(error)) is None:
                 raise
             return reason
     return None

@@ -89,12 +89,15 @@ def measure(
 
     Returns: whether something was measured of each row on each kind of engine.
 
-    Raises: ValueError where an option cannot work.
+    Raises: ValueError where an option cannot work; SystemExit, after a message, for one that vLLM does not
+    know.
     """
+    from rkv_vllm.bench.engine_arguments import check_arguments
     from rkv_vllm.bench.run import run_group
 
     if plots is not None:
         _need_matplotlib()
+    check_arguments(group, extra)
     started = time.monotonic()
 
     def say(text: str) -> None:
@@ -118,6 +121,8 @@ def measure(
         save=keep,
     )
     present([(title, results)], as_json, plots)
+    for failure in dict.fromkeys(f"{run.kind}: {run.failure}" for run in results.runs if run.failure):
+        print(failure, file=sys.stderr, flush=True)
     return all(
         set(each.sides) == {kind for kind in group.lives if each.row.runs_on(kind)}
         for each in compare(results)

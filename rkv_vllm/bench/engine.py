@@ -13,23 +13,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm import SamplingParams
-from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
-from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, FinishReason
 from vllm.v1.engine.llm_engine import LLMEngine
 
+from rkv_vllm.bench.engine_arguments import engine_arguments
 from rkv_vllm.bench.load import LoadRequest, prompt_ids
 from rkv_vllm.bench.results import EngineFacts
 from rkv_vllm.bench.roofline import ModelShape
 from rkv_vllm.bench.rows import Kind, Row
 from rkv_vllm.bench.window import Step
 from rkv_vllm.decisions.messages import take_tally
+from rkv_vllm.host.preflight import engine_config, start_problems
 from rkv_vllm.observability.metric_table import COMPACTION_DURATION, COMPACTIONS, EVICTED_TOKENS
 from rkv_vllm.observability.tally import read
 from rkv_vllm.settings.config import extra_args
-from rkv_vllm.settings.engine_args import rkv_engine_args
+from rkv_vllm.settings.error_text import one_line
 
 EMPTY_POOL_SECONDS = 15.0
 
@@ -57,11 +56,16 @@ class BenchEngine:
             arguments: options of `vllm serve`, the model's name or folder among them unless `model` has it.
             longest: tokens of the longest request, for a max_model_len where none is among the arguments.
             trace_folder: where traces of the profiler go; None: no profiler.
+
+        Raises: ValueError for a configuration with which the engine does not start, where that is known
+        before; vLLM's RuntimeError where it is not.
         """
         begun = time.monotonic()
         self.kind = kind
-        engine_args = _engine_args(kind, arguments, model, memory_gib, longest, trace_folder)
-        config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
+        engine_args = engine_arguments(kind, arguments, model, memory_gib, longest, trace_folder)
+        config = engine_config(engine_args)
+        if kind != "stock" and (problems := start_problems(config)):
+            raise ValueError(one_line(problems))
         self._engine = LLMEngine.from_vllm_config(config, UsageContext.OPENAI_API_SERVER)
         self._core: Any = self._engine.engine_core
         self._tasks = self._engine.get_supported_tasks()
@@ -180,33 +184,6 @@ class BenchEngine:
                     step.evicted_tokens += int(reading.value)
                 case COMPACTION_DURATION.name:
                     step.compaction_seconds += reading.value * reading.times
-
-
-def _engine_args(
-    kind: Kind,
-    arguments: list[str],
-    model: str | None,
-    memory_gib: float | None,
-    longest: int,
-    trace_folder: str | None,
-) -> AsyncEngineArgs:
-    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
-    parser.add_argument("model_tag", nargs="?")
-    defaults: dict[str, Any] = {"max_model_len": longest, **({} if kind == "stock" else rkv_engine_args())}
-    if memory_gib is not None:
-        defaults["gpu_memory_utilization"] = memory_gib * 2**30 / current_platform.get_device_total_memory()
-    if trace_folder is not None:
-        defaults["profiler_config"] = {
-            "profiler": "torch",
-            "torch_profiler_dir": trace_folder,
-            "torch_profiler_activities": ["CUDA"],
-            "torch_profiler_with_stack": False,
-            "torch_profiler_dump_cuda_time_total": False,
-        }
-    parser.set_defaults(**defaults)
-    parsed = parser.parse_args(arguments)
-    parsed.model = parsed.model_tag or model or parsed.model
-    return AsyncEngineArgs.from_cli_args(parsed)
 
 
 def _facts(config: Any, start_seconds: float) -> EngineFacts:

@@ -21,6 +21,7 @@ from rkv_vllm.bench.load import Load, LoadRequest, requests_that_run
 from rkv_vllm.bench.results import LoadResult, Measure
 from rkv_vllm.bench.rows import Kind, Row
 from rkv_vllm.bench.window import Step, Window, curve, is_steady, summarise
+from rkv_vllm.host.start_failure import awaiting_failure
 
 #: Steps without a first token after which what still waits is taken not to fit into the pool.
 STALLED_STEPS = 64
@@ -171,16 +172,30 @@ class LoadRun:
         return summarise(begun, self._steps[first:], pool_pages, time.process_time() - client)
 
 
+class NoStartError(Exception):
+    """The engine did not start; the message says why."""
+
+
+def _start(spec: RunSpec) -> BenchEngine:
+    with awaiting_failure() as failure:
+        try:
+            return BenchEngine(
+                spec.kind,
+                spec.arguments,
+                model=spec.model,
+                memory_gib=spec.memory_gib,
+                longest=max(row.length for row in spec.rows),
+                trace_folder=spec.trace_folder,
+            )
+        except RuntimeError as error:
+            if (reason := failure.reason(error)) is None:
+                raise
+            raise NoStartError(" ".join(reason.split())) from None
+
+
 def run_engine(spec: RunSpec, say: Callable[[str], None], write: Callable[[BaseModel], None]) -> None:
     """Starts the engine and runs all rows that the deadline allows."""
-    engine = BenchEngine(
-        spec.kind,
-        spec.arguments,
-        model=spec.model,
-        memory_gib=spec.memory_gib,
-        longest=max(row.length for row in spec.rows),
-        trace_folder=spec.trace_folder,
-    )
+    engine = _start(spec)
     try:
         write(engine.facts)
         gc.collect()

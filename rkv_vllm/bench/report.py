@@ -187,7 +187,7 @@ def _compaction_share(window: Window) -> float:
 
 
 def show(results: Results, group: str, console: Console) -> None:
-    """Prints tables of one group."""
+    """Prints tables of one group; of one where nothing was measured, what went wrong alone."""
     comparisons = compare(results, group)
     device = results.device
     title = f"{group or 'bench'}: {_models(results)}, {device.name}"
@@ -204,7 +204,8 @@ def show(results: Results, group: str, console: Console) -> None:
         for side in comparison.sides.values():
             table.add_row(*_cells(comparison, side))
         table.add_section()
-    console.print(table)
+    if any(comparison.sides for comparison in comparisons):
+        console.print(table)
     if device.limits is not None:
         console.print(
             f"Floors at {device.limits.bytes_per_second / 1e12:.2f} TB/s and "

@@ -62,8 +62,11 @@ class StartFailure:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def reason(self) -> str | None:
-        """The exception's text; None where no process of the engine told one."""
+    def reason(self, error: RuntimeError) -> str | None:
+        """The text of the exception behind `error`, which the starting process got; None where that is not
+        about a start, or where no process of the engine told one."""
+        if not str(error).startswith(FAILED):
+            return None
         try:
             return self._path.read_text()
         except FileNotFoundError:
