@@ -8,7 +8,11 @@ from rkv_vllm.decisions.messages import CompactionResult
 
 
 def combined(results: Iterable[CompactionResult]) -> CompactionResult:
-    """The sum of at least one result; all have the same settings. `sequences` is there from two on."""
+    """The sum of at least one result. `sequences` is there from two on.
+
+    All were asked for with the same settings. Where those depend on the prompt, as a share of its length
+    does, the first one's are shown.
+    """
     first, *others = results
     if not others:
         return first

@@ -95,6 +95,32 @@ def test_streamed_chat(client: openai.OpenAI) -> None:
     assert not any("kv_cache" in chunk.model_extra for chunk in chunks)
 
 
+def test_a_protected_prompt_and_a_share(client: openai.OpenAI) -> None:
+    """Proves that a prompt is counted and a share computed for each request, within the server's bounds."""
+    request: Any = {"model": MODEL, "prompt": "One, two, three,", "max_tokens": 100}
+
+    def report(kv_cache: dict[str, Any], **more: Any) -> tuple[Any, Any]:
+        extra = {"kv_cache": {"buffer": BUFFER, **kv_cache}, "ignore_eos": True}
+        answer: Any = client.completions.create(**request, extra_body=extra, **more)
+        return answer.kv_cache, answer.usage
+
+    found, usage = report({"budget": "50%", "protect": "prompt"})
+    assert found["protect"] == usage.prompt_tokens > 0
+    assert found["budget"] == -(-usage.total_tokens // 2)
+    assert found["compactions"] > 0
+    smallest, _ = report({"budget": "1%"})
+    assert smallest["budget"] == 32 and "protect" not in smallest
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_protected_prompt_that_is_too_long_is_refused(client: openai.OpenAI, stream: bool) -> None:
+    """Proves that nothing starts, streamed or not, and that the error names the member and the way out."""
+    with pytest.raises(openai.BadRequestError) as refused:
+        chat(client, {"budget": 64, "protect": "prompt"}, stream=stream)
+    assert refused.value.param == "kv_cache.protect"
+    assert "do not fit into a budget of 64: it takes at least" in refused.value.message
+
+
 def test_several_choices(client: openai.OpenAI) -> None:
     """Proves that the report of a whole answer with n = 2 is the sum over both, and so is a stream's."""
     one = chat(client, temperature=0).kv_cache
