@@ -94,7 +94,8 @@ def too_small_remedy(config: RkvConfig, pool: Pool | None = None, memory: str | 
     if config.beyond_pool:
         return f"give a smaller --kv-budget or --kv-buffer, or {more}"
     budget = " with a default --kv-budget" if config.budget is None else ""
-    holds = "" if pool is None else f" of at most {pool.usable_pages * pool.page_size}"
+    held = 0 if pool is None else pool.usable_pages * pool.page_size
+    holds = f" of at most {held}" if held else ""
     return (
         f"give --kv-beyond-pool{budget}, which refuses only requests that cannot fit, a "
         f"--max-model-len{holds}, or {more}"
