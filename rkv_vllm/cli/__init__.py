@@ -22,7 +22,12 @@ app = typer.Typer(
 #: Old names of options, with what they are called now.
 SINGULARS = {"budget": "kv-budget", "buffer": "kv-buffer", "policy": "kv-policy"}
 BARE = {field: RKV_SETTINGS.option_of(field).removeprefix("--") for field in RKV_SETTINGS.fields}
-PLURALS = {"budgets": "kv-budget", "buffers": "kv-buffer", "policies": "kv-policy"}
+PLURALS = {
+    "budgets": "kv-budget",
+    "buffers": "kv-buffer",
+    "policies": "kv-policy",
+    "protects": "kv-protect",
+}
 
 
 def version() -> None:
