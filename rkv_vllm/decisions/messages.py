@@ -32,6 +32,9 @@ KEY_PREFIX = "rkv_"
 RESULT_KEY = "rkv"
 #: Key, beside it, of the reason why a request that the whole pool cannot hold was refused.
 REFUSAL_KEY = "rkv_refusal"
+#: Why nothing of a request was compacted, in its result and in metrics.
+KEPT_FULL_CACHE = "full cache"
+TOO_SHORT = "shorter than budget + buffer"
 
 
 # -- scheduler to workers: what to do in a step ------------------------------------------------------------

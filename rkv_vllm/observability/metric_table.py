@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Literal
 
+from rkv_vllm.decisions.messages import KEPT_FULL_CACHE, TOO_SHORT
 from rkv_vllm.settings.config import POLICY_NAMES, CompactionSettings
 
 #: Worth of an integer in a tally of durations, in seconds, or of ratios.
@@ -104,7 +105,7 @@ UNCOMPACTED = Metric(
     "rkv_uncompacted_requests_total",
     "Requests that ended without a compaction: they kept their full cache, or stayed shorter than budget + "
     "buffer.",
-    {"reason": ("full_cache", "short")},
+    {"reason": (KEPT_FULL_CACHE, TOO_SHORT)},
 )
 STEP_SECONDS = Metric(
     "counter",

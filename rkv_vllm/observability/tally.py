@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, KeysView, Mapping
 from dataclasses import dataclass
 
-from rkv_vllm.decisions.messages import Compaction, CompactionResult
+from rkv_vllm.decisions.messages import KEPT_FULL_CACHE, TOO_SHORT, Compaction, CompactionResult
 from rkv_vllm.decisions.pages import num_pages
 from rkv_vllm.observability.metric_table import (
     BY_NAME,
@@ -124,10 +124,10 @@ class MetricTally:
         self._count_unfinished(settings, -1)
         self._grow(REQUESTS, 1, budget_class(settings))
         if settings is None:
-            self._grow(UNCOMPACTED, 1, "full_cache")
+            self._grow(UNCOMPACTED, 1, KEPT_FULL_CACHE)
             return
         if result["compactions"] == 0:
-            self._grow(UNCOMPACTED, 1, "short")
+            self._grow(UNCOMPACTED, 1, TOO_SHORT)
         kept = num_tokens - result["evicted_tokens"]
         self._grow(KEPT_TOKENS, 1, str(kept))
         self._grow(KEPT_RATIO, 1, str(round(kept / num_tokens / MILLIONTH)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rkv_vllm.decisions.lengths import RequestLengths
-from rkv_vllm.decisions.messages import Compaction, CompactionResult
+from rkv_vllm.decisions.messages import KEPT_FULL_CACHE, TOO_SHORT, Compaction, CompactionResult
 from rkv_vllm.decisions.pages import num_pages
 from rkv_vllm.settings.config import CompactionSettings
 
@@ -74,7 +74,7 @@ class TrackedRequest:
             # A step that was scheduled ahead may have taken one page more.
             pages_without_compaction=max(_computed_pages(num_tokens, page_size), self.peak_pages),
             page_size=page_size,
-            reason=None if self.compactions else "shorter than budget + buffer",
+            reason=None if self.compactions else TOO_SHORT,
         )
 
 
@@ -91,7 +91,7 @@ def full_cache_result(num_tokens: int, page_size: int) -> CompactionResult:
         peak_pages=pages,
         pages_without_compaction=pages,
         page_size=page_size,
-        reason="full cache",
+        reason=KEPT_FULL_CACHE,
     )
 
 

@@ -59,7 +59,8 @@ class Ask:
     """A request.
 
     `extra` is `SamplingParams.extra_args`; `arrives_at`: steps of the run before it comes; `abort_after`:
-    tokens after which the client leaves; `seed`: of sampling at temperature 1, greedy without one.
+    tokens after which the client leaves; `seed`: of sampling at temperature 1, greedy without one; `n`:
+    answers, of which the first is kept, and the steps do not tell them apart.
     """
 
     prompt: Sequence[int]
@@ -68,6 +69,7 @@ class Ask:
     arrives_at: int = 0
     abort_after: int | None = None
     seed: int | None = None
+    n: int = 1
 
 
 @dataclass
@@ -248,6 +250,7 @@ class _Host:
         params = SamplingParams(
             temperature=0.0 if ask.seed is None else 1.0,
             seed=ask.seed,
+            n=ask.n,
             max_tokens=ask.max_tokens,
             ignore_eos=True,
             logprobs=0,  # of the chosen token alone
@@ -259,7 +262,8 @@ class _Host:
         except VLLMValidationError as error:
             answer.error = str(error)
         else:
-            self._names[name] = index
+            names = [name] if ask.n == 1 else [f"{number}_{name}" for number in range(ask.n)]
+            self._names |= dict.fromkeys(names, index)
 
     def _watch_scheduler(self) -> None:
         schedule = self._scheduler.schedule

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
+from dataclasses import replace
 from math import ceil
 from typing import Any
 
@@ -110,6 +111,17 @@ def test_protected_prompts_and_shares(rkv: Engine, encode: texts.Encode) -> None
     (first,) = rkv.run([Ask(prompt, 90, {**share, "rkv_protect": 4})]).answers
     assert first.tokens == plain.tokens, "policy recency keeps the first four by itself"
     assert protected.tokens != plain.tokens
+
+
+def test_the_result_of_several_answers_is_their_sum(rkv: Engine, encode: texts.Encode) -> None:
+    """Proves that n = 3 in Python reports all three answers, as over HTTP, and not the last to finish."""
+    ask = Ask(encode(texts.multiples(7)), 90, {"rkv_budget": 48, "rkv_buffer": 16}, seed=1)
+    one = rkv.run([ask]).answers[0].result
+    three = rkv.run([replace(ask, n=3)]).answers[0].result
+    counts = ("compactions", "evicted_tokens", "pages_without_compaction")
+    assert one["compactions"] > 0
+    assert [three[count] for count in counts] == [3 * one[count] for count in counts]
+    assert (three["sequences"], three["page_size"], three["reason"]) == (3, PAGE_SIZE, None)
 
 
 def test_bad_settings_fail_their_own_request_only(rkv: Engine, encode: texts.Encode) -> None:

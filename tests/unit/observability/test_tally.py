@@ -116,7 +116,9 @@ def test_an_ended_request_says_what_it_kept(tally: MetricTally) -> None:
     assert not any(name.startswith("rkv_uncompacted") for name in found)
 
 
-@pytest.mark.parametrize(("budget", "reason"), [(None, "full_cache"), (BUDGET, "short")])
+@pytest.mark.parametrize(
+    ("budget", "reason"), [(None, "full cache"), (BUDGET, "shorter than budget + buffer")]
+)
 def test_uncompacted_requests_say_why(
     tally: MetricTally, budget: CompactionSettings | None, reason: str
 ) -> None:
