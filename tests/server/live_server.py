@@ -67,9 +67,7 @@ class Server:
         answer, so that it may still be on its way."""
 
         def lines() -> list[dict[str, Any]]:
-            complete = self.log.read_text(errors="replace").rpartition("\n")[0].splitlines()
-            written = (json.loads(line) for line in complete if line.startswith('{"time"'))
-            return [line for line in written if line["request_id"] == request_id]
+            return [line for line in access_lines(self.log) if line["request_id"] == request_id]
 
         assert eventually(lambda: len(lines()) >= count, 10), f"no {count} lines of {request_id}"
         return lines()
@@ -78,6 +76,12 @@ class Server:
         """Resident bytes of all processes of the server."""
         first = psutil.Process(self.process.pid)
         return sum(p.memory_info().rss for p in (first, *first.children(recursive=True)))
+
+
+def access_lines(log: Path) -> list[dict[str, Any]]:
+    """The complete lines of the access log in a server's log."""
+    complete = log.read_text(errors="replace").rpartition("\n")[0].splitlines()
+    return [json.loads(line) for line in complete if line.startswith('{"time"')]
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 60) -> bool:
