@@ -291,6 +291,21 @@ def test_tokens_in_tokens_out_obeys_the_bounds(url: str) -> None:
     assert answer.headers["x-rkv-budget"] == "40"
 
 
+def test_beam_search(client: openai.OpenAI) -> None:
+    """Proves that it is refused under the server's default budget, and that with the full cache it gives the
+    beams asked for, and a report over the requests that it consists of."""
+    search: Any = {"extra_body": {"use_beam_search": True}, "n": 2, "max_tokens": 6, "temperature": 0}
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.completions.create(model=MODEL, prompt=TEXT, **search)
+    assert refused.value.param == "use_beam_search"
+    free = client.with_options(api_key=FREE_KEY)
+    answer: Any = free.completions.create(model=MODEL, prompt=TEXT, **search)
+    assert len({choice.text for choice in answer.choices}) == 2
+    report = answer.kv_cache
+    assert (report["budget"], report["compactions"], report["reason"]) == ("full", 0, "full cache")
+    assert report["sequences"] == 1 + 5 * 2, "one request in the first step, and one a beam in each other"
+
+
 def test_keys_have_policies_of_their_own(url: str, client: openai.OpenAI) -> None:
     """Proves that the API key decides: one may keep the full cache, and does; one must name a budget."""
     free = chat(client.with_options(api_key=FREE_KEY), {}).kv_cache
