@@ -40,7 +40,7 @@ class Settings:
 
     `rkv`: with R-KV's classes, or stock; `pages`: of the pool, the null page included; `ranks`: workers that
     share each layer (tensor parallelism); `beyond_pool`: budget and buffer of a server that lets
-    max_model_len exceed the pool.
+    max_model_len exceed the pool; `dummy_weights`: of a folder that holds a configuration alone.
     """
 
     rkv: bool = True
@@ -52,6 +52,7 @@ class Settings:
     ranks: int = 1
     multiprocess: bool = False
     beyond_pool: tuple[int, int] | None = None
+    dummy_weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,9 @@ class _Host:
         rkv: dict[str, Any] = rkv_engine_args(**defaults) if settings.rkv else {}
         if settings.scheduler is not None:
             rkv["scheduler_cls"] = settings.scheduler
+        model_files: dict[str, Any] = {}
+        if settings.dummy_weights:
+            model_files = {"load_format": "dummy", "skip_tokenizer_init": True}
         engine = LLM(
             model=str(model),
             dtype="float32",
@@ -202,6 +206,7 @@ class _Host:
             max_num_seqs=64,
             max_num_batched_tokens=512,
             enforce_eager=True,
+            **model_files,
             **rkv,
         ).llm_engine
         self._engine = engine

@@ -1,9 +1,10 @@
-"""What the README says about this package is what the package says."""
+"""What the documents say about this package is what the package, or its tests, say."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import model_families
 import pytest
 
 from rkv_vllm.host import compatibility
@@ -14,12 +15,17 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
-    ("name", "table"),
-    [("compatibility", compatibility.markdown_table()), ("policies", policy_table.markdown_table())],
+    ("file", "name", "table"),
+    [
+        ("README.md", "compatibility", compatibility.markdown_table()),
+        ("README.md", "policies", policy_table.markdown_table()),
+        ("docs/models.md", "families", model_families.works_table()),
+        ("docs/models.md", "refused", model_families.refused_table()),
+    ],
 )
-def test_readme_has_the_tables_of_the_code(name: str, table: str) -> None:
-    """Proves that the tables which users read are those that the code is made from."""
-    text = (ROOT / "README.md").read_text()
+def test_documents_have_the_tables_of_the_code(file: str, name: str, table: str) -> None:
+    """Proves that the tables which users read are those that the code, or the tests, are made from."""
+    text = (ROOT / file).read_text()
     found = text.partition(f"<!-- {name} -->")[2].partition(f"<!-- /{name} -->")[0]
     assert found.strip() == table
 

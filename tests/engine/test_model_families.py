@@ -1,0 +1,45 @@
+"""Tiny models of every family in `docs/models.md`, with random weights, in real engines."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from engine_process import ABOVE_ANY_LENGTH, PAGE_SIZE, Ask, Engine, Settings
+from model_families import FAMILIES, TINY, Family
+from support.identical import assert_bit_identical
+
+LENGTH, TOKENS = 80, 60
+BUDGET, BUFFER = 40, 16
+
+
+@pytest.fixture
+def engine(family: Family, tmp_path: Path) -> Iterator[Engine]:
+    engine = Engine(family.save(tmp_path / "model"), Settings(dummy_weights=True, pages=64))
+    yield engine
+    engine.close()
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.architecture)
+def test_family(engine: Engine) -> None:
+    """A budget above a request's length changes not one bit of its answer; under a small budget the request
+    is compacted as its counts say, and every page comes back."""
+    prompt = random.Random(0).choices(range(3, TINY["vocab_size"]), k=LENGTH)
+    small = {"rkv_budget": BUDGET, "rkv_buffer": BUFFER}
+    alone = engine.run([Ask(prompt, TOKENS, {"rkv_budget": 0})])
+    above = engine.run([Ask(prompt, TOKENS, {"rkv_budget": ABOVE_ANY_LENGTH})])
+    both = engine.run([Ask(prompt, TOKENS, small), Ask(prompt[:50], TOKENS, small)])
+
+    assert len(alone.answers[0].tokens) == TOKENS
+    assert_bit_identical(above.answers, alone.answers)
+    assert above.answers[0].result["compactions"] == 0
+    for index, length in enumerate((LENGTH, 50)):
+        answer = both.answers[index]
+        # The first round comes at the prompt's end, or at budget + buffer; the last token is not computed.
+        rounds = range(max(length, BUDGET + BUFFER), length + TOKENS - 1, BUFFER)
+        assert len(answer.tokens) == TOKENS
+        assert answer.result["compactions"] == both.compactions(index) == len(rounds) > 0
+        assert answer.result["evicted_tokens"] == rounds[-1] - BUDGET
+    assert both.steps[-1].pages[0] <= -(-(BUDGET + BUFFER) // PAGE_SIZE)
