@@ -301,6 +301,14 @@ def test_scaling_asks_for_metrics_of_this_release_alone() -> None:
     assert [trigger["metadata"]["threshold"] for trigger in triggers] == ["4", "0.85"]
 
 
+def test_the_routers_routes_are_open() -> None:
+    """Proves that the pods answer what production-stack's router hands on, and what neither router asks for
+    stays closed."""
+    opened = [word for word in arguments(example("production-stack")) if word.startswith("--open-routes")]
+    assert opened == ["--open-routes=/tokenize,/detokenize"]
+    assert not any(word.startswith("--open-routes") for word in arguments(example("llm-d")))
+
+
 def test_routers_find_the_pods() -> None:
     """The labels, the port and the open metrics that the examples' routers rely on are their pods' own."""
     for name in ("production-stack", "llm-d"):
