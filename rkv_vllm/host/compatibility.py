@@ -71,7 +71,11 @@ def _quantises_the_cache(vllm_config: VllmConfig) -> bool:
 
 
 FEATURES: tuple[Feature, ...] = (
-    _works("prefix caching", "shared and cached pages are never written; compaction copies out of them"),
+    _works(
+        "prefix caching",
+        "shared and cached pages are never written; compaction copies out of them, "
+        "and what is computed after a request's first compaction is not cached",
+    ),
     _works("chunked prefill", "prompts are compacted when decoding begins"),
     _works("async scheduling", "compactions follow from counts, not from sampled tokens"),
     _works(
