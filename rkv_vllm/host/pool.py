@@ -95,8 +95,5 @@ def too_small_remedy(config: RkvConfig, pool: Pool | None = None, memory: str | 
         return f"give a smaller --kv-budget or --kv-buffer, or {more}"
     budget = " with a default --kv-budget" if config.budget is None else ""
     held = 0 if pool is None else pool.usable_pages * pool.page_size
-    holds = f" of at most {held}" if held else ""
-    return (
-        f"give --kv-beyond-pool{budget}, which refuses only requests that cannot fit, a "
-        f"--max-model-len{holds}, or {more}"
-    )
+    length = f"a --max-model-len of at most {held}" if held else "a smaller --max-model-len"
+    return f"give --kv-beyond-pool{budget}, which refuses only requests that cannot fit, {length}, or {more}"

@@ -73,7 +73,7 @@ def page_size_problems(vllm_config: VllmConfig) -> list[str]:
         with set_current_vllm_config(vllm_config):
             backend = get_attn_backend(model.get_head_size(), model.dtype, cache.cache_dtype)
     except ValueError as error:
-        return [str(error)]
+        return [f"--block-size {cache.block_size}: {error}"]
     try:
         select_common_block_size(cache.block_size, [backend])
     except ValueError:
