@@ -117,8 +117,8 @@ def prepare(vllm: Namespace) -> None:
 class OperationsMiddleware:
     """ASGI middleware for vLLM's flag `--middleware`, the outermost one; set by the environment.
 
-    A request passes, in this order: the access log, its id, trailing slashes, readiness and stopping, the API
-    keys, the open routes, the limits.
+    A request passes, in this order: the access log, its id, readiness and stopping, the API keys, trailing
+    slashes, the open routes, the limits.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -126,11 +126,11 @@ class OperationsMiddleware:
         open_routes = OpenRoutes(settings.open_routes)
         app = RequestLimits(app, _limits(settings))
         app = ClosedRoutes(app, open_routes)
-        if keys := settings.read_keys():
-            public = {"/health", *(["/metrics"] if settings.open_metrics else [])}
-            app = Authentication(app, keys, public)
-        app = Lifecycle(app)
         app = TrailingSlashes(app, open_routes)
+        if keys := settings.read_keys():
+            public = ["/health", "/ready", *(["/metrics"] if settings.open_metrics else [])]
+            app = Authentication(app, keys, [*public, *(f"{path}/" for path in public)])
+        app = Lifecycle(app)
         app = RequestId(app)
         if settings.access_log == "json":
             app = AccessLog(app, access_logger())

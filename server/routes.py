@@ -62,8 +62,8 @@ class OpenRoutes:
 class TrailingSlashes:
     """ASGI middleware: sends a client that wrote slashes behind an open path to the path without them.
 
-    vLLM's router does so, with the same status. Here it comes first, so that nobody further in sees such a
-    path. `/metrics/` is answered at once, as by vLLM: not every scraper follows.
+    vLLM's router does so, with the same status. Here it is done before anything further in compares the path,
+    and behind the API keys. `/metrics/` is answered at once, as by vLLM: not every scraper follows.
     """
 
     def __init__(self, app: ASGIApp, open_routes: OpenRoutes) -> None:

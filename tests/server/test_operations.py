@@ -78,9 +78,25 @@ def test_takes_vllms_keys_over(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
         async with client(OperationsMiddleware(Echo())) as http:
             assert (await http.get("/health")).status_code == 200
+            assert [(await http.get(path)).status_code for path in ("/health/", "/ready/")] == [307, 307]
+            assert [(await http.get(path)).status_code for path in ("/v1/models/", "/metrics/")] == [401, 401]
             assert (await http.get("/metrics")).status_code == 401
             authorization = {"authorization": "Bearer theirs"}
             assert (await http.get("/metrics", headers=authorization)).status_code == 200
+
+    drive(test)
+
+
+def test_open_metrics_are_open_with_a_slash_and_nothing_else_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scraper may write it; a path that only looks like it needs a key."""
+    monkeypatch.setenv("RKV_API_KEYS", "ours")
+    monkeypatch.setenv("RKV_OPEN_METRICS", "true")
+
+    async def test() -> None:
+        async with client(OperationsMiddleware(Echo())) as http:
+            assert (await http.get("/metrics/")).json()["path"] == "/metrics"
+            paths = ("/metrics//", "/metrics/x/", "/health//", "/v1/completions/", "/v1/completions//")
+            assert {(await http.post(path)).status_code for path in paths} == {401}
 
     drive(test)
 
