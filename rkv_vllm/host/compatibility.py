@@ -87,6 +87,10 @@ FEATURES: tuple[Feature, ...] = (
     _works("admission", "a request waits until there is room for what those that run will grow to"),
     _works("logprobs, penalties, stop conditions, structured output", "all see logical lengths"),
     _works("several samples of a prompt (n > 1)", "each is compacted by itself"),
+    _works("LoRA adapters", "a page is shared between requests of one adapter only, as in stock vLLM"),
+    _works("priority scheduling", "no room is kept for requests that are less urgent than a new one"),
+    _works("`repetition_detection`", "ends the loops that a small budget can cause"),
+    _works("several API servers", "metrics add up over them; limits count for each"),
     _refused(
         "speculative decoding",
         "rejected tokens would be rolled back past a compaction",
