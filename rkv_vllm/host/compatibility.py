@@ -90,6 +90,8 @@ FEATURES: tuple[Feature, ...] = (
     _works("LoRA adapters", "a page is shared between requests of one adapter only, as in stock vLLM"),
     _works("priority scheduling", "no room is kept for requests that are less urgent than a new one"),
     _works("`repetition_detection`", "ends the loops that a small budget can cause"),
+    _works("`thinking_token_budget`", "counts the tokens of the text, whatever has left the cache"),
+    _works("KV events", "a page is announced as long as it holds what its hash says"),
     _works("several API servers", "metrics add up over them; limits count for each"),
     _refused(
         "speculative decoding",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from live_server import MODEL, PAGE_SIZE, StartServer
 
 PAGES = 24
+THINKING = {"reasoning_start_str": "<think>", "reasoning_end_str": "</think>"}
 BUDGET, BUFFER = 64, 32
 
 
@@ -20,6 +22,7 @@ def url(start_server: StartServer) -> Iterator[str]:
         *("--num-gpu-blocks-override", str(PAGES), "--max-model-len", "512"),
         "--enable-prompt-tokens-details",
         *("--scheduling-policy", "priority", "--kv-budget", str(BUDGET), "--kv-buffer", str(BUFFER)),
+        f"--reasoning-config={json.dumps(THINKING)}",
     )
     with start_server(*options) as url:
         yield url
@@ -41,6 +44,17 @@ def test_repetition_detection_ends_a_compacted_loop(url: str) -> None:
     assert choice["finish_reason"] == "repetition"
     assert looping["usage"]["completion_tokens"] < 300
     assert looping["kv_cache"]["compactions"] > 0
+
+
+def test_thinking_ends_at_its_budget_in_a_compacted_request(url: str) -> None:
+    """A limit on the tokens of thinking counts tokens of the text, whatever has left the cache by then."""
+    fields = {"max_tokens": 200, "ignore_eos": True}
+    thinking = ask(url, "<think>one two three", thinking_token_budget=150, **fields)
+    endless = ask(url, "<think>one two three", **fields)
+    assert thinking["kv_cache"]["compactions"] == endless["kv_cache"]["compactions"] > 1
+    before, end, _ = thinking["choices"][0]["text"].partition("</think>")
+    assert end and endless["choices"][0]["text"].startswith(before)
+    assert "</think>" not in endless["choices"][0]["text"]
 
 
 def test_priorities_and_budgets_share_a_small_pool(url: str) -> None:
