@@ -134,7 +134,7 @@ def test_everything_that_is_refused_is_listed(model: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (("--kv-budget=4",), "--kv-budget: Input should be greater than 8 or 'full'"),
+        (("--kv-budget=4",), "--kv-budget: takes an integer above 8, a share"),
         (("--kv-beyond-pool",), "--kv-beyond-pool: needs a default budget"),
         (("--length=9000",), "--length: must be from 1 to max_model_len (8192), not 9000"),
         (("--max-model-len=9000",), "max_model_len"),

@@ -77,7 +77,7 @@ def test_a_wrong_setting_is_named_before_anything_starts(
 @pytest.mark.parametrize(
     ("variable", "value", "said"),
     [
-        ("RKV_KV_BUDGET", "lots", "RKV_KV_BUDGET: Input should be a valid integer or 'full'"),
+        ("RKV_KV_BUDGET", "lots", "RKV_KV_BUDGET: takes an integer above 8, a share"),
         ("RKV_KV_MIX_LAMBDA", "7", "RKV_KV_MIX_LAMBDA: "),
         ("RKV_LIMIT_N", "many", "RKV_LIMIT_N: "),
         ("RKV_KV_BUGDET", "512", "RKV_KV_BUGDET is no setting; did you mean RKV_KV_BUDGET?"),
@@ -142,7 +142,7 @@ def test_a_file_has_every_option(launched: list[list[str]], tmp_path: Path) -> N
     [
         ("kv-bugdet: 256", "kv-bugdet is no option; did you mean kv-budget?"),
         ("max-modl-len: 256", "max-modl-len is no option; did you mean max-model-len?"),
-        ("kv-budget: 5", "--kv-budget: Input should be greater than 8"),
+        ("kv-budget: 5", "--kv-budget: takes an integer above 8"),
         ("access-log: xml", "access-log"),
         ("- kv-budget", "takes options and their values"),
         ("a: [", "settings.yaml"),
