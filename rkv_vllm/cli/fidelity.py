@@ -40,7 +40,8 @@ def fidelity(
     config = options.rkv_config(**shared)
     from rich.console import Console
 
-    from rkv_vllm.evaluation.fidelity import settings_of, show
+    from rkv_vllm.evaluation.fidelity import show
+    from rkv_vllm.evaluation.fidelity_settings import settings_of
 
     try:
         settings = settings_of(

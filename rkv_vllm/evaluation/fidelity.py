@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from rkv_vllm.decisions.lengths import make_request_lengths
-from rkv_vllm.settings.config import CompactionSettings, Granularity, PolicyName, RequestedSettings, RkvConfig
-from rkv_vllm.settings.request_size import RequestSize
+from rkv_vllm.evaluation.fidelity_settings import Setting
+from rkv_vllm.settings.config import CompactionSettings, Granularity, PolicyName
 
 #: What is measured of each token, in this order.
 MEASURES = ("kl", "top1", "full_logprob", "logprob")
@@ -37,10 +37,6 @@ class Window:
     text: str
     prompt: tuple[int, ...]
     forced: tuple[int, ...]
-
-
-#: How one request keeps its cache; None is the full cache, the control.
-Setting = CompactionSettings | None
 
 
 class Figure(BaseModel):
@@ -114,28 +110,6 @@ class Report(BaseModel):
     reference_bytes: int
     versions: dict[str, str]
     rows: list[Row]
-
-
-def settings_of(
-    config: RkvConfig,
-    size: RequestSize,
-    budgets: Sequence[int],
-    buffers: Sequence[int],
-    policies: Sequence[str],
-) -> list[Setting]:
-    """The control, then every combination, for windows of this size.
-
-    Raises: ValueError that names the field of a value out of bounds.
-    """
-    settings: list[Setting] = [None]
-    for policy in policies:
-        for buffer in buffers:
-            for budget in budgets:
-                asked = {"rkv_budget": budget, "rkv_buffer": buffer, "rkv_policy": policy}
-                if budget == 0:
-                    raise ValueError("rkv_budget 0 is the full cache, which is always measured")
-                settings.append(config.resolve(RequestedSettings.from_extra_args(asked), size))
-    return settings
 
 
 def cut(

@@ -11,7 +11,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from rkv_vllm.evaluation.fidelity import Report, Setting, Window, cut, row_of
+from rkv_vllm.evaluation.fidelity import Report, Window, cut, row_of
+from rkv_vllm.evaluation.fidelity_settings import Setting
 from rkv_vllm.evaluation.forced_decoder import ForcedDecoder
 from rkv_vllm.provenance import device, versions
 from rkv_vllm.settings.config import RkvConfig

@@ -21,7 +21,8 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV2
 
 from rkv_vllm.decisions.messages import RESULT_KEY
-from rkv_vllm.evaluation.fidelity import MEASURES, Schedule, Setting, Window, schedule
+from rkv_vllm.evaluation.fidelity import MEASURES, Schedule, Window, schedule
+from rkv_vllm.evaluation.fidelity_settings import Setting
 from rkv_vllm.settings.command_line import engine_arguments
 from rkv_vllm.settings.config import RkvConfig, extra_args
 

@@ -30,9 +30,9 @@ from rkv_vllm.evaluation.fidelity import (
     groups_of,
     row_of,
     schedule,
-    settings_of,
     show,
 )
+from rkv_vllm.evaluation.fidelity_settings import settings_of
 from rkv_vllm.evaluation.forced_decoder import REFERENCE, VARIANT, TeacherForcing, WindowComparison, compare
 from rkv_vllm.settings.config import CompactionSettings, RkvConfig
 from rkv_vllm.settings.request_size import RequestSize
