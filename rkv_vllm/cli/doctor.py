@@ -70,7 +70,7 @@ def show(found: Diagnosis, console: Console) -> None:
     if found.refused:
         console.print(f"R-KV refuses {subject}:", style="red")
         for problem in found.problems:
-            console.print(f"  - {problem}", markup=False, highlight=False)
+            console.print(f"  - {problem}", markup=False, highlight=False, soft_wrap=True)
     else:
         console.print(f"R-KV works with {subject}.", style="green")
     if found.unknown is not None:

@@ -99,8 +99,10 @@ STARTED = (
 )
 
 
-def _command(words: list[str], log: Path) -> None:
+def _command(words: list[str], log: Path, environment: dict[str, str]) -> None:
     """In a process of its own: `rkv-vllm` with these words, all that it prints into a file."""
+    os.environ.clear()
+    os.environ.update(environment)  # whoever started the server of forks first had another one
     with log.open("w") as output:
         for stream in (1, 2):
             os.dup2(output.fileno(), stream)
@@ -121,7 +123,7 @@ class Command:
         self._log = log
         processes = get_context("forkserver")
         processes.set_forkserver_preload(["vllm.entrypoints.cli.serve", "vllm.v1.worker.cpu_worker"])
-        self.process = processes.Process(target=_command, args=(words, log))
+        self.process = processes.Process(target=_command, args=(words, log, dict(os.environ)))
         self.process.start()
 
     @property
