@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from rkv_vllm.cli.diagnosis import GIB
 from rkv_vllm.decisions.lengths import make_request_lengths
 from rkv_vllm.decisions.sizing import KvShape, Pool, peak_slots
-from rkv_vllm.settings.config import RequestedSettings, RkvConfig
-from rkv_vllm.settings.request_size import RequestSize
+from rkv_vllm.settings.config import RkvConfig
 
 LENGTH = 16_384
 PAGE_SIZE = 16
@@ -78,7 +77,7 @@ def requests(pool: Pool, length: int, budget: int | None) -> int:
     """Requests of `length` tokens that fit into `pool` at the same time. `budget` None: full cache."""
     if budget is None:
         return pool.requests_that_fit(peak_slots(length, None))
-    settled = RkvConfig(budget=budget).resolve(RequestedSettings(), RequestSize(prompt=0, longest=length))
+    settled = RkvConfig(budget=budget).resolve_default(length)
     assert settled is not None
     return pool.requests_that_fit(
         peak_slots(length, make_request_lengths("token", 0, settled, pool.page_size))

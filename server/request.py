@@ -11,6 +11,7 @@ from rkv_vllm.server.protocol import FIELD
 from rkv_vllm.settings.config import (
     OFF,
     POLICY_NAMES,
+    PROTECT_TAKES,
     WINDOW,
     XARGS_PREFIX,
     PolicyName,
@@ -28,7 +29,6 @@ MOST_TOKENS = 2**31 - 1
 _BUDGET = f'takes an integer from {WINDOW + 1} to {MOST_TOKENS}, a share as in "25%", or "{FULL}"'
 _BUFFER = f"takes an integer from {WINDOW} to {MOST_TOKENS}"
 _POLICY = f"takes one of {', '.join(POLICY_NAMES)}"
-_PROTECT = 'takes a number of tokens from 0 on, or "prompt"'
 
 
 class KvCacheError(ValueError):
@@ -101,7 +101,7 @@ class KvCacheRequest(BaseModel):
     )
 
 
-_TAKES = {"budget": _BUDGET, "buffer": _BUFFER, "policy": _POLICY, "protect": _PROTECT}
+_TAKES = {"budget": _BUDGET, "buffer": _BUFFER, "policy": _POLICY, "protect": PROTECT_TAKES}
 
 
 def read_kv_cache(value: Any) -> KvCacheRequest:

@@ -14,8 +14,7 @@ from rkv_vllm.host.compatibility import unsupported_features
 from rkv_vllm.host.pool import CPU_SPACE, given_pool, kv_shape
 from rkv_vllm.host.preflight import engine_config, installation_problems, start_problems
 from rkv_vllm.provenance import versions
-from rkv_vllm.settings.config import RequestedSettings, RkvConfig
-from rkv_vllm.settings.request_size import RequestSize
+from rkv_vllm.settings.config import RkvConfig
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -134,8 +133,7 @@ def _sizes(vllm_config: VllmConfig, config: RkvConfig, length: int | None) -> Si
         pool_bytes, source = _estimated_bytes(vllm_config)
         pool = Pool.of_bytes(pool_bytes, cache.block_size, shape.bytes_per_token)
     cached: list[RequestLengths | None] = [None]
-    size = RequestSize(prompt=0, longest=length)
-    if (budget := config.resolve(RequestedSettings(), size)) is not None:
+    if (budget := config.resolve_default(length)) is not None:
         cached.append(make_request_lengths(config.granularity, 0, budget, pool.page_size))
     return Sizes(
         dtype=str(kv_cache_dtype_str_to_dtype(cache.cache_dtype, model)).removeprefix("torch."),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -46,21 +48,27 @@ def refuse_unknown_variables() -> None:
         raise typer.BadParameter(one_line(wrong))
 
 
+@contextmanager
+def _wrong_ones_named(group: OptionGroup, chosen: dict[str, Any]) -> Iterator[None]:
+    """Turns what is said of wrong settings into an error of the command line."""
+    try:
+        yield
+    except ValidationError as error:
+        named = partial(group.source_of, chosen=chosen)
+        raise typer.BadParameter(explain(error, depth=1, named=named)) from None
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 def kv_settings(chosen: dict[str, Any]) -> tuple[KvSettings, RulesByApiKey]:
     """The server's settings and what follows for each caller; flags go before the environment.
 
     Raises: typer.BadParameter that names each wrong one.
     """
-    try:
+    with _wrong_ones_named(KV_CACHE, chosen):
         settings = KvSettings(**chosen)
         settings.engine  # noqa: B018 - checks the engine's own settings together
         return settings, RulesByApiKey.load(settings)
-    except ValidationError as error:
-        raise typer.BadParameter(
-            explain(error, depth=1, named=partial(KV_CACHE.source_of, chosen=chosen))
-        ) from None
-    except (ValueError, OSError) as error:
-        raise typer.BadParameter(str(error)) from None
 
 
 def operation_settings(chosen: dict[str, Any]) -> OperationSettings:
@@ -68,16 +76,10 @@ def operation_settings(chosen: dict[str, Any]) -> OperationSettings:
 
     Raises: typer.BadParameter that names each wrong one.
     """
-    try:
+    with _wrong_ones_named(OPERATION, chosen):
         settings = OperationSettings(**chosen)
         settings.read_keys()
         return settings
-    except ValidationError as error:
-        raise typer.BadParameter(
-            explain(error, depth=1, named=partial(OPERATION.source_of, chosen=chosen))
-        ) from None
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from None
 
 
 def to_environment(kv: dict[str, Any], operation: OperationSettings) -> None:

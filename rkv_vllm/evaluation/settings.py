@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from rkv_vllm.settings.config import OFF, WINDOW, PolicyName
+from rkv_vllm.settings.config import OFF, WINDOW, CompactionSettings, PolicyName, extra_args
 
 #: First tokens of a request that never leave.
 Protect = int | Literal["prompt"]
@@ -34,13 +34,9 @@ class Setting:
     def extra_args(self) -> dict[str, Any]:
         """As a request sends it."""
         if self.policy is None:
-            return {"rkv_budget": OFF}
-        return {
-            "rkv_budget": self.budget,
-            "rkv_buffer": self.buffer,
-            "rkv_policy": self.policy,
-            "rkv_protect": self.protect,
-        }
+            return extra_args(None)
+        settings = CompactionSettings(self.budget, self.buffer, self.policy)
+        return {**extra_args(settings), "rkv_protect": self.protect}
 
 
 FULL_CACHE = Setting()

@@ -7,10 +7,9 @@ from dataclasses import dataclass, fields
 from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
-from rkv_vllm.decisions.lengths import make_request_lengths
 from rkv_vllm.decisions.pages import num_pages
-from rkv_vllm.settings.config import RequestedSettings, RkvConfig
-from rkv_vllm.settings.request_size import RequestSize
+from rkv_vllm.host.pool import slots_beyond_pool
+from rkv_vllm.settings.config import RkvConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +28,9 @@ class CompactingSpec(FullAttentionSpec):
         if vllm_config.cache_config.num_gpu_blocks is not None:
             return whole
         config = RkvConfig.from_additional_config(vllm_config.additional_config)
-        size = RequestSize(prompt=0, longest=vllm_config.model_config.max_model_len)
-        default = config.resolve(RequestedSettings(), size)
-        if not config.beyond_pool or default is None:
+        slots = slots_beyond_pool(config, vllm_config.model_config.max_model_len, self.block_size)
+        if slots is None:
             return whole
-        slots = make_request_lengths(config.granularity, 0, default, self.block_size).max_slots
         return min(whole, num_pages(slots, self.block_size) * self.page_size_bytes)
 
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from rkv_vllm.decisions.lengths import make_request_lengths
 from rkv_vllm.decisions.sizing import KvShape, Pool
-from rkv_vllm.settings.config import RequestedSettings, RkvConfig
-from rkv_vllm.settings.request_size import RequestSize
+from rkv_vllm.settings.config import RkvConfig
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -59,6 +58,15 @@ def given_pool(vllm_config: VllmConfig) -> GivenPool | None:
     return GivenPool(pool, cache.kv_cache_memory_bytes, source)
 
 
+def slots_beyond_pool(config: RkvConfig, max_model_len: int, page_size: int) -> int | None:
+    """Slots, in tokens, that a pool has to hold where max_model_len may exceed it: those of a request at its
+    default budget. None where it may not: a full cache of max_model_len has to fit."""
+    default = config.resolve_default(max_model_len) if config.beyond_pool else None
+    if default is None:
+        return None
+    return make_request_lengths(config.granularity, 0, default, page_size).max_slots
+
+
 def pool_problems(vllm_config: VllmConfig) -> list[str]:
     """What vLLM will find wrong with the pool that was given, one line; empty where nothing is, or where the
     pool is known only when the weights are loaded."""
@@ -68,12 +76,9 @@ def pool_problems(vllm_config: VllmConfig) -> list[str]:
         return []
     pool, config = given.pool, RkvConfig.from_additional_config(vllm_config.additional_config)
     tokens, what = model.max_model_len, f"a request of max_model_len ({model.max_model_len:,} tokens)"
-    size = RequestSize(prompt=0, longest=model.max_model_len)
-    default = config.resolve(RequestedSettings(), size)
-    if config.beyond_pool and default is not None:
-        least = make_request_lengths(config.granularity, 0, default, pool.page_size).max_slots
-        if least < tokens:
-            tokens, what = least, f"a request at the default budget ({least:,} tokens with its buffer)"
+    least = slots_beyond_pool(config, model.max_model_len, pool.page_size)
+    if least is not None and least < tokens:
+        tokens, what = least, f"a request at the default budget ({least:,} tokens with its buffer)"
     if pool.pages_for(tokens) <= pool.usable_pages:
         return []
     return [

@@ -51,10 +51,14 @@ def _budget_or_share(value: Any) -> Any:
     return value
 
 
+#: What `protect` takes, behind its name in an error.
+PROTECT_TAKES = 'takes a number of tokens from 0 on, or "prompt"'
+
+
 def _tokens_or_prompt(value: Any) -> Any:
     is_tokens = isinstance(value, int) and not isinstance(value, bool) and value >= 0
     if not is_tokens and value != "prompt":
-        raise ValueError(f'takes a number of tokens from 0 on, or "prompt", not {shown(value)}')
+        raise ValueError(f"{PROTECT_TAKES}, not {shown(value)}")
     return value
 
 
@@ -236,6 +240,13 @@ class RkvConfig(EngineSettings, RequestDefaults):
         check_protected(settings.protect, settings.budget)
         return settings
 
+    def resolve_default(self, longest: int) -> CompactionSettings | None:
+        """The settings of a request that names none, of up to `longest` tokens; its prompt is not counted.
+
+        Raises: DoesNotFit as `resolve`.
+        """
+        return self.resolve(_NOTHING_ASKED, RequestSize(prompt=0, longest=longest))
+
 
 class RequestedSettings(BaseModel):
     """What one request asks for in `SamplingParams.extra_args` (`vllm_xargs` over HTTP).
@@ -278,7 +289,7 @@ def _explain(field: str, value: Any) -> str:
         "rkv_budget": f'takes {OFF} (full cache), an integer above {WINDOW} or a share as in "25%"',
         "rkv_buffer": f"takes an integer of at least {WINDOW}",
         "rkv_policy": f"takes one of {', '.join(POLICY_NAMES)}",
-        "rkv_protect": 'takes a number of tokens from 0 on, or "prompt"',
+        "rkv_protect": PROTECT_TAKES,
     }
     if field not in takes:
         return f"{shown_name(field)} is unknown (known: {', '.join(takes)})"

@@ -7,23 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-#: Shared by all: 2 layers, 4 query heads and 2 KV heads of 32.
-_SIZES: dict[str, Any] = {
-    "vocab_size": 512,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": True,
-    "torch_dtype": "float32",
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+from model_families import TINY
+
+_COMMON: dict[str, Any] = {**TINY, "tie_word_embeddings": True, "torch_dtype": "float32"}
 _ALTERNATING = ["sliding_attention", "full_attention"]
 
 #: What differs by kind; an ellipsis removes a field.
@@ -180,7 +166,7 @@ def make_config(folder: Path, kind: str, changes: Mapping[str, Any] | None = Non
     """
     place = folder / kind
     place.mkdir(parents=True, exist_ok=True)
-    fields = {**_SIZES, **KINDS[kind], **(changes or {})}
+    fields = {**_COMMON, **KINDS[kind], **(changes or {})}
     written = {name: value for name, value in fields.items() if value is not ...}
     (place / "config.json").write_text(json.dumps(written))
     return place
