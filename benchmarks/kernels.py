@@ -25,6 +25,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -32,13 +33,14 @@ import triton
 from rkv_vllm.bench.hardware_limits import measure_device
 from rkv_vllm.bench.roofline import HardwareLimits
 from rkv_vllm.kernels import tiled
-from rkv_vllm.kernels.batch import CompactionBatch
+from rkv_vllm.kernels.batch import CompactionBatch, QueryWindow
 from rkv_vllm.kernels.cache_layout import PagedKV
-from rkv_vllm.kernels.compaction_round import RkvRound
+from rkv_vllm.kernels.compaction_round import CompactionRound
 from rkv_vllm.kernels.importance import window_statistics
 from rkv_vllm.kernels.joint_scores import combine
 from rkv_vllm.kernels.matches import newest_matches
 from rkv_vllm.kernels.move import compact
+from rkv_vllm.kernels.rkv_scorer import RkvScorer
 from rkv_vllm.kernels.select import select
 from rkv_vllm.kernels.window_sums import attention_and_link_sums
 from rkv_vllm.provenance import command_line
@@ -75,24 +77,28 @@ class Setup:
             keeps=[keep] * requests,
             source_pages=[order[index * source : (index + 1) * source] for index in range(requests)],
             target_pages=[order[(index + 1) * -target :][:target] for index in range(requests)],
-            query_rows=list(range(requests)),
             page_size=page_size,
             device="cuda",
+            queries=[QueryWindow(row, length, WINDOW) for row in range(requests)],
         )
         ring = (layers, requests, WINDOW, arguments.query_heads, size)
         self.queries = torch.randn(ring, dtype=torch.bfloat16, device="cuda", generator=generator)
         self.lam = torch.full((requests,), LAM, device="cuda")
-        self.round = RkvRound(self.kv, window=WINDOW, threshold=THRESHOLD, pool_kernel=POOL)
+        self.scale = size**-0.5
+        self.scorer = RkvScorer(
+            self.queries, self.lam, scale=self.scale, threshold=THRESHOLD, pool_kernel=POOL
+        )
+        self.round = CompactionRound(self.kv, window=WINDOW)
 
     def stages(self) -> dict[str, list[Callable[[], None]]]:
-        """The round's stages, one call a slice of the batch, in the order of ``RkvRound.run``."""
+        """The round's stages, one call a slice of the batch, in the order of ``CompactionRound.run``."""
         calls: dict[str, list[Callable[[], None]]] = {stage: [] for stage in STAGES}
-        scale = self.round.scale
+        looked_at: dict[str, Any] = {"window": WINDOW, "scale": self.scale}
         for work in self.round.slices(self.batch):
             scores = work.scores_by_head
-            calls["survey"].append(partial(window_statistics, work, self.queries, scale=scale))
+            calls["survey"].append(partial(window_statistics, work, self.queries, **looked_at))
             calls["matches"].append(partial(newest_matches, work, self.lam, threshold=THRESHOLD))
-            calls["sums"].append(partial(attention_and_link_sums, work, self.queries, self.lam, scale=scale))
+            calls["sums"].append(partial(attention_and_link_sums, work, self.queries, self.lam, **looked_at))
             calls["combine"].append(partial(combine, work, self.lam, scores, window=WINDOW, pool_kernel=POOL))
             calls["select"].append(partial(select, work, scores, window=WINDOW))
             calls["move"].append(partial(compact, work, window=WINDOW))
@@ -189,15 +195,15 @@ def measure(
     rows: list[dict[str, object]] = []
     for keys, shift in SHIFTS.items():
         setup = Setup(arguments, limits, length, keep, shift)
-        setup.round.warm_up(setup.queries)
-        setup.round.run(setup.queries, setup.batch, setup.lam)
+        setup.round.warm_up([RkvScorer(setup.queries, setup.lam[:1], scale=setup.scale)])
+        setup.round.run(setup.scorer, setup.batch)
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        setup.round.run(setup.queries, setup.batch, setup.lam)
+        setup.round.run(setup.scorer, setup.batch)
         torch.cuda.synchronize()
         beyond_scratch = torch.cuda.max_memory_allocated() - before
-        whole = time_call(partial(setup.round.run, setup.queries, setup.batch, setup.lam), 5)
+        whole = time_call(partial(setup.round.run, setup.scorer, setup.batch), 5)
         times, floors = time_stages(setup, arguments.repetitions), setup.floors()
         plain = time_call(partial(setup.torch_round, 0), 2) if keys == "independent" else None
         rows.append(

@@ -20,9 +20,11 @@ from typing import Any
 import torch
 
 from rkv_vllm.execution.gpu.paged_keys import PagedKeys
-from rkv_vllm.kernels.batch import CompactionBatch
+from rkv_vllm.kernels.batch import CompactionBatch, QueryWindow
 from rkv_vllm.kernels.cache_layout import PagedKV
-from rkv_vllm.kernels.compaction_round import RkvRound
+from rkv_vllm.kernels.compaction_round import CompactionRound
+from rkv_vllm.kernels.rkv_scorer import RkvScorer
+from rkv_vllm.kernels.scorer import GivenScores
 from rkv_vllm.kernels.select import select
 from rkv_vllm.policies import Policy, ScoreInputs, make_policies
 from rkv_vllm.provenance import command_line
@@ -41,7 +43,7 @@ def make_batch(length: int) -> CompactionBatch:
         keeps=[KEEP],
         source_pages=[pages],
         target_pages=[pages[: KEEP // PAGE]],
-        query_rows=[0],
+        queries=[QueryWindow(0, length, WINDOW)],
         page_size=PAGE,
         device="cuda",
     )
@@ -68,17 +70,17 @@ def measure(run: Callable[[], object]) -> dict[str, float]:
 def measure_length(length: int) -> dict[str, Any]:
     layer = torch.randn(length // PAGE + 2, HEADS, PAGE, 2 * SIZE, dtype=torch.bfloat16, device="cuda")
     queries = torch.randn(1, 1, WINDOW, HEADS * GROUP, SIZE, dtype=torch.bfloat16, device="cuda")
-    rounds, batch = RkvRound(PagedKV([layer]), longest=length), make_batch(length)
+    rounds, batch = CompactionRound(PagedKV([layer]), longest=length), make_batch(length)
     found: dict[str, Any] = {"tokens": length, "scratch_mib": round(rounds.scratch.num_bytes / 2**20, 1)}
     for name, lam in (("rkv", 0.1), ("snapkv", 1.0)):
         weight = torch.tensor([lam], device="cuda")
-        found[name] = measure(partial(rounds.run, queries, batch, weight))
+        found[name] = measure(partial(rounds.run, RkvScorer(queries, weight, scale=SIZE**-0.5), batch))
     for name in ("keydiff", "recency", "random"):
         policy = make_policies(RkvConfig())[name]
         keys = PagedKeys(layer[..., :SIZE], batch.source_pages[0], length)
         inputs = ScoreInputs(keys, None, 1.0, 0, length)
         score = partial(score_only_layer, policy, inputs)
-        found[name] = measure(partial(rounds.select_and_move, score, batch))
+        found[name] = measure(partial(rounds.run, GivenScores(score), batch))
     return found
 
 
@@ -88,7 +90,7 @@ def score_only_layer(policy: Policy, inputs: ScoreInputs, layer: int) -> torch.T
 
 def measure_selection(length: int) -> dict[str, Any]:
     layer = torch.zeros(length // PAGE + 2, HEADS, PAGE, 2 * SIZE, dtype=torch.bfloat16, device="cuda")
-    rounds = RkvRound(PagedKV([layer]), scratch_bytes=1 << 30)
+    rounds = CompactionRound(PagedKV([layer]), scratch_bytes=1 << 30)
     work = next(rounds.slices(make_batch(length)))
     work.scores_by_head.normal_()
     return {"tokens": length, **measure(partial(select, work, work.scores_by_head, window=WINDOW))}

@@ -4,12 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from .cache_layout import ALIGNMENT
 from .options import Order
+
+
+class QueryWindow(NamedTuple):
+    """Where a request's newest queries are: one row of the ring, each at its position modulo the ring's size.
+
+    Attributes:
+        row: of the ring.
+        end: one more than the position of the newest.
+        num: how many are there, 1 to the ring's size.
+    """
+
+    row: int
+    end: int
+    num: int
+
+
+#: For requests whose scorer looks at no queries.
+NO_QUERIES = QueryWindow(row=0, end=1, num=1)
 
 
 @dataclass(frozen=True)
@@ -31,7 +50,9 @@ class CompactionBatch:
         keeps_on_device: int32 [R].
         protects_on_device: int32 [R].
         staged_on_device: int32 [R], 1 for a staged request.
-        query_rows: int32 [R], row of the query ring that holds the request's window queries.
+        query_rows: int32 [R], row of the query ring that holds the request's newest queries.
+        query_ends: int32 [R], one more than the position of the newest of them.
+        query_counts: int32 [R], how many there are.
         source_pages: int32 [R, P_src], pages in the order of their tokens; 0 behind a request's last page.
         target_pages: int32 [R, P_dst], where the kept tokens go; 0 behind a request's last page.
     """
@@ -47,6 +68,8 @@ class CompactionBatch:
     protects_on_device: torch.Tensor
     staged_on_device: torch.Tensor
     query_rows: torch.Tensor
+    query_ends: torch.Tensor
+    query_counts: torch.Tensor
     source_pages: torch.Tensor
     target_pages: torch.Tensor
 
@@ -58,9 +81,9 @@ class CompactionBatch:
         keeps: Sequence[int],
         source_pages: Sequence[Sequence[int]],
         target_pages: Sequence[Sequence[int]],
-        query_rows: Sequence[int],
         page_size: int,
         device: torch.device | str,
+        queries: Sequence[QueryWindow] | None = None,
         order: Order = "temporal",
         protects: Sequence[int] | None = None,
     ) -> CompactionBatch:
@@ -73,21 +96,23 @@ class CompactionBatch:
                 ignored.
             target_pages: page ids that receive the kept tokens, in order; they may be the request's own
                 source pages, in any order, or others, but no page of another request of the batch.
-            query_rows: row of the query ring of each request.
             page_size: tokens a page.
             device: where the kernels run.
+            queries: where each request's newest queries are; None: for a scorer that looks at none.
             order: in which the kept candidates are to lie.
             protects: first tokens of each that stay, at most what it keeps less the window; None: none.
 
         Raises:
             ValueError: no request, unequal list lengths, a count out of range, too few pages, a page or row
-                id below zero, a target page given twice, or one that another request of the batch uses.
+                id below zero, queries from before the first, a target page given twice, or one that another
+                request of the batch uses.
         """
         count = len(lengths)
         if count == 0:
             raise ValueError("a compaction batch needs at least one request")
         protects = [0] * count if protects is None else list(protects)
-        columns = (keeps, protects, source_pages, target_pages, query_rows)
+        queries = [NO_QUERIES] * count if queries is None else list(queries)
+        columns = (keeps, protects, source_pages, target_pages, queries)
         if any(len(column) != count for column in columns):
             raise ValueError("all columns of a batch must name the same number of requests")
         sources: list[list[int]] = []
@@ -102,15 +127,16 @@ class CompactionBatch:
                 raise ValueError(f"request {index}: {source} source and {target} target pages are needed")
             sources.append(list(source_pages[index][:source]))
             targets.append(list(target_pages[index][:target]))
-        if min(map(min, sources)) < 0 or min(map(min, targets)) < 0 or min(query_rows) < 0:
-            raise ValueError("page ids and query rows must not be negative")
+        if min(map(min, sources)) < 0 or min(map(min, targets)) < 0:
+            raise ValueError("page ids must not be negative")
+        _check_queries(queries)
         _check_owners(sources, targets)
 
         staged = [
             int(_overwrites(source, target, order)) for source, target in zip(sources, targets, strict=True)
         ]
         source_width, target_width = max(map(len, sources)), max(map(len, targets))
-        tables = [list(lengths), list(keeps), protects, staged, list(query_rows)]
+        tables = [list(lengths), list(keeps), protects, staged, *map(list, zip(*queries, strict=True))]
         tables.append([page for row in sources for page in row + [0] * (source_width - len(row))])
         tables.append([page for row in targets for page in row + [0] * (target_width - len(row))])
         views = _send(tables, torch.device(device))
@@ -126,13 +152,15 @@ class CompactionBatch:
             protects_on_device=views[2],
             staged_on_device=views[3],
             query_rows=views[4],
-            source_pages=views[5].view(count, source_width),
-            target_pages=views[6].view(count, target_width),
+            query_ends=views[5],
+            query_counts=views[6],
+            source_pages=views[7].view(count, source_width),
+            target_pages=views[8].view(count, target_width),
         )
 
     @classmethod
     def to_score(
-        cls, *, lengths: Sequence[int], source_pages: torch.Tensor, query_rows: Sequence[int]
+        cls, *, lengths: Sequence[int], source_pages: torch.Tensor, queries: Sequence[QueryWindow]
     ) -> CompactionBatch:
         """Requests that are scored and not moved, whose pages only the device knows.
 
@@ -140,15 +168,16 @@ class CompactionBatch:
             lengths: physical length N of each of the R requests, in tokens.
             source_pages: int32 [R, >= pages of the longest], contiguous, on the device; ids behind a
                 request's last token are not read.
-            query_rows: row of the query ring of each request.
+            queries: where each request's newest queries are.
 
         Raises:
-            ValueError: no request.
+            ValueError: no request, or queries as in ``build``.
         """
         if not lengths:
             raise ValueError("a compaction batch needs at least one request")
-        columns = [list(lengths), [0] * len(lengths), list(query_rows)]
-        on_device, zeros, rows = _send(columns, source_pages.device)
+        _check_queries(queries)
+        columns = [list(lengths), [0] * len(lengths), *map(list, zip(*queries, strict=True))]
+        on_device, zeros, rows, ends, counts = _send(columns, source_pages.device)
         return cls(
             lengths=list(lengths),
             keeps=list(lengths),
@@ -161,6 +190,8 @@ class CompactionBatch:
             protects_on_device=zeros,
             staged_on_device=zeros,
             query_rows=rows,
+            query_ends=ends,
+            query_counts=counts,
             source_pages=source_pages,
             target_pages=source_pages,
         )
@@ -198,6 +229,11 @@ def _overwrites(source: list[int], target: list[int], order: Order) -> bool:
         return False
     position = {page: index for index, page in enumerate(source)}
     return any(position.get(page, -1) > index for index, page in enumerate(target))
+
+
+def _check_queries(queries: Sequence[QueryWindow]) -> None:
+    if any(row < 0 or not 1 <= num <= end for row, end, num in queries):
+        raise ValueError("query rows must not be negative, and queries not lie before position 0")
 
 
 def _check_owners(sources: list[list[int]], targets: list[list[int]]) -> None:

@@ -25,8 +25,10 @@ _WARPS = 2
 @triton.jit
 def load_queries(
     queries,
-    stride_window,
+    stride_query,
     stride_head,
+    end,  # one more than the position of the newest
+    RING: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -34,12 +36,15 @@ def load_queries(
     HEAD_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """[WINDOW_PAD * GROUP_PAD, BLOCK_D], group innermost; padding repeats a row, which no maximum notices."""
+    """[WINDOW_PAD * GROUP_PAD, BLOCK_D], the newest token first, its group of query heads innermost.
+
+    Padding repeats a row, which no maximum notices.
+    """
     index = tl.arange(0, WINDOW_PAD * GROUP_PAD)
-    row = tl.minimum(index // GROUP_PAD, WINDOW - 1)
+    row = (end + RING - 1 - tl.minimum(index // GROUP_PAD, WINDOW - 1)) % RING
     head = tl.minimum(index % GROUP_PAD, GROUP - 1)
     d = tl.arange(0, BLOCK_D)
-    offsets = row * stride_window + head * stride_head
+    offsets = row * stride_query + head * stride_head
     return tl.load(queries + offsets[:, None] + d[None, :], mask=(d < HEAD_SIZE)[None, :], other=0.0)
 
 
@@ -59,12 +64,13 @@ def _survey_kernel(
     stride_page,
     stride_kv_head,
     stride_slot,
-    queries,  # [L, rows, WINDOW, Hq, D]
+    queries,  # [L, rows, RING, Hq, D]
     stride_layer,
-    stride_ring,
-    stride_window,
+    stride_row,
+    stride_query,
     stride_head,
     query_rows,  # [R]
+    query_ends,  # [R]
     source_pages,  # [R, pages]
     stride_pages,
     lengths,  # [R]
@@ -80,6 +86,7 @@ def _survey_kernel(
     capacity,
     stat_blocks,
     HEADS: tl.constexpr,
+    RING: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -112,10 +119,21 @@ def _survey_kernel(
     tl.store(inverse_norms + table + slots, inverse, mask=inside)
     tl.store(links + table + slots, tl.zeros((BLOCK,), tl.int64), mask=inside)
 
-    ring_row = tl.load(query_rows + request).to(tl.int64)
-    queries += layer.to(tl.int64) * stride_layer + ring_row * stride_ring + head * GROUP * stride_head
+    row_of_ring = tl.load(query_rows + request).to(tl.int64)
+    queries += layer.to(tl.int64) * stride_layer + row_of_ring * stride_row + head * GROUP * stride_head
+    end = tl.load(query_ends + request)
     window = load_queries(
-        queries, stride_window, stride_head, GROUP, GROUP_PAD, WINDOW, WINDOW_PAD, HEAD_SIZE, BLOCK_D
+        queries,
+        stride_query,
+        stride_head,
+        end,
+        RING,
+        GROUP,
+        GROUP_PAD,
+        WINDOW,
+        WINDOW_PAD,
+        HEAD_SIZE,
+        BLOCK_D,
     )
     logits = window_logits(window, keys, scale, GROUP_PAD, WINDOW_PAD, BLOCK)  # [WINDOW_PAD, BLOCK]
     logits = tl.where((slots < length - WINDOW)[None, :], logits, NO_LOGIT)
@@ -164,16 +182,18 @@ def _merge_kernel(
     tl.store(totals + row, total, mask=row < WINDOW)
 
 
-def query_constants(queries: torch.Tensor, heads: int) -> dict[str, int]:
+def query_constants(queries: torch.Tensor, heads: int, window: int) -> dict[str, int]:
     """Shapes of the window's queries, padded to what ``tl.dot`` takes: at least 16 rows.
 
     Args:
-        queries: [L, rows, window, Hq, D].
+        queries: [L, rows, ring, Hq, D].
         heads: KV heads a layer.
+        window: newest queries that are looked at.
     """
-    window, group = queries.shape[2], queries.shape[3] // heads
+    group = queries.shape[3] // heads
     window_pad = triton.next_power_of_2(window)
     return {
+        "RING": queries.shape[2],
         "GROUP": group,
         "GROUP_PAD": max(triton.next_power_of_2(group), 16 // window_pad),
         "WINDOW": window,
@@ -181,16 +201,17 @@ def query_constants(queries: torch.Tensor, heads: int) -> dict[str, int]:
     }
 
 
-def window_statistics(work: WorkSlice, queries: torch.Tensor, *, scale: float) -> None:
+def window_statistics(work: WorkSlice, queries: torch.Tensor, *, window: int, scale: float) -> None:
     """Fill ``inverse_norms``, ``peaks``, ``totals`` and ``directions``; zero ``links``.
 
     Args:
         work: requests and layers, with scratch memory.
-        queries: [L, rows, window, Hq, D], the query ring, in the cache's dtype.
+        queries: [L, rows, ring, Hq, D], the query ring, in the cache's dtype.
+        window: newest tokens, whose queries are looked at.
         scale: factor on the logits.
     """
     kv, batch = work.kv, work.batch
-    constants = query_constants(queries, kv.num_heads)
+    constants = query_constants(queries, kv.num_heads, window)
     block = _BLOCK if kv.dtype.itemsize == 2 and kv.head_size <= 128 else 32
     work.directions.zero_()
     _survey_kernel[work.grid(-(-work.longest // block))](
@@ -198,6 +219,7 @@ def window_statistics(work: WorkSlice, queries: torch.Tensor, *, scale: float) -
         queries,
         *queries.stride()[:4],
         batch.query_rows,
+        batch.query_ends,
         batch.source_pages,
         batch.source_pages.stride(0),
         batch.lengths_on_device,

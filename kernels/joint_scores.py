@@ -1,7 +1,6 @@
-"""Joint scores from window attention and sums of similarities; the mass of each page on request.
+"""Joint scores from window attention and sums of similarities.
 
-Formulas: rkv_spec 1.2 step 6, 1.3 steps 5 and 6, and 1.4; references: ``naive.rkv_scores``,
-``naive.page_scores``.
+Formulas: rkv_spec 1.2 step 6, 1.3 steps 5 and 6, and 1.4; reference: ``naive.rkv_scores``.
 """
 
 # Triton reads its kernels' arguments without types.
@@ -15,20 +14,7 @@ import triton.language as tl
 
 from .work_slice import LINK_SCALE, WorkSlice, locate
 
-MASS_SCALE = 1 << 40
-"""Page masses are summed as 64-bit integers in units of 2^-40, so that their order does not matter."""
-
 _BLOCK = 1024  # tokens a step
-_MASS_SCALE = tl.constexpr(MASS_SCALE)
-
-
-@triton.jit
-def _mass(masses, values, slots, candidates, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Add per-token values to their pages' masses, 16 tokens (a divisor of every page size) at a time."""
-    values = tl.where(slots < candidates, values, 0.0)
-    grouped = tl.sum(tl.reshape((values * _MASS_SCALE).to(tl.int64), (BLOCK // 16, 16)), axis=1)
-    first = tl.min(slots, axis=0) + 16 * tl.arange(0, BLOCK // 16)
-    tl.atomic_add(masses + 2 * (first // PAGE_SIZE), grouped, mask=first < candidates, sem="relaxed")
 
 
 @triton.jit(
@@ -39,7 +25,6 @@ def _mass(masses, values, slots, candidates, PAGE_SIZE: tl.constexpr, BLOCK: tl.
         "stride_score_layer",
         "stride_score_request",
         "stride_score_head",
-        "stride_masses",
     ],
     do_not_specialize_on_alignment=["scores"],
 )
@@ -52,8 +37,6 @@ def _combine_kernel(
     stride_score_layer,
     stride_score_request,
     stride_score_head,
-    masses,  # [R, pages, 2]
-    stride_masses,
     first_layer,
     first_request,
     requests,
@@ -61,8 +44,6 @@ def _combine_kernel(
     HEADS: tl.constexpr,
     WINDOW: tl.constexpr,
     POOL: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    MASSES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     _, request, local_request, head, owner = locate(first_layer, first_request, requests, HEADS)
@@ -70,7 +51,6 @@ def _combine_kernel(
     links += owner * capacity
     scores += tl.program_id(2).to(tl.int64) * stride_score_layer
     scores += local_request.to(tl.int64) * stride_score_request + head.to(tl.int64) * stride_score_head
-    masses += request * stride_masses
     length = tl.load(lengths + request)
     candidates = length - WINDOW
     important = tl.load(lam + request)
@@ -99,9 +79,6 @@ def _combine_kernel(
             redundant = tl.exp(mean) / total
         joint = important * pooled - (1.0 - important) * redundant
         tl.store(scores + slots, joint, mask=slots < candidates)
-        if MASSES:
-            _mass(masses, pooled, slots, candidates, PAGE_SIZE, BLOCK)
-            _mass(masses + 1, redundant, slots, candidates, PAGE_SIZE, BLOCK)
 
 
 def combine(
@@ -111,7 +88,6 @@ def combine(
     *,
     window: int,
     pool_kernel: int,
-    masses: torch.Tensor | None = None,
 ) -> None:
     """Joint score of each candidate, from ``work.attention`` and ``work.links``.
 
@@ -122,8 +98,6 @@ def combine(
             candidates.
         window: number of newest keys that are no candidates.
         pool_kernel: odd width, in tokens, of the max-pooling of importance.
-        masses: int64 [R, pages, 2], to which importance and redundancy (0 at a ``lam`` of 1) of every
-            candidate are added, in units of 1 / MASS_SCALE.
     """
     kv, batch = work.kv, work.batch
     _combine_kernel[work.grid()](
@@ -133,14 +107,10 @@ def combine(
         work.links,
         scores,
         *scores.stride()[:3],
-        work.links if masses is None else masses,
-        0 if masses is None else masses.stride(0),
         *work.slice_args(),
         HEADS=kv.num_heads,
         WINDOW=window,
         POOL=pool_kernel,
-        PAGE_SIZE=kv.page_size,
-        MASSES=masses is not None,
         BLOCK=_BLOCK,
         num_warps=4,
     )

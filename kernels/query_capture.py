@@ -1,4 +1,4 @@
-"""The query ring's write: one small launch a layer, inside the captured graph."""
+"""The query ring: its write, one small launch a layer inside the captured graph; what its readers check."""
 
 # mypy: allow-untyped-defs, allow-untyped-calls
 
@@ -7,6 +7,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
+from .cache_layout import PagedKV
 
 
 @triton.jit
@@ -29,8 +31,8 @@ def capture(queries: torch.Tensor, ring_indices: torch.Tensor, ring: torch.Tenso
     Args:
         queries: [tokens, Hq, D], the last two dimensions contiguous.
         ring_indices: int32 [>= tokens], where each token's query goes, or -1.
-        ring: [rows, window, Hq, D], contiguous, in the queries' dtype; index ``p`` is ``[p // window, p %
-            window]``.
+        ring: [rows, size, Hq, D], contiguous, in the queries' dtype; index ``p`` is
+            ``[p // size, p % size]``.
     """
     width = queries.shape[1] * queries.shape[2]
     _record_kernel[(queries.shape[0],)](
@@ -41,3 +43,23 @@ def capture(queries: torch.Tensor, ring_indices: torch.Tensor, ring: torch.Tenso
         WIDTH=width,
         BLOCK=triton.next_power_of_2(width),
     )
+
+
+def check_queries(queries: torch.Tensor, kv: PagedKV, *, at_least: int) -> None:
+    """Raises: ValueError unless a ring fits the cache.
+
+    Args:
+        queries: [L, rows, ring, Hq, D].
+        kv: the cache.
+        at_least: tokens whose queries the ring has to hold.
+    """
+    expected = (kv.num_layers, kv.head_size)
+    if queries.dim() != 5 or (queries.shape[0], queries.shape[4]) != expected or queries.shape[2] < at_least:
+        raise ValueError(
+            f"a query ring of shape {tuple(queries.shape)} does not fit {kv.num_layers} layers, "
+            f"{at_least} tokens and head size {kv.head_size}"
+        )
+    if queries.shape[3] % kv.num_heads or not 1 <= queries.shape[3] // kv.num_heads <= 16:
+        raise ValueError(f"{queries.shape[3]} query heads do not fit {kv.num_heads} KV heads")
+    if queries.dtype != kv.dtype or queries.device != kv.device or queries.stride(4) != 1:
+        raise ValueError(f"the query ring must be contiguous {kv.dtype} on {kv.device}")

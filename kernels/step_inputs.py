@@ -24,7 +24,7 @@ def _physical_kernel(
     num_requests,
     max_requests,
     max_tokens,
-    WINDOW: tl.constexpr,
+    RING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     request = tl.program_id(0)
@@ -50,8 +50,8 @@ def _physical_kernel(
         inside = offset < count
         position = logical - count + offset
         tl.store(physical_positions_ptr + first + offset, (position - evicted).to(tl.int64), mask=inside)
-        captured = (row >= 0) & (position >= logical - WINDOW)
-        index = tl.where(captured, row * WINDOW + position % WINDOW, -1)
+        captured = (row >= 0) & (position >= logical - RING)
+        index = tl.where(captured, row * RING + position % RING, -1)
         tl.store(ring_indices_ptr + first + offset, index, mask=inside)
 
 
@@ -65,7 +65,7 @@ def prepare_physical(
     physical_seq_lens: torch.Tensor,
     physical_positions: torch.Tensor,
     ring_indices: torch.Tensor,
-    window: int,
+    ring_size: int,
 ) -> None:
     """Fill the buffers that attention and the query ring read in the coming forward pass.
 
@@ -79,8 +79,9 @@ def prepare_physical(
         physical_positions: int64 [max tokens], written up to the batch's last token: slot of each token
             within its request.
         ring_indices: int32 [max tokens], written: index in the ring of each of a captured request's newest
-            ``window`` tokens, ``row * window + position % window``; -1 for all others and behind the batch.
-        window: tokens that a row of the ring holds.
+            ``ring_size`` tokens, ``row * ring_size + position % ring_size``; -1 for all others and behind the
+            batch.
+        ring_size: queries that a row of the ring holds.
     """
     num_requests = request_slots.shape[0]
     _physical_kernel[(num_requests + 1,)](
@@ -95,6 +96,6 @@ def prepare_physical(
         num_requests,
         physical_seq_lens.shape[0],
         ring_indices.shape[0],
-        WINDOW=window,
+        RING=ring_size,
         BLOCK=_BLOCK,
     )

@@ -29,12 +29,13 @@ def _sums_kernel(
     stride_page,
     stride_kv_head,
     stride_slot,
-    queries,  # [L, rows, WINDOW, Hq, D]
+    queries,  # [L, rows, RING, Hq, D]
     stride_layer,
-    stride_ring,
-    stride_window,
+    stride_row,
+    stride_query,
     stride_head,
     query_rows,  # [R]
+    query_ends,  # [R]
     source_pages,  # [R, pages]
     stride_pages,
     lengths,  # [R]
@@ -53,6 +54,7 @@ def _sums_kernel(
     capacity,
     blocks,
     HEADS: tl.constexpr,
+    RING: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -80,10 +82,21 @@ def _sums_kernel(
     # What lies behind the length goes nowhere.
     keys = load_rows(kv, row_offsets, HEAD_SIZE, BLOCK_D)  # [BLOCK, BLOCK_D]
 
-    ring_row = tl.load(query_rows + request).to(tl.int64)
-    queries += layer.to(tl.int64) * stride_layer + ring_row * stride_ring + head * GROUP * stride_head
+    row_of_ring = tl.load(query_rows + request).to(tl.int64)
+    queries += layer.to(tl.int64) * stride_layer + row_of_ring * stride_row + head * GROUP * stride_head
+    end = tl.load(query_ends + request)
     window = load_queries(
-        queries, stride_window, stride_head, GROUP, GROUP_PAD, WINDOW, WINDOW_PAD, HEAD_SIZE, BLOCK_D
+        queries,
+        stride_query,
+        stride_head,
+        end,
+        RING,
+        GROUP,
+        GROUP_PAD,
+        WINDOW,
+        WINDOW_PAD,
+        HEAD_SIZE,
+        BLOCK_D,
     )
     logits = window_logits(window, keys, scale, GROUP_PAD, WINDOW_PAD, BLOCK)  # [WINDOW_PAD, BLOCK]
     row = tl.arange(0, WINDOW_PAD)
@@ -117,14 +130,15 @@ def _sums_kernel(
 
 
 def attention_and_link_sums(
-    work: WorkSlice, queries: torch.Tensor, lam: torch.Tensor, *, scale: float
+    work: WorkSlice, queries: torch.Tensor, lam: torch.Tensor, *, window: int, scale: float
 ) -> None:
     """Write ``attention`` in place of ``newest_match``, and the sums without cut links to ``links``.
 
     Args:
         work: requests and layers, after ``newest_matches``.
-        queries: [L, rows, window, Hq, D], the query ring, in the cache's dtype.
+        queries: [L, rows, ring, Hq, D], the query ring, in the cache's dtype.
         lam: float32 [R], weight of importance of each request of the batch.
+        window: newest tokens, whose queries are looked at.
         scale: factor on the logits.
     """
     kv, batch = work.kv, work.batch
@@ -133,6 +147,7 @@ def attention_and_link_sums(
         queries,
         *queries.stride()[:4],
         batch.query_rows,
+        batch.query_ends,
         batch.source_pages,
         batch.source_pages.stride(0),
         batch.lengths_on_device,
@@ -148,7 +163,7 @@ def attention_and_link_sums(
         *work.slice_args(),
         work.blocks,
         **work.shape_constants(),
-        **query_constants(queries, kv.num_heads),
+        **query_constants(queries, kv.num_heads, window),
         BLOCK=_BLOCK,
         STEP=min(triton.next_power_of_2(kv.head_size), _STEP),
         num_warps=_WARPS if kv.dtype.itemsize == 2 and kv.head_size <= 128 else 8,

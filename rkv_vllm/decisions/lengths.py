@@ -43,8 +43,8 @@ class RequestLengths:
 
     @property
     def capture_from(self) -> int:
-        """Position of the first token whose query the next compaction looks at."""
-        return max(self.next_due - WINDOW, 0)
+        """Position of the first token whose query the next compaction looks at; at most the last token's."""
+        return self.next_due - max(self.settings.num_queries, 1)
 
     @property
     def unconstrained_until(self) -> int:
@@ -116,8 +116,8 @@ class PageLengths(RequestLengths):
     @property
     def due_slots(self) -> int:
         # With a small buffer the threshold may come before there is a page to drop, or a round so soon after
-        # the last one that its window holds tokens whose queries went into a row that was given back.
-        return max(self.settings.threshold, self.kept_slots + WINDOW)
+        # the last one that it looks at queries that went into a row which was given back.
+        return max(self.settings.threshold, self.kept_slots + max(WINDOW, self.settings.num_queries))
 
     def is_due(self, logical: int) -> bool:
         return not self.leaving and logical >= self.next_due

@@ -51,7 +51,8 @@ class Compaction:
         evicted: tokens evicted from the request so far, this round included (absolute, so that running a
             compaction's bookkeeping twice does no harm).
         policy: what scores the tokens.
-        query_row: row of the query ring that holds its last queries, or `NO_QUERY_ROW`.
+        query_row: row of the query ring that holds its newest queries, or `NO_QUERY_ROW`.
+        num_queries: how many of them the policy looks at.
         protect: its first tokens that stay whatever their scores.
     """
 
@@ -61,6 +62,7 @@ class Compaction:
     evicted: int
     policy: PolicyName
     query_row: int
+    num_queries: int = 0
     protect: int = 0
 
     @property
@@ -119,8 +121,8 @@ class CompactionPlan:
     Attributes:
         rounds: to run before the forward pass; all `TokenCompaction`s or all `PageCompaction`s, by the
             server's granularity.
-        captures: request -> its row of the query ring, where the queries of its last `WINDOW` tokens of
-            the step are written during the forward pass.
+        captures: request -> its row of the query ring, where the queries of its newest tokens of the step,
+            as many as a row holds, are written during the forward pass.
     """
 
     rounds: list[Compaction] = field(default_factory=list)

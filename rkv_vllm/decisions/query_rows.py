@@ -3,11 +3,11 @@
 A row holds the last queries of one request in every layer. Requests need one only in the few steps before a
 compaction, so that rows are lent then and taken back when the compaction ran.
 
-With a buffer as small as the window a request needs a row in every step, and more such requests than rows
-would leave none for others. So whoever finds none gets in line, and a row goes to the request that has been
-in line longest. A row is out for `WINDOW` steps of its holder and the step of its round. Of N running
-requests that share R rows none therefore waits for more than ceil(N / R) * (WINDOW + 1) steps in which the
-others decode: 81 steps for 1,024 requests.
+With a buffer as small as the number of queries a request needs a row in every step, and more such requests
+than rows would leave none for others. So whoever finds none gets in line, and a row goes to the request that
+has been in line longest. A row is out for as many steps of its holder as its policy looks at queries, and the
+step of its round. Of N running requests that share R rows none therefore waits for more than
+ceil(N / R) * (queries + 1) steps in which the others decode: 81 steps for 1,024 requests of policy `rkv`.
 """
 
 from __future__ import annotations

@@ -9,17 +9,17 @@ import torch
 from vllm.model_executor.layers.attention import Attention
 
 from rkv_vllm.host.retype import override
-from rkv_vllm.settings.config import WINDOW
+from rkv_vllm.settings.policy_table import RING_SIZE
 
 
 class QueryRing:
-    """One ring of `WINDOW` queries per layer and row; the scheduler lends rows to requests.
+    """One ring of `RING_SIZE` queries per layer and row; the scheduler lends rows to requests.
 
-    A token at logical position p is written at index p mod `WINDOW` of its ring: a row whose request computed
-    at least `WINDOW` tokens since it was lent holds exactly the newest ones.
+    A token at logical position p is written at index p mod `RING_SIZE` of its ring: of the tokens that a
+    request computed since its row was lent, the newest `RING_SIZE` are there.
 
     Attributes:
-        queries: [layers, rows, WINDOW, query heads, head size] in the model's dtype.
+        queries: [layers, rows, RING_SIZE, query heads, head size] in the model's dtype.
         ranks_per_kv_head: ranks that hold the same KV head, and other query heads of its group.
     """
 
@@ -29,7 +29,7 @@ class QueryRing:
         self.ranks_per_kv_head = ranks_per_kv_head
         first = layers[0]
         self.queries = torch.zeros(
-            (len(layers), num_rows, WINDOW, first.num_heads, first.head_size),
+            (len(layers), num_rows, RING_SIZE, first.num_heads, first.head_size),
             dtype=first.dtype,
             device=device,
         )

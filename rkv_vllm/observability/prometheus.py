@@ -35,7 +35,8 @@ from rkv_vllm.decisions.messages import take_tally
 from rkv_vllm.decisions.query_rows import num_query_rows
 from rkv_vllm.observability.metric_table import POOL_PAGES, TALLIED, Metric
 from rkv_vllm.observability.tally import read
-from rkv_vllm.settings.config import WINDOW, RkvConfig
+from rkv_vllm.settings.config import RkvConfig
+from rkv_vllm.settings.policy_table import RING_SIZE
 
 COMMON_LABELS = ("model_name", "engine")
 
@@ -96,12 +97,12 @@ class RkvStatLogger(AggregateStatLoggerBase):
 
 
 def query_ring_bytes(vllm_config: VllmConfig) -> int:
-    """Bytes of the ring of queries in each worker: [layers, rows, WINDOW, query heads, head size]."""
+    """Bytes of the ring of queries in each worker: [layers, rows, RING_SIZE, query heads, head size]."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     rows = num_query_rows(vllm_config.scheduler_config.max_num_seqs)
     query = model.get_num_attention_heads(parallel) * model.get_head_size()
     element = torch.empty(0, dtype=model.dtype).element_size()
-    return model.get_num_layers(parallel) * rows * WINDOW * query * element
+    return model.get_num_layers(parallel) * rows * RING_SIZE * query * element
 
 
 def _build_labels(config: RkvConfig) -> tuple[str, ...]:

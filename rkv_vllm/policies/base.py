@@ -34,8 +34,8 @@ class ScoreInputs:
     Attributes:
         keys: [H, N, D], the cached keys after rotary embedding, survivors of an earlier round in the server's
             order and then all later ones in temporal order.
-        queries: [Hq, WINDOW, D], the newest tokens' queries after rotary embedding, in any order; None where
-            the policy needs none.
+        queries: [Hq, n, D], the newest tokens' queries after rotary embedding, in any order: as many as the
+            policy looks at, or the buffer is long; None where it looks at none.
         scale: factor on the model's attention logits.
         layer: index of the layer.
         logical_length: tokens of the request so far.
@@ -68,12 +68,11 @@ class Policy(Protocol):
     """Scores the candidates: all cached tokens but the newest `WINDOW`, which are always kept."""
 
     @classmethod
-    def from_config(cls, config: RkvConfig, kernel_weight: float | None) -> Self:
+    def from_config(cls, config: RkvConfig, weight: float | None) -> Self:
         """
         Args:
             config: the server's settings.
-            kernel_weight: weight of importance with which the kernels score the policy on GPUs; None: they
-                do not.
+            weight: of importance against redundancy; None: the policy does not weigh them.
         """
 
     def scores(self, inputs: ScoreInputs) -> torch.Tensor:

@@ -14,7 +14,7 @@ class KeyDiff:
     """Keeps the keys that point away from the mean direction of all keys."""
 
     @classmethod
-    def from_config(cls, config: RkvConfig, kernel_weight: float | None) -> Self:
+    def from_config(cls, config: RkvConfig, weight: float | None) -> Self:
         return cls()
 
     def scores(self, inputs: ScoreInputs) -> torch.Tensor:

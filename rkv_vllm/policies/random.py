@@ -14,7 +14,7 @@ class Random:
     """Draws by layer and length of the request, so that a replayed compaction chooses the same tokens."""
 
     @classmethod
-    def from_config(cls, config: RkvConfig, kernel_weight: float | None) -> Self:
+    def from_config(cls, config: RkvConfig, weight: float | None) -> Self:
         return cls()
 
     def scores(self, inputs: ScoreInputs) -> torch.Tensor:

@@ -25,7 +25,7 @@ class Recency:
     order: Order = "temporal"
 
     @classmethod
-    def from_config(cls, config: RkvConfig, kernel_weight: float | None) -> Self:
+    def from_config(cls, config: RkvConfig, weight: float | None) -> Self:
         return cls(config.order)
 
     def scores(self, inputs: ScoreInputs) -> torch.Tensor:

@@ -23,9 +23,9 @@ class Rkv:
     mix_lambda: float
 
     @classmethod
-    def from_config(cls, config: RkvConfig, kernel_weight: float | None) -> Self:
-        assert kernel_weight is not None, "the kernels score this policy"
-        return cls(kernel_weight)
+    def from_config(cls, config: RkvConfig, weight: float | None) -> Self:
+        assert weight is not None, "the policy weighs importance against redundancy"
+        return cls(weight)
 
     def scores(self, inputs: ScoreInputs) -> torch.Tensor:
         """Returns: float32 [H, N - WINDOW] (rkv_spec 1.4).

@@ -136,7 +136,7 @@ class RoundPlanner:
     ) -> int:
         """How many of `num_new_tokens` the request may compute in this step.
 
-        A chunk ends where the next round is due, and before the window while no query row is free. Up to
+        A chunk ends where the next round is due, and before its queries while no query row is free. Up to
         `tracked.unconstrained_until` nothing bounds it, and this need not be asked.
         """
         lengths = tracked.lengths
@@ -144,14 +144,14 @@ class RoundPlanner:
         num_new_tokens = lengths.end_of_chunk(num_computed_tokens, num_new_tokens)
         first = lengths.capture_from
         if (
-            tracked.settings.needs_queries
+            tracked.settings.num_queries
             and num_computed_tokens + num_new_tokens > first
             # One that may not be admitted takes what nobody waits for.
             and not self._query_rows.hold(
                 request.request_id, gets_in_line=request.status == RequestStatus.RUNNING
             )
         ):
-            # Without a row it stays before the window, and waits there for one.
+            # Without a row it stays before the first of them, and waits there for one.
             self._tally.deferred("no_query_row")
             num_new_tokens = max(first - num_computed_tokens, 0)
         if num_computed_tokens + num_new_tokens >= lengths.next_due:
@@ -182,11 +182,12 @@ class RoundPlanner:
         request_id, logical, lengths = request.request_id, request.num_computed_tokens, tracked.lengths
         tracked.update_peak_pages(self._manager.num_pages(request_id))
         length = lengths.physical(logical)
-        query_row = self._query_rows.row_of(request_id) if tracked.settings.needs_queries else NO_QUERY_ROW
+        num_queries = tracked.settings.num_queries
+        query_row = self._query_rows.row_of(request_id) if num_queries else NO_QUERY_ROW
         self._query_rows.release(request_id)
         lengths.compact(logical)
-        # The row was given back: the next round's window must lie behind this length as a whole.
-        assert lengths.capture_from >= logical, f"{request_id}: two rounds share queries of one window"
+        # The row was given back: the next round's queries must all lie behind this length.
+        assert lengths.capture_from >= logical, f"{request_id}: two rounds look at the same queries"
         counts = Compaction(
             request_id=request_id,
             length=length,
@@ -194,6 +195,7 @@ class RoundPlanner:
             evicted=lengths.evicted,
             policy=tracked.settings.policy,
             query_row=query_row,
+            num_queries=num_queries,
             protect=tracked.settings.protect,
         )
         return self._page_changes.begin(counts, reserved)

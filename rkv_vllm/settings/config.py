@@ -18,10 +18,10 @@ from pydantic import (
 
 from rkv_vllm.kernels.options import Order, Scope
 from rkv_vllm.settings.error_text import one_line, shown, shown_name
-from rkv_vllm.settings.policy_table import POLICY_NAMES, QUERY_POLICIES, PolicyName
+from rkv_vllm.settings.policy_table import NUM_QUERIES, POLICY_NAMES, PolicyName
 from rkv_vllm.settings.request_size import RequestSize, is_share
 
-#: Newest tokens whose queries give importance; they are always kept (the paper's alpha).
+#: Newest tokens, which are always kept; their queries give R-KV's importance (the paper's alpha).
 WINDOW = 8
 #: Width of the max-pool over candidates' importance.
 POOL_KERNEL = 7
@@ -97,9 +97,9 @@ class CompactionSettings:
         return self.budget + self.buffer
 
     @property
-    def needs_queries(self) -> bool:
-        """Whether the policy looks at the queries of the last `WINDOW` tokens."""
-        return self.policy in QUERY_POLICIES
+    def num_queries(self) -> int:
+        """Newest tokens whose queries a compaction looks at: no two look at the same, whatever the buffer."""
+        return min(NUM_QUERIES[self.policy], self.buffer)
 
 
 def extra_args(settings: CompactionSettings | None) -> dict[str, int | str]:

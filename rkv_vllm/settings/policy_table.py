@@ -7,6 +7,8 @@ from typing import Literal
 
 #: The names below, for annotations; a test holds them equal.
 PolicyName = Literal["rkv", "snapkv", "keydiff", "recency", "random"]
+#: Names of sets of Triton kernels that score.
+Kernel = Literal["rkv"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,22 +16,24 @@ class PolicySpec:
     """One policy.
 
     What scores are made of is `ScoreInputs` in `policies/base.py`. A policy that needs more than keys and
-    queries (values, positions, or another number of queries) brings a field here that says so.
+    queries (values, say, or positions) brings a field here that says so.
 
     Attributes:
         name: what users write.
         class_path: module and class that score, as `module:Class`.
-        needs_queries: whether it looks at the queries of the last `WINDOW` tokens.
-        kernel_weight: weight of importance against redundancy with which the Triton kernels score it, or the
-            field of `RkvConfig` that has it; None: they do not, and its class scores on GPUs too.
+        num_queries: tokens, the newest ones, whose queries it looks at; 0: none.
+        kernel: the Triton kernels that score it on GPUs; None: its class does there too.
+        weight: of importance against redundancy, 0 to 1, or the field of `RkvConfig` that has it; None: the
+            policy does not weigh them.
         keeps: the tokens that it keeps, in some words.
         paper: arXiv number of where it comes from.
     """
 
     name: PolicyName
     class_path: str
-    needs_queries: bool
-    kernel_weight: float | Literal["mix_lambda"] | None
+    num_queries: int
+    kernel: Kernel | None
+    weight: float | Literal["mix_lambda"] | None
     keeps: str
     paper: str | None
 
@@ -38,48 +42,57 @@ POLICIES: tuple[PolicySpec, ...] = (
     PolicySpec(
         name="rkv",
         class_path="rkv_vllm.policies.rkv:Rkv",
-        needs_queries=True,
-        kernel_weight="mix_lambda",
+        num_queries=8,
+        kernel="rkv",
+        weight="mix_lambda",
         keeps="important and not redundant ones",
         paper="2505.24133",
     ),
     PolicySpec(
         name="snapkv",
         class_path="rkv_vllm.policies.rkv:Rkv",
-        needs_queries=True,
-        kernel_weight=1.0,
+        num_queries=8,
+        kernel="rkv",
+        weight=1.0,
         keeps="those that the newest tokens attend to",
         paper="2404.14469",
     ),
     PolicySpec(
         name="keydiff",
         class_path="rkv_vllm.policies.keydiff:KeyDiff",
-        needs_queries=False,
-        kernel_weight=None,
+        num_queries=0,
+        kernel=None,
+        weight=None,
         keeps="those whose keys differ from the mean key",
         paper="2504.15364",
     ),
     PolicySpec(
         name="recency",
         class_path="rkv_vllm.policies.recency:Recency",
-        needs_queries=False,
-        kernel_weight=None,
+        num_queries=0,
+        kernel=None,
+        weight=None,
         keeps="the first four and the newest",
         paper="2309.17453",
     ),
     PolicySpec(
         name="random",
         class_path="rkv_vllm.policies.random:Random",
-        needs_queries=False,
-        kernel_weight=None,
+        num_queries=0,
+        kernel=None,
+        weight=None,
         keeps="any, to compare with",
         paper=None,
     ),
 )
 
 POLICY_NAMES: tuple[PolicyName, ...] = tuple(policy.name for policy in POLICIES)
-#: Policies that look at the queries of the last tokens.
-QUERY_POLICIES: frozenset[PolicyName] = frozenset(p.name for p in POLICIES if p.needs_queries)
+#: The kernels that score each policy on GPUs; the policies that none do are not in it.
+KERNELS: dict[PolicyName, Kernel] = {p.name: p.kernel for p in POLICIES if p.kernel is not None}
+#: Newest tokens whose queries each policy looks at.
+NUM_QUERIES: dict[PolicyName, int] = {policy.name: policy.num_queries for policy in POLICIES}
+#: Queries of a request that workers keep: as many as any policy looks at.
+RING_SIZE = max(NUM_QUERIES.values())
 
 
 def markdown_table() -> str:

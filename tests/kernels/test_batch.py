@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rkv_vllm.kernels.batch import CompactionBatch
+from rkv_vllm.kernels.batch import CompactionBatch, QueryWindow
 
 
 def build(**changes: object) -> CompactionBatch:
@@ -14,9 +14,9 @@ def build(**changes: object) -> CompactionBatch:
         "keeps": [20, 16],
         "source_pages": [[5, 6, 7, 99], [1, 2]],
         "target_pages": [[5, 6], [1]],
-        "query_rows": [3, 0],
         "page_size": 16,
         "device": "cpu",
+        "queries": [QueryWindow(3, 41, 8), QueryWindow(0, 20, 20)],
     }
     return CompactionBatch.build(**{**arguments, **changes})  # type: ignore[arg-type]
 
@@ -29,6 +29,8 @@ def test_batch_reaches_the_device_as_given() -> None:
     assert batch.source_pages.tolist() == [[5, 6, 7], [1, 2, 0]]
     assert batch.target_pages.tolist() == [[5, 6], [1, 0]]
     assert batch.query_rows.tolist() == [3, 0]
+    assert batch.query_ends.tolist() == [41, 20]
+    assert batch.query_counts.tolist() == [8, 20]
     assert batch.protects_on_device.tolist() == batch.protects == [0, 0]
     assert build(protects=[4, 16]).protects_on_device.tolist() == [4, 16]
     assert batch.highest_page == 7 and batch.num_requests == 2
@@ -65,8 +67,11 @@ def test_in_the_order_of_scores_every_own_page_is_dangerous(target: list[int], s
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lengths": [], "keeps": [], "source_pages": [], "target_pages": [], "query_rows": []}, "at least"),
-        ({"query_rows": [1]}, "same number"),
+        ({"lengths": [], "keeps": [], "source_pages": [], "target_pages": [], "queries": []}, "at least"),
+        ({"queries": [QueryWindow(1, 9, 8)]}, "same number"),
+        ({"queries": [QueryWindow(-1, 9, 8), QueryWindow(0, 9, 8)]}, "query rows"),
+        ({"queries": [QueryWindow(1, 9, 8), QueryWindow(0, 9, 10)]}, "before position 0"),
+        ({"queries": [QueryWindow(1, 9, 8), QueryWindow(0, 9, 0)]}, "before position 0"),
         ({"keeps": [41, 16]}, "cannot keep 41 of 40"),
         ({"keeps": [0, 16]}, "cannot keep 0"),
         ({"source_pages": [[5, 6], [1, 2]]}, "3 source"),

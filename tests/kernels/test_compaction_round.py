@@ -8,8 +8,10 @@ from support.paged_cache import DEVICE, GPU, WINDOW, PagedCache
 
 from rkv_vllm.kernels import naive
 from rkv_vllm.kernels.batch import CompactionBatch
-from rkv_vllm.kernels.compaction_round import RkvRound
+from rkv_vllm.kernels.compaction_round import CompactionRound
 from rkv_vllm.kernels.options import Order, Scope
+from rkv_vllm.kernels.rkv_scorer import RkvScorer
+from rkv_vllm.kernels.scorer import GivenScores
 from rkv_vllm.kernels.shared_scores import add_layers, share_in_layer
 
 THRESHOLD = 0.5
@@ -31,21 +33,29 @@ class Cache(PagedCache):
             keeps=keeps,
             source_pages=self.source,
             target_pages=self.source if targets is None else targets,
-            query_rows=self.rows,
             page_size=self.kv.page_size,
             device=self.device,
+            queries=self.query_windows(),
             order=order,
             protects=protects,
         )
 
-    def round(self, **settings: object) -> RkvRound:
-        return RkvRound(self.kv, window=WINDOW, threshold=THRESHOLD, pool_kernel=POOL, **settings)  # type: ignore
+    def round(self, **settings: object) -> CompactionRound:
+        return CompactionRound(self.kv, window=WINDOW, **settings)  # type: ignore
+
+    def scorer(self, lam: list[float]) -> RkvScorer:
+        return RkvScorer(
+            self.queries,
+            torch.tensor(lam, device=DEVICE),
+            scale=self.kv.head_size**-0.5,
+            threshold=THRESHOLD,
+            pool_kernel=POOL,
+        )
 
     def score(self, lam: list[float], **settings: object) -> torch.Tensor:
         shape = (self.kv.num_layers, len(self.lengths), self.kv.num_heads, max(self.lengths))
         scores = torch.full(shape, float("nan"), device=DEVICE)
-        weights = torch.tensor(lam, device=DEVICE)
-        self.round(**settings).score(self.queries, self.batch(self.lengths), weights, scores)
+        self.round(**settings).score(self.scorer(lam), self.batch(self.lengths), scores)
         return scores
 
     def run(self, keeps: list[int], lam: list[float], **settings: object) -> None:
@@ -80,17 +90,15 @@ class Cache(PagedCache):
                     piece = moved[:, index * self.kv.page_size : (index + 1) * self.kv.page_size]
                     data[targets[request][index], :, : piece.shape[1]] = piece
         assert all(map(torch.equal, self.layers, before))
-        if lam is None:
-            self.round(scope=scope, **settings).select_and_move(lambda layer: scores[layer], batch)
-        else:
-            self.round(scope=scope, **settings).run(self.queries, batch, torch.tensor(lam, device=DEVICE))
+        scorer = GivenScores(lambda layer: scores[layer]) if lam is None else self.scorer(lam)
+        self.round(scope=scope, **settings).run(scorer, batch)
         for layer, data in zip(self.layers, expected, strict=True):
             assert torch.equal(layer, data)
 
 
 def reference(cache: Cache, layer: int, request: int, lam: float) -> torch.Tensor:
     return naive.rkv_scores(
-        cache.window_queries(layer, request).double(),
+        cache.newest_queries(layer, request).double(),
         cache.keys(layer, request).double(),
         window=WINDOW,
         lam=lam,
@@ -242,7 +250,7 @@ def test_repeated_rounds_give_the_same_bytes() -> None:
     for _ in range(2):
         cache = Cache(lengths, layers=2, heads=2 if GPU else 1, group=2, seed=2)
         keeps = [length // 2 for length in lengths]
-        cache.round().run(cache.queries, cache.batch(keeps), torch.tensor([0.1, 0.1], device=DEVICE))
+        cache.round().run(cache.scorer([0.1, 0.1]), cache.batch(keeps))
         results.append(torch.stack([layer.clone() for layer in cache.layers]))
     assert torch.equal(results[0], results[1])
 
@@ -301,27 +309,17 @@ def test_nothing_but_the_window_is_kept() -> None:
 
 
 def test_page_scores_sum_layers_and_heads() -> None:
-    """Proves page masses equal to the reference's scores summed over slots, heads and layers."""
-    lengths = [1000, 77] if GPU else [75, 20]
+    """Proves page scores equal to the reference's scores summed over slots, heads and layers."""
+    lengths = [3000, 77] if GPU else [75, 20]
     cache = Cache(lengths, layers=2, heads=2, group=2, page_size=48, seed=8)
-    lam = torch.tensor([0.1, 1.0], device=DEVICE)
-    masses = cache.round().page_scores(cache.queries, cache.batch(lengths), lam)
+    lam = [0.1, 1.0]
+    scores = cache.round().page_scores(cache.scorer(lam), cache.batch(lengths))
     for request in range(2):
-        candidates = lengths[request] - WINDOW
-        important, redundant = 0.0, 0.0
-        for layer in range(2):
-            keys = cache.keys(layer, request).double()
-            queries = cache.window_queries(layer, request).double()
-            shares = naive.importance(queries, keys, window=WINDOW, pool_kernel=POOL)
-            important += naive.page_scores(shares, 48)
-            redundant += naive.page_scores(naive.redundancy(keys, threshold=THRESHOLD)[:, :candidates], 48)
-        pages = -(-candidates // 48)
-        torch.testing.assert_close(masses[request, :pages, 0].double(), important, rtol=1e-4, atol=1e-6)
-        if request == 0:
-            torch.testing.assert_close(masses[request, :pages, 1].double(), redundant, rtol=1e-4, atol=1e-6)
-        else:
-            assert not masses[request, :, 1].any()
-        assert not masses[request, pages:].any()
+        pages = -(-(lengths[request] - WINDOW) // 48)
+        by_layer = [reference(cache, layer, request, lam[request]) for layer in range(2)]
+        expected = torch.stack([naive.page_scores(own, 48) for own in by_layer]).sum(0)
+        torch.testing.assert_close(scores[request, :pages].double(), expected, rtol=1e-4, atol=2e-6)
+        assert not scores[request, pages:].any()
 
 
 VARIANTS = [
@@ -428,7 +426,7 @@ def test_warm_up_leaves_the_cache_as_it_is(scope: Scope, order: Order) -> None:
     """Proves that compiling the kernels at start changes no byte of the cache."""
     cache = Cache([30], layers=2, heads=2, group=2)
     before = [layer.clone() for layer in cache.layers]
-    cache.round(scope=scope).warm_up(cache.queries, order)
+    cache.round(scope=scope).warm_up([cache.scorer([0.5])], order)
     assert all(map(torch.equal, cache.layers, before))
 
 
@@ -436,19 +434,24 @@ def test_wrong_calls_are_refused() -> None:
     """Proves that arguments that do not fit are refused before anything is moved."""
     cache = Cache([40], layers=2)
     rounds, lam = cache.round(), torch.ones(1, device=DEVICE)
+    scorer, batch = cache.scorer([1.0]), cache.batch([20])
     with pytest.raises(ValueError, match="fewer than the window"):
-        rounds.run(cache.queries, cache.batch([WINDOW - 1]), lam)
+        rounds.run(scorer, cache.batch([WINDOW - 1]))
     with pytest.raises(ValueError, match="protects more tokens than it keeps"):
-        rounds.run(cache.queries, cache.batch([20], protects=[20 - WINDOW + 1]), lam)
-    with pytest.raises(ValueError, match="do not fit 2 layers"):
-        rounds.run(cache.queries[:1], cache.batch([20]), lam)
+        rounds.run(scorer, cache.batch([20], protects=[20 - WINDOW + 1]))
+    with pytest.raises(ValueError, match="does not fit 2 layers"):
+        rounds.run(RkvScorer(cache.queries[:1], lam, scale=1.0), batch)
+    with pytest.raises(ValueError, match=f"does not fit 2 layers, {WINDOW} tokens"):
+        rounds.run(RkvScorer(cache.queries[:, :, : WINDOW - 1], lam, scale=1.0), batch)
     with pytest.raises(ValueError, match="lam must be"):
-        rounds.run(cache.queries, cache.batch([20]), lam.double())
+        rounds.run(RkvScorer(cache.queries, lam.double(), scale=1.0), batch)
     with pytest.raises(ValueError, match="does not exist"):
-        rounds.run(cache.queries, cache.batch([20], [[cache.num_pages, 0]]), lam)
+        rounds.run(scorer, cache.batch([20], [[cache.num_pages, 0]]))
     with pytest.raises(ValueError, match="scratch memory"):
-        cache.round(scratch_bytes=2048).run(cache.queries, cache.batch([20]), lam)
+        cache.round(scratch_bytes=2048).run(scorer, batch)
     with pytest.raises(ValueError, match="do not fit the batch"):
-        rounds.select_and_move(lambda layer: torch.zeros(1, 1, 10, device=DEVICE), cache.batch([20]))
+        rounds.run(GivenScores(lambda layer: torch.zeros(1, 1, 10, device=DEVICE)), batch)
     with pytest.raises(ValueError, match="threshold"):
-        RkvRound(cache.kv, threshold=1.5)
+        RkvScorer(cache.queries, lam, scale=1.0, threshold=1.5)
+    with pytest.raises(ValueError, match="pool_kernel"):
+        RkvScorer(cache.queries, lam, scale=1.0, pool_kernel=2)

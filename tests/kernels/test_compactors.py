@@ -16,12 +16,14 @@ import torch
 from support.paged_cache import DEVICE, PagedCache
 
 from rkv_vllm.decisions.messages import TokenCompaction
+from rkv_vllm.decisions.query_rows import NO_QUERY_ROW
 from rkv_vllm.execution.cpu.compactor import CpuTokenCompactor
 from rkv_vllm.execution.gpu.compactor import GpuTokenCompactor
 from rkv_vllm.execution.stopwatch import CpuStopwatch
 from rkv_vllm.kernels import naive
 from rkv_vllm.policies import ScoreInputs, make_policies
 from rkv_vllm.settings.config import POLICY_NAMES, Order, PolicyName, RkvConfig, Scope
+from rkv_vllm.settings.policy_table import NUM_QUERIES, RING_SIZE
 
 PAGE, LAYERS, HEADS, GROUP, SIZE = 16, 3, 2, 2, 32
 SCALE = SIZE**-0.5
@@ -56,8 +58,9 @@ class PlainCache:
 class PlainQueries:
     ring: torch.Tensor
 
-    def of(self, layer: int, row: int) -> torch.Tensor:
-        return self.ring[layer, row].transpose(0, 1)
+    def newest(self, layer: int, row: int, end: int, count: int) -> torch.Tensor:
+        places = [position % RING_SIZE for position in range(end - count, end)]
+        return self.ring[layer, row, places].transpose(0, 1)
 
 
 @dataclass
@@ -106,7 +109,8 @@ class Setup:
                 keep=KEEP,
                 evicted=LOGICAL - KEEP,
                 policy=policy,
-                query_row=cache.rows[index] if policy in ("rkv", "snapkv") else -1,
+                query_row=cache.rows[index] if NUM_QUERIES[policy] else NO_QUERY_ROW,
+                num_queries=NUM_QUERIES[policy],
                 source_pages=tuple(cache.source[index]),
                 target_pages=tuple(cache.source[index][: -(-KEEP // PAGE)]),
                 protect=protect,
@@ -135,7 +139,9 @@ class Setup:
     ) -> torch.Tensor:
         inputs = ScoreInputs(
             keys=tokens[..., :SIZE],
-            queries=self.queries[layer, max(compaction.query_row, 0)].transpose(0, 1),
+            queries=PlainQueries(self.queries).newest(
+                layer, max(compaction.query_row, 0), LOGICAL, NUM_QUERIES[policy]
+            ),
             scale=SCALE,
             layer=layer,
             logical_length=LOGICAL,

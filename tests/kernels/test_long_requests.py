@@ -14,8 +14,10 @@ from rkv_vllm.execution.gpu.paged_keys import PagedKeys
 from rkv_vllm.kernels import naive
 from rkv_vllm.kernels.batch import CompactionBatch
 from rkv_vllm.kernels.cache_layout import PagedKV
-from rkv_vllm.kernels.compaction_round import RkvRound
+from rkv_vllm.kernels.compaction_round import CompactionRound
 from rkv_vllm.kernels.move import STAGED_COLUMNS
+from rkv_vllm.kernels.rkv_scorer import RkvScorer
+from rkv_vllm.kernels.scorer import GivenScores
 from rkv_vllm.kernels.scratch import ScratchMemory
 from rkv_vllm.policies import ScoreInputs, make_policies
 from rkv_vllm.settings.config import WINDOW, PolicyName, RkvConfig
@@ -40,7 +42,6 @@ def test_memory_is_taken_for_the_longest_request(heads: int, tokens: int, shares
         keeps=[WINDOW + 1],
         source_pages=[range(-(-tokens // PAGE))],
         target_pages=[[0]],
-        query_rows=[0],
         page_size=PAGE,
         device="cpu",
     )
@@ -67,12 +68,13 @@ def test_the_least_memory_gives_the_same_round() -> None:
             keeps=[20, 100, 24],
             source_pages=cache.source,
             target_pages=cache.source,
-            query_rows=cache.rows,
             page_size=PAGE,
             device=DEVICE,
+            queries=cache.query_windows(),
         )
         lam = torch.tensor([0.1, 1.0, 0.0], device=DEVICE)
-        RkvRound(cache.kv, window=WINDOW, **settings).run(cache.queries, batch, lam)
+        rounds = CompactionRound(cache.kv, window=WINDOW, **settings)
+        rounds.run(RkvScorer(cache.queries, lam, scale=0.125), batch)
         results.append(torch.stack(cache.layers))
     assert torch.equal(results[0], results[1])
 
@@ -89,12 +91,11 @@ def test_selection_beyond_a_million_candidates(candidates: int) -> None:
         keeps=[keep],
         source_pages=[range(-(-length // PAGE))],
         target_pages=[range(free, free + keep // PAGE)],
-        query_rows=[0],
         page_size=PAGE,
         device=DEVICE,
     )
     scores = torch.randn(1, 1, candidates, generator=torch.Generator().manual_seed(candidates)).to(DEVICE)
-    RkvRound(PagedKV([row]), longest=length).select_and_move(lambda layer: scores, batch)
+    CompactionRound(PagedKV([row]), longest=length).run(GivenScores(lambda layer: scores), batch)
     kept = row[free : free + keep // PAGE, 0, :, 0].flatten().long().cpu()
     assert torch.equal(kept, naive.kept_indices(scores[0].cpu(), keep, length)[0])
 

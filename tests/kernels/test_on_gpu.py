@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rkv_vllm.kernels.batch import CompactionBatch
+from rkv_vllm.kernels.batch import CompactionBatch, QueryWindow
 from rkv_vllm.kernels.cache_layout import PagedKV
-from rkv_vllm.kernels.compaction_round import RkvRound
+from rkv_vllm.kernels.compaction_round import CompactionRound
 from rkv_vllm.kernels.options import Order, Scope
+from rkv_vllm.kernels.rkv_scorer import RkvScorer
 
 
 @pytest.mark.parametrize("order", ["temporal", "score"])
@@ -17,24 +18,24 @@ def test_no_slow_growth_and_no_waiting(scope: Scope, order: Order) -> None:
     """Proves that rounds leave allocated memory as it was and never wait for the device."""
     layer = torch.randn(200, 2, 16, 128, dtype=torch.bfloat16, device="cuda")
     queries = torch.randn(1, 2, 8, 4, 64, dtype=torch.bfloat16, device="cuda")
-    rounds = RkvRound(PagedKV([layer]), scope=scope)
-    rounds.warm_up(queries, order)
-    lam = torch.tensor([0.1, 1.0], device="cuda")
+    rounds = CompactionRound(PagedKV([layer]), scope=scope)
+    scorer = RkvScorer(queries, torch.tensor([0.1, 1.0], device="cuda"), scale=0.125)
+    rounds.warm_up([RkvScorer(queries, torch.tensor([0.5], device="cuda"), scale=0.125)], order)
     batch = CompactionBatch.build(
         lengths=[1152, 700],
         keeps=[1024, 600],
         source_pages=[list(range(72)), list(range(72, 116))],
         target_pages=[list(range(64)), list(range(72, 110))],
-        query_rows=[0, 1],
         page_size=16,
         device="cuda",
+        queries=[QueryWindow(0, 1152, 8), QueryWindow(1, 700, 8)],
         order=order,
     )
-    rounds.run(queries, batch, lam)
+    rounds.run(scorer, batch)
     before = torch.cuda.memory_allocated()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        rounds.run(queries, batch, lam)
+        rounds.run(scorer, batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.cuda.memory_allocated() == before

@@ -10,12 +10,14 @@ import torch
 from support.paged_cache import DEVICE, PagedCache
 
 from rkv_vllm.decisions.messages import PageCompaction, PageReport
+from rkv_vllm.decisions.query_rows import NO_QUERY_ROW
 from rkv_vllm.execution.gpu.compactor import GpuPageCompactor
 from rkv_vllm.execution.stopwatch import CpuStopwatch
 from rkv_vllm.kernels import naive
 from rkv_vllm.kernels.page_eviction import choose_pages, drop_pages
 from rkv_vllm.policies import ScoreInputs, make_policies
 from rkv_vllm.settings.config import WINDOW, PolicyName, RkvConfig
+from rkv_vllm.settings.policy_table import NUM_QUERIES
 
 PAGE = 16
 #: Tokens of every other request that never leave: on two pages, one of them in part.
@@ -105,6 +107,7 @@ def test_the_gpu_compactor_drops_the_pages_of_the_definition(monkeypatch: pytest
         pages = -(-length // PAGE)
         table[index + 2, :pages] = torch.tensor(before[index], dtype=torch.int32)
         dropped = pages - keep
+        cache.ends[index] = length
         evictions.append(
             PageCompaction(
                 request_id=str(index),
@@ -112,7 +115,8 @@ def test_the_gpu_compactor_drops_the_pages_of_the_definition(monkeypatch: pytest
                 keep=length - dropped * PAGE,
                 evicted=dropped * PAGE,
                 policy=policy,
-                query_row=cache.rows[index] if policy in ("rkv", "snapkv") else -1,
+                query_row=cache.rows[index] if NUM_QUERIES[policy] else NO_QUERY_ROW,
+                num_queries=NUM_QUERIES[policy],
                 eviction_id=index,
                 protect=PROTECT if index % 2 else 0,
             )
@@ -133,7 +137,7 @@ def test_the_gpu_compactor_drops_the_pages_of_the_definition(monkeypatch: pytest
             tokens = layer[torch.tensor(pages, device=DEVICE)].transpose(0, 1).flatten(1, 2)
             inputs = ScoreInputs(
                 keys=tokens[:, : eviction.length, :32],
-                queries=queries[number, eviction.query_row].transpose(0, 1),
+                queries=cache.newest_queries(number, index, NUM_QUERIES[eviction.policy]),
                 scale=scale,
                 layer=number,
                 logical_length=eviction.logical_length,

@@ -38,7 +38,7 @@ def test_physical_lengths_and_places_are_those_of_each_request(counts: list[int]
         physical_seq_lens=seq_lens,
         physical_positions=positions,
         ring_indices=ring_indices,
-        window=WINDOW,
+        ring_size=WINDOW,
     )
 
     padding = [0] * (MAX_REQUESTS - len(counts))

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rkv_vllm.settings.config import WINDOW, CompactionSettings
+from rkv_vllm.settings.policy_table import NUM_QUERIES
 
 VOCABULARY = 97
 #: Sampled like any other token, and ends a request that does not ignore it.
@@ -83,7 +84,8 @@ def due_slots(settings: CompactionSettings, page_size: int | None) -> int:
     """Physical length of the next round in decode, straight from the definition."""
     if page_size is None:
         return settings.threshold
-    return max(settings.threshold, kept_pages(settings, page_size) * page_size + WINDOW)
+    looked_at = min(NUM_QUERIES[settings.policy], settings.buffer)
+    return max(settings.threshold, kept_pages(settings, page_size) * page_size + max(WINDOW, looked_at))
 
 
 @dataclass
@@ -137,11 +139,17 @@ class RequestModel:
             self.attended = attend(self.attended, self.symbols[-1])
             self.logical += 1
 
+    def newest_queries(self) -> list[int] | None:
+        """What the policy looks at, and no more than came since the last compaction; None: nothing."""
+        assert self.settings is not None
+        count = min(NUM_QUERIES[self.settings.policy], self.settings.buffer)
+        return self.symbols[-count:] if count else None
+
     def compact(self) -> None:
         assert self.settings is not None
         assert self.logical == self.due, f"compacted at {self.logical}, but it was due at {self.due}"
         self.points.append(self.logical)
-        queries = self.symbols[-WINDOW:] if self.settings.needs_queries else None
+        queries = self.newest_queries()
         if self.page_size is None:
             kept = survivors(self.symbols, queries, self.settings.budget, self.settings.protect)
         else:

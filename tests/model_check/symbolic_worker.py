@@ -20,7 +20,7 @@ from rkv_vllm.decisions.messages import Compaction, PageCompaction, PageReport, 
 from rkv_vllm.execution.cpu.compactor import CpuTables
 from rkv_vllm.execution.cpu.runner import CompactingCpuRunner
 from rkv_vllm.execution.stopwatch import CpuStopwatch
-from rkv_vllm.settings.config import WINDOW
+from rkv_vllm.settings.policy_table import RING_SIZE
 
 #: In a slot, or at an index of a query ring, that nobody wrote.
 UNWRITTEN = -1
@@ -32,7 +32,7 @@ class Memory:
     def __init__(self, num_pages: int, page_size: int, num_query_rows: int) -> None:
         self.page_size = page_size
         self.slots = [UNWRITTEN] * (num_pages * page_size)
-        self.queries = [UNWRITTEN] * (num_query_rows * WINDOW)
+        self.queries = [UNWRITTEN] * (num_query_rows * RING_SIZE)
 
     def read(self, pages: list[int] | tuple[int, ...], length: int) -> list[int]:
         contents: list[int] = []
@@ -116,7 +116,7 @@ class SymbolicCompactor:
         assert model.settings is not None and round_.policy == model.settings.policy
         symbols = self._memory.read(pages, round_.length)
         assert symbols == model.symbols, f"{who}: its pages hold something else"
-        return symbols, self._queries(round_, model, who) if model.settings.needs_queries else None
+        return symbols, self._queries(round_, model, who) if round_.num_queries else None
 
     @staticmethod
     def _check_apart(compactions: list[TokenCompaction]) -> None:
@@ -127,11 +127,12 @@ class SymbolicCompactor:
                     assert not both, f"{one.request_id} writes pages {both} of {other.request_id}"
 
     def _queries(self, round_: Compaction, model: RequestModel, who: str) -> list[int]:
-        """The window's queries, oldest first, found where position modulo `WINDOW` says."""
+        """The newest queries, oldest first, found where position modulo `RING_SIZE` says."""
         assert round_.query_row >= 0, f"{who}: no query row"
-        newest = range(model.logical - WINDOW, model.logical)
-        queries = [self._memory.queries[round_.query_row * WINDOW + p % WINDOW] for p in newest]
-        assert queries == model.symbols[-WINDOW:], f"{who}: the query row does not hold its newest queries"
+        newest = range(model.logical - round_.num_queries, model.logical)
+        queries = [self._memory.queries[round_.query_row * RING_SIZE + p % RING_SIZE] for p in newest]
+        expected = model.newest_queries()
+        assert queries == expected, f"{who}: the query row does not hold its newest queries"
         return queries
 
 

@@ -21,7 +21,6 @@ from rkv_vllm.scheduling.block_manager import CompactingManager
 from rkv_vllm.scheduling.round_planner import RoundPlanner
 from rkv_vllm.scheduling.scheduler import CompactingSchedulerMixin
 from rkv_vllm.scheduling.tracked_request import TrackedRequest
-from rkv_vllm.settings.config import WINDOW
 
 Break = Callable[[pytest.MonkeyPatch], None]
 MOST_RUNS = 60
@@ -123,7 +122,7 @@ def adopt_a_prefix_into_the_window(patch: pytest.MonkeyPatch) -> None:
 
 @mutation()
 def capture_one_query_too_few(patch: pytest.MonkeyPatch) -> None:
-    late = property(lambda lengths: max(lengths.next_due - WINDOW + 1, 0))
+    late = property(lambda lengths: lengths.next_due - max(lengths.settings.num_queries - 1, 1))
     patch.setattr(RequestLengths, "capture_from", late)
 
 

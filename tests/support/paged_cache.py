@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from rkv_vllm.kernels.batch import QueryWindow
 from rkv_vllm.kernels.cache_layout import PagedKV
 from rkv_vllm.settings.config import WINDOW
+from rkv_vllm.settings.policy_table import RING_SIZE
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -21,7 +23,8 @@ class PagedCache:
         source: page ids of each request, in the order of its tokens.
         free: ids of all other pages.
         rows: row of ``queries`` of each request.
-        queries: ring of window queries [L, rows, WINDOW, Hq, D].
+        ends: logical length of each request, behind which its newest query lies in the ring.
+        queries: the query ring [L, rows, RING_SIZE, Hq, D].
         device: where all of it lies.
     """
 
@@ -83,7 +86,8 @@ class PagedCache:
             order = order[count:]
         self.free = order
         self.rows = torch.randperm(len(lengths) + 2, generator=generator)[: len(lengths)].tolist()
-        ring = (layers, len(lengths) + 2, WINDOW, heads * group, head_size)
+        self.ends = [length + 5 + 3 * index for index, length in enumerate(lengths, RING_SIZE)]
+        ring = (layers, len(lengths) + 2, RING_SIZE, heads * group, head_size)
         self.queries = (2.0 * torch.randn(ring, generator=generator)).to(dtype).to(device)
         self.group = group
 
@@ -97,6 +101,12 @@ class PagedCache:
         tokens = self.tokens(layer, self.source[request], self.lengths[request])
         return tokens[..., : self.kv.head_size]
 
-    def window_queries(self, layer: int, request: int) -> torch.Tensor:
-        """[Hq, WINDOW, D] of a request."""
-        return self.queries[layer, self.rows[request]].transpose(0, 1)
+    def query_windows(self, count: int = WINDOW) -> list[QueryWindow]:
+        """Where the newest queries of each request are."""
+        return [QueryWindow(row, end, count) for row, end in zip(self.rows, self.ends, strict=True)]
+
+    def newest_queries(self, layer: int, request: int, count: int = WINDOW) -> torch.Tensor:
+        """[Hq, count, D] of a request, oldest first."""
+        end = self.ends[request]
+        places = [position % RING_SIZE for position in range(end - count, end)]
+        return self.queries[layer, self.rows[request], places].transpose(0, 1)

@@ -8,33 +8,32 @@ import pytest
 import torch
 
 from rkv_vllm.kernels import naive, tiled
-from rkv_vllm.policies import ScoreInputs, kernel_weights, make_policies
+from rkv_vllm.policies import ScoreInputs, make_policies, weights
 from rkv_vllm.policies.recency import SINKS, Recency
 from rkv_vllm.policies.rkv import Rkv
 from rkv_vllm.settings.config import (
     POLICY_NAMES,
     POOL_KERNEL,
-    QUERY_POLICIES,
     SIMILARITY_THRESHOLD,
     WINDOW,
     Order,
     PolicyName,
     RkvConfig,
 )
-from rkv_vllm.settings.policy_table import POLICIES as TABLE
+from rkv_vllm.settings.policy_table import KERNELS, NUM_QUERIES
 
 POLICIES = make_policies(RkvConfig(mix_lambda=0.3))
 HEADS, GROUP, SIZE = 2, 3, 16
 
 
 def inputs(
-    length: int, seed: int = 0, layer: int = 0, logical: int = 500, queries: bool = True
+    length: int, seed: int = 0, layer: int = 0, logical: int = 500, queries: int = WINDOW
 ) -> ScoreInputs:
     generator = torch.Generator().manual_seed(seed)
     common = torch.randn(HEADS, 1, SIZE, generator=generator)  # so that some keys resemble each other
     return ScoreInputs(
         keys=torch.randn(HEADS, length, SIZE, generator=generator) + common,
-        queries=torch.randn(HEADS * GROUP, WINDOW, SIZE, generator=generator) if queries else None,
+        queries=torch.randn(HEADS * GROUP, queries, SIZE, generator=generator) if queries else None,
         scale=0.2,
         layer=layer,
         logical_length=logical,
@@ -48,23 +47,21 @@ def test_every_name_has_a_policy() -> None:
 
 def test_the_kernels_score_with_the_weight_of_the_class() -> None:
     """Proves that a policy which the kernels score has there the weight of importance that its class has."""
-    weights = kernel_weights(RkvConfig(mix_lambda=0.3))
-    assert weights == {"rkv": 0.3, "snapkv": 1.0}
-    assert {
-        name: policy.mix_lambda for name, policy in POLICIES.items() if isinstance(policy, Rkv)
-    } == weights
+    found = weights(RkvConfig(mix_lambda=0.3))
+    assert found == {"rkv": 0.3, "snapkv": 1.0} and found.keys() == KERNELS.keys()
+    assert {name: policy.mix_lambda for name, policy in POLICIES.items() if isinstance(policy, Rkv)} == found
 
 
 def test_policies_with_queries_are_scored_by_kernels() -> None:
     """Proves that no policy is given queries by a CPU that a GPU would not give it."""
-    assert {spec.name for spec in TABLE if spec.needs_queries} <= kernel_weights(RkvConfig()).keys()
+    assert {name for name, count in NUM_QUERIES.items() if count} <= KERNELS.keys()
 
 
 @pytest.mark.parametrize("name", POLICY_NAMES)
 @pytest.mark.parametrize("length", [WINDOW + 1, WINDOW + 3, 40, 257])
 def test_shape(name: PolicyName, length: int) -> None:
     """Proves that each policy scores exactly the candidates, in float32, and needs no more than it says."""
-    case = inputs(length, queries=name in QUERY_POLICIES)
+    case = inputs(length, queries=NUM_QUERIES[name])
     scores = POLICIES[name].scores(case)
     assert scores.shape == (HEADS, length - WINDOW) == (HEADS, case.num_candidates)
     assert scores.dtype == torch.float32 and not scores.isnan().any()
@@ -168,4 +165,4 @@ def test_order_of_queries_does_not_matter() -> None:
 def test_rkv_without_queries_is_an_error() -> None:
     """Proves that a missing query window is noticed and not scored around."""
     with pytest.raises(AssertionError, match="queries"):
-        POLICIES["rkv"].scores(inputs(60, queries=False))
+        POLICIES["rkv"].scores(inputs(60, queries=0))

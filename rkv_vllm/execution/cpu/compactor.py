@@ -10,7 +10,6 @@ import torch
 
 from rkv_vllm.decisions.messages import Compaction, PageCompaction, PageReport, TokenCompaction
 from rkv_vllm.decisions.pages import num_pages
-from rkv_vllm.decisions.query_rows import NO_QUERY_ROW
 from rkv_vllm.execution.compactor import Compactor, Round
 from rkv_vllm.execution.cpu.layer_cache import CpuLayerCache
 from rkv_vllm.execution.cpu.query_ring import CpuQueryRing
@@ -74,10 +73,9 @@ class CpuCompactor(Compactor[Round, CpuTables, PageReport]):
 
     def _scores(self, compaction: Compaction, layer: int, scale: float, keys: torch.Tensor) -> torch.Tensor:
         """float32 [H, N - WINDOW], of keys [H, N, D]."""
-        has_queries = compaction.query_row != NO_QUERY_ROW
         inputs = ScoreInputs(
             keys=keys,
-            queries=self._queries.of(layer, compaction.query_row) if has_queries else None,
+            queries=self._newest_queries(compaction, layer),
             scale=scale,
             layer=layer,
             logical_length=compaction.logical_length,
@@ -85,6 +83,12 @@ class CpuCompactor(Compactor[Round, CpuTables, PageReport]):
             protected=compaction.protect,
         )
         return self._policies[compaction.policy].scores(inputs)
+
+    def _newest_queries(self, compaction: Compaction, layer: int) -> torch.Tensor | None:
+        count = compaction.num_queries
+        if not count:
+            return None
+        return self._queries.newest(layer, compaction.query_row, compaction.logical_length, count)
 
 
 class CpuTokenCompactor(CpuCompactor[TokenCompaction]):

@@ -6,7 +6,7 @@ import torch
 
 from rkv_vllm.execution.kv_head_copies import whole_group
 from rkv_vllm.execution.query_ring import QueryRing
-from rkv_vllm.settings.config import WINDOW
+from rkv_vllm.settings.policy_table import RING_SIZE
 
 
 class CpuQueryRing(QueryRing):
@@ -20,7 +20,7 @@ class CpuQueryRing(QueryRing):
 
         Args:
             tokens: indices into the batch's tokens.
-            ring_indices: for each, `row * WINDOW + position % WINDOW`.
+            ring_indices: for each, `row * RING_SIZE + position % RING_SIZE`.
         """
         self._tokens = torch.tensor(tokens, dtype=torch.int64)
         self._ring_indices = torch.tensor(ring_indices, dtype=torch.int64)
@@ -33,11 +33,13 @@ class CpuQueryRing(QueryRing):
         """Captures nothing of what else may run before the next step, such as a dummy batch."""
         self.begin_step([], [])
 
-    def of(self, layer: int, row: int) -> torch.Tensor:
-        """[query heads of the layer's KV heads, WINDOW, head size] of one row, in ring order."""
-        return whole_group(self.queries[layer, row].transpose(0, 1), self.ranks_per_kv_head, dim=0)
+    def newest(self, layer: int, row: int, end: int, count: int) -> torch.Tensor:
+        """[query heads of the layer's KV heads, count, head size]: the queries before position `end`."""
+        positions = torch.arange(end - count, end) % RING_SIZE
+        queries = self.queries[layer, row, positions].transpose(0, 1)
+        return whole_group(queries, self.ranks_per_kv_head, dim=0)
 
 
 def captured_positions(first: int, count: int) -> range:
     """Logical positions to capture of a step that computes `count` tokens from position `first` on."""
-    return range(max(first, first + count - WINDOW), first + count)
+    return range(max(first, first + count - RING_SIZE), first + count)

@@ -27,7 +27,8 @@ from rkv_vllm.execution.cpu.layer_cache import CpuLayerCache
 from rkv_vllm.execution.cpu.query_ring import CpuQueryRing, captured_positions
 from rkv_vllm.execution.kv_head_copies import ranks_per_kv_head
 from rkv_vllm.policies import make_policies
-from rkv_vllm.settings.config import WINDOW, RkvConfig
+from rkv_vllm.settings.config import RkvConfig
+from rkv_vllm.settings.policy_table import RING_SIZE
 
 
 class CompactingCpuRunner(CPUModelRunner):
@@ -148,5 +149,5 @@ class CompactingCpuRunner(CPUModelRunner):
             batch_start = self.query_start_loc.np[row]
             for position in captured_positions(int(first), int(count)):
                 tokens.append(int(batch_start) + position - int(first))
-                ring_indices.append(query_row * WINDOW + position % WINDOW)
+                ring_indices.append(query_row * RING_SIZE + position % RING_SIZE)
         self._query_ring.begin_step(tokens, ring_indices)

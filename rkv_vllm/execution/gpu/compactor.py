@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial, reduce
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import torch
 
@@ -23,11 +23,13 @@ from rkv_vllm.execution.gpu.paged_keys import PagedKeys
 from rkv_vllm.execution.kv_head_copies import whole_group
 from rkv_vllm.execution.stopwatch import CudaStopwatch
 from rkv_vllm.kernels import naive
-from rkv_vllm.kernels.batch import CompactionBatch
+from rkv_vllm.kernels.batch import NO_QUERIES, CompactionBatch, QueryWindow
 from rkv_vllm.kernels.cache_layout import PagedKV
-from rkv_vllm.kernels.compaction_round import RkvRound
+from rkv_vllm.kernels.compaction_round import CompactionRound
 from rkv_vllm.kernels.page_eviction import choose_pages, drop_pages
-from rkv_vllm.policies import Policy, ScoreInputs, kernel_weights
+from rkv_vllm.kernels.rkv_scorer import RkvScorer
+from rkv_vllm.kernels.scorer import GivenScores, Scorer
+from rkv_vllm.policies import Policy, ScoreInputs, weights
 from rkv_vllm.settings.config import (
     POOL_KERNEL,
     SIMILARITY_THRESHOLD,
@@ -36,6 +38,7 @@ from rkv_vllm.settings.config import (
     PolicyName,
     RkvConfig,
 )
+from rkv_vllm.settings.policy_table import KERNELS, Kernel
 
 #: Rounds whose queries are gathered at a time, which bounds the memory for them.
 _ROUNDS_GATHERED = 4
@@ -72,7 +75,7 @@ class GpuCompactor(Compactor[Round, GpuTables, EvictedPageIds]):
 
         Args:
             layers: each layer's cache, [pages, H, page size, 2 D].
-            queries: the query ring, [layers, rows, WINDOW, Hq, D].
+            queries: the query ring, [layers, rows, RING_SIZE, Hq, D].
             scale: factor on the model's attention logits.
             config: the server's settings.
             policies: by name.
@@ -84,25 +87,20 @@ class GpuCompactor(Compactor[Round, GpuTables, EvictedPageIds]):
         self._kv = PagedKV(list(layers))
         self._queries = queries
         self._ranks_per_kv_head = ranks_per_kv_head
-        self._round = RkvRound(
-            self._kv,
-            window=WINDOW,
-            threshold=SIMILARITY_THRESHOLD,
-            pool_kernel=POOL_KERNEL,
-            scale=scale,
-            scope=config.scope,
-            longest=longest,
-        )
+        self._round = CompactionRound(self._kv, window=WINDOW, scope=config.scope, longest=longest)
         self._order = config.order
         self._scale = scale
         self._policies = policies
-        self._kernel_weights = kernel_weights(config)
+        self._weights = weights(config)
         self._evicted: list[EvictedPageIds] = []
         self.stopwatch = CudaStopwatch()
 
     def warm_up(self) -> None:
         """Compiles every kernel; page 0, which vLLM keeps as its null page, lends its slots."""
-        self._round.warm_up(self._of_whole_groups(self._queries[:, :1]), self._order)
+        queries = self._of_whole_groups(self._queries[:, :1])
+        weight = torch.full((1,), 0.5, device=self._kv.device)
+        scorers = [self._scorer(kernel, queries, weight) for kernel in get_args(Kernel)]
+        self._round.warm_up(scorers, self._order)
 
     def run(self, rounds: Sequence[Round], tables: GpuTables) -> None:
         """See `Compactor.run`."""
@@ -120,19 +118,39 @@ class GpuCompactor(Compactor[Round, GpuTables, EvictedPageIds]):
         """Runs at least one round."""
 
     def _of_whole_groups(self, queries: torch.Tensor) -> torch.Tensor:
-        """[layers, rows, WINDOW, Hq, D], Hq the query heads of this rank's KV heads, wherever they are."""
+        """[layers, rows, RING_SIZE, Hq, D], Hq the query heads of this rank's KV heads, wherever they are."""
         return whole_group(queries, self._ranks_per_kv_head, dim=3)
 
-    def _by_scorer(self, rounds: Sequence[Compaction]) -> tuple[list[int], list[int]]:
-        """Indices of the rounds that the kernels score, and of those that are scored in torch."""
-        in_kernels = [i for i, round_ in enumerate(rounds) if round_.policy in self._kernel_weights]
-        in_torch = [i for i, round_ in enumerate(rounds) if round_.policy not in self._kernel_weights]
-        return in_kernels, in_torch
+    @staticmethod
+    def _by_kernel(rounds: Sequence[Compaction]) -> dict[Kernel | None, list[int]]:
+        """Indices of the rounds that each set of kernels scores; None: those that are scored in torch."""
+        found: dict[Kernel | None, list[int]] = {}
+        for index, round_ in enumerate(rounds):
+            found.setdefault(KERNELS.get(round_.policy), []).append(index)
+        return found
 
-    def _weights(self, rounds: Sequence[Compaction]) -> torch.Tensor:
-        """float32 [R], each round's weight of importance in the kernels."""
-        weights = [self._kernel_weights[round_.policy] for round_ in rounds]
-        pinned = torch.tensor(weights, pin_memory=self._kv.device.type == "cuda")
+    def _scorer(self, kernel: Kernel, queries: torch.Tensor, weight: torch.Tensor) -> Scorer:
+        """What runs these kernels.
+
+        Args:
+            kernel: its name.
+            queries: [layers, rows, RING_SIZE, Hq, D].
+            weight: float32 [R], each round's weight of importance.
+        """
+        match kernel:
+            case "rkv":
+                return RkvScorer(
+                    queries,
+                    weight,
+                    scale=self._scale,
+                    threshold=SIMILARITY_THRESHOLD,
+                    pool_kernel=POOL_KERNEL,
+                )
+
+    def _weights_of(self, rounds: Sequence[Compaction]) -> torch.Tensor:
+        """float32 [R], each round's weight of importance."""
+        chosen = [self._weights[round_.policy] for round_ in rounds]
+        pinned = torch.tensor(chosen, pin_memory=self._kv.device.type == "cuda")
         return pinned.to(self._kv.device, non_blocking=True)
 
     def _torch_scores(self, compaction: Compaction, source_pages: torch.Tensor, layer: int) -> torch.Tensor:
@@ -155,26 +173,33 @@ class GpuTokenCompactor(GpuCompactor[TokenCompaction]):
     """Scores, selects and moves the survivors of each layer and KV head."""
 
     def _run(self, rounds: Sequence[TokenCompaction], tables: GpuTables) -> None:
-        in_kernels, in_torch = self._by_scorer(rounds)
-        if in_kernels:
-            self._run_in_kernels([rounds[i] for i in in_kernels])
-        for compaction in (rounds[i] for i in in_torch):
-            batch = self._batch([compaction])
-            score = partial(self._torch_scores, compaction, batch.source_pages[0])
-            self._round.select_and_move(score, batch)
+        for kernel, indices in self._by_kernel(rounds).items():
+            some = [rounds[index] for index in indices]
+            if kernel is None:
+                self._run_in_torch(some)
+            else:
+                self._run_in_kernels(kernel, some)
         for compaction in rounds:
             tables.replace_pages(compaction.request_id, compaction.target_pages)
 
-    def _run_in_kernels(self, rounds: Sequence[TokenCompaction]) -> None:
+    def _run_in_torch(self, rounds: Sequence[TokenCompaction]) -> None:
+        for compaction in rounds:
+            batch = self._batch([compaction])
+            scores = GivenScores(partial(self._torch_scores, compaction, batch.source_pages[0]))
+            self._round.run(scores, batch)
+
+    def _run_in_kernels(self, kernel: Kernel, rounds: Sequence[TokenCompaction]) -> None:
         if self._ranks_per_kv_head == 1:
-            self._round.run(self._queries, self._batch(rounds), self._weights(rounds))
+            scorer = self._scorer(kernel, self._queries, self._weights_of(rounds))
+            self._round.run(scorer, self._batch(rounds))
             return
         for first in range(0, len(rounds), _ROUNDS_GATHERED):
             some = rounds[first : first + _ROUNDS_GATHERED]
             batch = self._batch(some)
             queries = self._of_whole_groups(self._queries[:, batch.query_rows])
             rows = torch.arange(len(some), dtype=torch.int32, device=self._kv.device)
-            self._round.run(queries, replace(batch, query_rows=rows), self._weights(some))
+            scorer = self._scorer(kernel, queries, self._weights_of(some))
+            self._round.run(scorer, replace(batch, query_rows=rows))
 
     def _batch(self, compactions: Sequence[TokenCompaction]) -> CompactionBatch:
         return CompactionBatch.build(
@@ -182,9 +207,9 @@ class GpuTokenCompactor(GpuCompactor[TokenCompaction]):
             keeps=[c.keep for c in compactions],
             source_pages=[c.source_pages for c in compactions],
             target_pages=[c.target_pages for c in compactions],
-            query_rows=[max(c.query_row, 0) for c in compactions],
             page_size=self._kv.page_size,
             device=self._kv.device,
+            queries=[_queries_of(c) for c in compactions],
             order=self._order,
             protects=[c.protect for c in compactions],
         )
@@ -219,31 +244,37 @@ class GpuPageCompactor(GpuCompactor[PageCompaction]):
             rows: each round's row of the block table.
         """
         scores: dict[int, torch.Tensor] = {}
-        in_kernels, in_torch = self._by_scorer(rounds)
-        if in_kernels:
-            chosen = [rounds[i] for i in in_kernels]
-            width = max(self._num_pages(compaction.length) for compaction in chosen)
+        for kernel, indices in self._by_kernel(rounds).items():
+            if kernel is None:
+                scores |= {index: self._torch_page_scores(rounds[index], rows[index]) for index in indices}
+                continue
+            some = [rounds[index] for index in indices]
+            width = max(self._num_pages(compaction.length) for compaction in some)
             batch = CompactionBatch.to_score(
-                lengths=[compaction.length for compaction in chosen],
-                source_pages=torch.stack([rows[i][:width] for i in in_kernels]),
-                query_rows=[compaction.query_row for compaction in chosen],
+                lengths=[compaction.length for compaction in some],
+                source_pages=torch.stack([rows[index][:width] for index in indices]),
+                queries=[_queries_of(compaction) for compaction in some],
             )
-            weights = self._weights(chosen)
-            important, redundant = self._round.page_scores(self._queries, batch, weights).unbind(-1)
-            weight = weights.unsqueeze(1)
-            scores.update(zip(in_kernels, weight * important - (1.0 - weight) * redundant, strict=True))
-        for index in in_torch:
-            compaction = rounds[index]
-            pages = rows[index][: self._num_pages(compaction.length)]
-            by_layer = (
-                naive.page_scores(self._torch_scores(compaction, pages, layer)[0], self._kv.page_size)
-                for layer in range(self._kv.num_layers)
-            )
-            scores[index] = reduce(torch.add, by_layer)
+            scorer = self._scorer(kernel, self._queries, self._weights_of(some))
+            scores |= zip(indices, self._round.page_scores(scorer, batch), strict=True)
         return [scores[index] for index in range(len(rounds))]
+
+    def _torch_page_scores(self, compaction: PageCompaction, row: torch.Tensor) -> torch.Tensor:
+        pages = row[: self._num_pages(compaction.length)]
+        by_layer = (
+            naive.page_scores(self._torch_scores(compaction, pages, layer)[0], self._kv.page_size)
+            for layer in range(self._kv.num_layers)
+        )
+        return reduce(torch.add, by_layer)
 
     def _num_pages(self, slots: int) -> int:
         return num_pages(slots, self._kv.page_size)
+
+
+def _queries_of(compaction: Compaction) -> QueryWindow:
+    if not compaction.num_queries:
+        return NO_QUERIES
+    return QueryWindow(compaction.query_row, compaction.logical_length, compaction.num_queries)
 
 
 def make_gpu_compactor(

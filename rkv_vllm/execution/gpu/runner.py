@@ -33,7 +33,8 @@ from rkv_vllm.execution.gpu.query_ring import GpuQueryRing
 from rkv_vllm.execution.kv_head_copies import ranks_per_kv_head
 from rkv_vllm.kernels.step_inputs import prepare_physical
 from rkv_vllm.policies import make_policies
-from rkv_vllm.settings.config import WINDOW, RkvConfig
+from rkv_vllm.settings.config import RkvConfig
+from rkv_vllm.settings.policy_table import RING_SIZE
 
 
 class CompactingRunnerV2(GPUModelRunner):
@@ -158,7 +159,7 @@ class CompactingRunnerV2(GPUModelRunner):
             physical_seq_lens=lengths.seq_lens,
             physical_positions=lengths.positions,
             ring_indices=self._query_ring.ring_indices,
-            window=WINDOW,
+            ring_size=RING_SIZE,
         )
         lengths.is_real = True
         num_tokens = input_batch.positions.shape[0]
