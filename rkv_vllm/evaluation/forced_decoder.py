@@ -191,6 +191,11 @@ class ForcedDecoder:
                 "tensor_parallel_size, pipeline_parallel_size: predictions are compared in the "
                 "engine's own process, which holds one device"
             )
+        # -1 is vLLM's `auto`.
+        if 0 < (engine_args.max_model_len or 0) < length:
+            raise ValueError(
+                f"--max-model-len: a window takes {length} tokens, not {engine_args.max_model_len}"
+            )
         self._config = config
         self._engine: LLMEngine = LLMEngine.from_engine_args(engine_args)
         self._requests = 0

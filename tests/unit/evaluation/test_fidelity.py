@@ -276,3 +276,11 @@ def test_wrong_options_are_named_before_an_engine_starts(options: tuple[str, ...
     )
     assert result.exit_code == 2
     assert named in result.output
+
+
+def test_a_context_below_a_window_is_refused_before_an_engine_starts() -> None:
+    """Proves that the context which the user asked for holds a window, or the error says what it takes."""
+    words = ["fidelity", "--model", "m", "--text", __file__, "--kv-budget", "64", "--max-model-len", "512"]
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, words)
+    assert result.exit_code == 2
+    assert "--max-model-len: a window takes 1024 tokens, not 512" in result.output
