@@ -8,7 +8,6 @@ At each token the two predictions of it are compared over the whole vocabulary. 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,6 +18,7 @@ from rich.table import Table
 
 from rkv_vllm.decisions.lengths import make_request_lengths
 from rkv_vllm.evaluation.fidelity_settings import Setting
+from rkv_vllm.evaluation.fidelity_texts import OwnText
 from rkv_vllm.settings.config import CompactionSettings, Granularity, PolicyName
 
 #: What is measured of each token, in this order.
@@ -28,15 +28,6 @@ DISTANCES = (0, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 #: Samples of the bootstrap, and the share of them inside an interval.
 RESAMPLES, CONFIDENCE = 2000, 0.95
 BEFORE, AFTER = "before the first compaction", "after the first compaction"
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """A piece of text: `prompt` is read, and then `forced` decoded token by token."""
-
-    text: str
-    prompt: tuple[int, ...]
-    forced: tuple[int, ...]
 
 
 class Figure(BaseModel):
@@ -86,11 +77,13 @@ class Report(BaseModel):
 
     Attributes:
         command: that measured it.
+        texts: names of the files; none where the model wrote its own.
         windows: number of windows, each of `prompt_tokens` and `forced_tokens`.
         full_perplexity: of the forced tokens with the full cache.
         reference_bytes: host memory that held the full cache's logits of one window at a time.
         rows: the control first, the full cache run a second time among the others: its KL is the noise of
             the arithmetic in that batch.
+        own_text: what the model wrote, where it did.
     """
 
     command: str
@@ -110,35 +103,7 @@ class Report(BaseModel):
     reference_bytes: int
     versions: dict[str, str]
     rows: list[Row]
-
-
-def cut(
-    text: str, tokens: Sequence[int], prefix: Sequence[int], prompt: int, forced: int, most: int
-) -> list[Window]:
-    """Cuts a text's tokens into windows, one after the other; what is left at the end is not used.
-
-    Args:
-        text: its name.
-        tokens: of the whole text.
-        prefix: tokens that begin every prompt, such as the model's beginning of a sequence.
-        prompt: tokens of a prompt, the prefix included.
-        forced: tokens to decode.
-        most: windows at most.
-
-    Raises: ValueError where not one window can be filled, or the prefix leaves no room in the prompt.
-    """
-    if prompt <= len(prefix):
-        raise ValueError(f"--prompt: takes more than the model's own {len(prefix)} tokens, not {prompt}")
-    own = prompt - len(prefix)
-    step = own + forced
-    count = min(most, len(tokens) // step)
-    if count < 1:
-        raise ValueError(f"--text: {text} has {len(tokens)} tokens, and one window takes {step}")
-    starts = [index * step for index in range(count)]
-    return [
-        Window(text, (*prefix, *tokens[start : start + own]), tuple(tokens[start + own : start + step]))
-        for start in starts
-    ]
+    own_text: OwnText | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,9 +200,13 @@ def row_of(setting: Setting, planned: Schedule, measured: np.ndarray, seed: int)
 
 def show(report: Report, console: Console) -> None:
     """Prints the report as tables."""
+    own = report.own_text
+    written = (
+        "" if own is None else f" written by {own.model} (temperature {own.temperature:g}, seed {own.seed})"
+    )
     console.print(
         f"{report.model}: {report.windows} windows of {report.prompt_tokens} + {report.forced_tokens} tokens"
-        f"; perplexity with the full cache {report.full_perplexity:.3f}",
+        f"{written}; perplexity with the full cache {report.full_perplexity:.3f}",
         highlight=False,
     )
     table = Table("cache", "evicted", "KL before", "KL after", "top-1", "loss", "perplexity")

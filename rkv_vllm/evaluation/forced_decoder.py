@@ -21,8 +21,9 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV2
 
 from rkv_vllm.decisions.messages import RESULT_KEY
-from rkv_vllm.evaluation.fidelity import MEASURES, Schedule, Window, schedule
+from rkv_vllm.evaluation.fidelity import MEASURES, Schedule, schedule
 from rkv_vllm.evaluation.fidelity_settings import Setting
+from rkv_vllm.evaluation.fidelity_texts import Window
 from rkv_vllm.settings.command_line import engine_arguments
 from rkv_vllm.settings.config import RkvConfig, extra_args
 
@@ -165,7 +166,11 @@ class TeacherForcing(LogitsProcessorV2, LogitsProcessorV1):
 
 
 class ForcedDecoder:
-    """An engine in this process, which reads windows under several settings."""
+    """An engine in this process, which reads windows under several settings.
+
+    Attributes:
+        engine: vLLM's, which may do other work between two windows.
+    """
 
     def __init__(self, model: str, options: Sequence[str], config: RkvConfig, length: int) -> None:
         """Starts the engine.
@@ -197,20 +202,20 @@ class ForcedDecoder:
                 f"--max-model-len: a window takes {length} tokens, not {engine_args.max_model_len}"
             )
         self._config = config
-        self._engine: LLMEngine = LLMEngine.from_engine_args(engine_args)
+        self.engine: LLMEngine = LLMEngine.from_engine_args(engine_args)
         self._requests = 0
 
     @property
     def dtype(self) -> str:
-        return str(self._engine.model_config.dtype).removeprefix("torch.")
+        return str(self.engine.model_config.dtype).removeprefix("torch.")
 
     @property
     def reference_bytes(self) -> int:
         """Bytes of one forced token's logits."""
-        return 4 * self._engine.model_config.get_vocab_size()
+        return 4 * self.engine.model_config.get_vocab_size()
 
     def encode(self, text: str, special_tokens: bool = False) -> list[int]:
-        tokenizer = self._engine.get_tokenizer()
+        tokenizer = self.engine.get_tokenizer()
         return list(tokenizer.encode(text, add_special_tokens=special_tokens))
 
     def decode_window(
@@ -233,7 +238,7 @@ class ForcedDecoder:
         return measured, schedules
 
     def close(self) -> None:
-        self._engine.engine_core.shutdown()
+        self.engine.engine_core.shutdown()
 
     def _run(self, window: Window, settings: dict[int, Setting]) -> list[Schedule]:
         variants = {}
@@ -247,10 +252,10 @@ class ForcedDecoder:
             )
             self._requests += 1
             variants[str(self._requests)] = variant
-            self._engine.add_request(str(self._requests), {"prompt_token_ids": list(window.prompt)}, params)
+            self.engine.add_request(str(self._requests), {"prompt_token_ids": list(window.prompt)}, params)
         schedules: dict[int, Schedule] = {}
-        while self._engine.has_unfinished_requests():
-            for output in self._engine.step():
+        while self.engine.has_unfinished_requests():
+            for output in self.engine.step():
                 if output.finished:
                     variant = variants[output.request_id]
                     schedules[variant] = self._checked(window, settings[variant], output)

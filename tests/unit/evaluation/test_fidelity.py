@@ -23,8 +23,6 @@ from rkv_vllm.evaluation.fidelity import (
     BEFORE,
     Report,
     Schedule,
-    Window,
-    cut,
     distances,
     figure,
     groups_of,
@@ -33,6 +31,7 @@ from rkv_vllm.evaluation.fidelity import (
     show,
 )
 from rkv_vllm.evaluation.fidelity_settings import settings_of
+from rkv_vllm.evaluation.fidelity_texts import OwnText, Window
 from rkv_vllm.evaluation.forced_decoder import REFERENCE, VARIANT, TeacherForcing, WindowComparison, compare
 from rkv_vllm.settings.config import CompactionSettings, RkvConfig
 from rkv_vllm.settings.request_size import RequestSize
@@ -117,21 +116,6 @@ def test_groups_hold_each_token_where_it_belongs() -> None:
     assert groups["0-7"].loss.mean == pytest.approx(0.2)
     assert groups["0-7"].perplexity_ratio.high == pytest.approx(math.exp(0.2))
     assert [group.name for group in groups_of(measured, np.full(6, -1), 0)] == ["all"]
-
-
-def test_texts_are_cut_into_whole_windows() -> None:
-    """Proves windows that follow each other, the model's first token before each, and the rest left out."""
-    windows = cut("text", range(10, 34), [1], 4, 5, 9)
-    assert windows == [
-        Window("text", (1, 10, 11, 12), (13, 14, 15, 16, 17)),
-        Window("text", (1, 18, 19, 20), (21, 22, 23, 24, 25)),
-        Window("text", (1, 26, 27, 28), (29, 30, 31, 32, 33)),
-    ]
-    assert cut("text", range(10, 34), [1], 4, 5, 2) == windows[:2]
-    with pytest.raises(ValueError, match="--text: text has 7 tokens, and one window takes 8"):
-        cut("text", range(7), [1], 4, 5, 2)
-    with pytest.raises(ValueError, match="--prompt: takes more than the model's own 1"):
-        cut("text", range(70), [1], 1, 5, 2)
 
 
 def test_settings_are_every_combination_behind_the_control() -> None:
@@ -235,7 +219,8 @@ def test_nothing_is_touched_outside_a_lesson() -> None:
 
 
 def test_the_table_shows_controls_and_losses() -> None:
-    """Proves that settings without a compaction, without a time before it, and with both are shown apart."""
+    """Proves that settings without a compaction, without a time before it, and with both are shown apart, and
+    above them who wrote the text."""
     measured = np.zeros((2, 4, 4))
     measured[..., 0] = 0.25
     rows = [
@@ -248,14 +233,23 @@ def test_the_table_shows_controls_and_losses() -> None:
         prompt_tokens=8, forced_tokens=4, granularity="token", scope="head", order="temporal", mix_lambda=0.1,
         seed=0, full_perplexity=2.0, reference_bytes=64, versions={}, rows=rows,
     )  # fmt: skip
-    file = StringIO()
-    show(report, Console(width=120, file=file))
-    printed = file.getvalue().splitlines()
+    printed = shown(report).splitlines()
     lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed]
     cells = {line[0]: line[1:] for line in lines if len(line) == 7}
     assert cells["full"] == ["0", "0.0e+00", "-", "-", "-", "x 1.0000"]
     assert cells["rkv, 64 + 16"][:3] == ["16", "-", "0.2500"]
     assert cells["rkv, 80 + 16"][:3] == ["16", "2.5e-01", "0.2500"]
+    assert "4 tokens; perplexity" in shown(report)
+    report.own_text = OwnText(
+        model="w", temperature=0.5, seed=7, sampling_defaults={}, forbidden_tokens=[], texts=[]
+    )
+    assert "4 tokens written by w (temperature 0.5, seed 7); perplexity" in shown(report)
+
+
+def shown(report: Report) -> str:
+    file = StringIO()
+    show(report, Console(width=120, file=file))
+    return file.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -267,6 +261,10 @@ def test_the_table_shows_controls_and_losses() -> None:
         (("--kv-budget", "64", "--kv-policy", "best"), "rkv_policy takes one of"),
         (("--kv-budget", "64", "--kv-granularity", "page", "--kv-scope", "layer"), "scope: layer needs"),
         (("--kv-budget", "64"), "no/such/file"),
+        (
+            ("--kv-budget", "64", "--own-text"),
+            "takes one of --text, --own-text, --own-text-from, not --text and",
+        ),
     ],
 )
 def test_wrong_options_are_named_before_an_engine_starts(options: tuple[str, ...], named: str) -> None:
