@@ -21,7 +21,7 @@ _SUM_SCALE = tl.constexpr(SUM_SCALE)
 @triton.jit(
     do_not_specialize=["first_layer", "first_request", "requests", "capacity", "stride_sums"],
 )
-def _sums_kernel(
+def _page_sums_kernel(
     lengths,  # [R]
     scores,  # [owners, capacity]
     sums,  # [R, pages]
@@ -57,7 +57,7 @@ def add_page_sums(work: WorkSlice, sums: torch.Tensor, *, window: int) -> None:
         sums: int64 [R, pages] of the whole batch, in units of 1 / SUM_SCALE.
         window: number of newest tokens, which have no score.
     """
-    _sums_kernel[work.grid(-(-work.longest // _BLOCK))](
+    _page_sums_kernel[work.grid(-(-work.longest // _BLOCK))](
         work.batch.lengths_on_device,
         work.scores,
         sums,

@@ -51,9 +51,7 @@ class RkvScorer:
     def check(self, kv: PagedKV, batch: CompactionBatch, window: int) -> None:
         """See ``Scorer.check``."""
         check_queries(self._queries, kv, at_least=window)
-        lam = self._lam
-        if lam.shape != (batch.num_requests,) or lam.dtype != torch.float32 or lam.device != kv.device:
-            raise ValueError(f"lam must be float32 [{batch.num_requests}] on {kv.device}")
+        check_weights(self._lam, kv, batch)
 
     def score(self, work: WorkSlice, scores: torch.Tensor, window: int) -> None:
         """See ``Scorer.score``."""
@@ -61,3 +59,9 @@ class RkvScorer:
         newest_matches(work, self._lam, threshold=self._threshold)
         attention_and_link_sums(work, self._queries, self._lam, window=window, scale=self._scale)
         combine(work, self._lam, scores, window=window, pool_kernel=self._pool_kernel)
+
+
+def check_weights(lam: torch.Tensor, kv: PagedKV, batch: CompactionBatch) -> None:
+    """Raises: ValueError unless there is one float32 weight for each request, on the cache's device."""
+    if lam.shape != (batch.num_requests,) or lam.dtype != torch.float32 or lam.device != kv.device:
+        raise ValueError(f"lam must be float32 [{batch.num_requests}] on {kv.device}")

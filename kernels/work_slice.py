@@ -24,8 +24,8 @@ class WorkSlice:
 
     An owner is one (layer, request, KV head) of the slice; there are ``owners`` of them. The per-token tables
     are flat and hold ``capacity`` entries for each. Some of them share memory, since a round fills and reads
-    them one after the other: ``newest_match``, ``attention`` and ``kept``; ``inverse_norms`` and
-    ``chosen_slots``; ``newest_match_of_block`` and ``scores``.
+    them one after the other: ``newest_match``, ``attention`` and ``kept``; ``inverse_norms``, ``redundancy``
+    and ``chosen_slots``; ``newest_match_of_block`` and ``scores``.
 
     Attributes:
         kv: the cache.
@@ -78,6 +78,11 @@ class WorkSlice:
     def attention(self) -> torch.Tensor:
         """float32 table: attention of the window to each key, in place of ``newest_match``."""
         return self.kept.view(torch.float32)
+
+    @property
+    def redundancy(self) -> torch.Tensor:
+        """float32 table: mean similarity of each key to all (rkv_spec 4.2)."""
+        return self.inverse_norms
 
     @property
     def chosen_slots(self) -> torch.Tensor:

@@ -16,7 +16,10 @@ from pydantic import BaseModel
 CLASSES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (name, re.compile(pattern, re.IGNORECASE))
     for name, pattern in (
-        ("compaction", r"^_(survey|merge|matches|sums|combine|select|rank|layer|global|move|stage)_kernel"),
+        (
+            "compaction",
+            r"^_(survey|merge|matches|sums|combine|scores|page_sums|select|rank|layer|global|move|stage)_kernel",
+        ),
         ("extension per step", r"^_(physical|record)_kernel"),
         ("attention", r"flash|fmha|attention|attn|unified"),
         ("products", r"gemm|gemv|nvjet|cutlass|cublas|xmma|splitk|matmul"),

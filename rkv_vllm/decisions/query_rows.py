@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from itertools import islice
 
-#: Bound on the window's memory, 2 MiB a row for an 8B model. Of 1,024 running requests 64 hold
+#: Bound on the ring's memory, 4 MiB a row for an 8B model. Of 1,024 running requests 64 of policy `rkv` hold
 #: one on average. A request that finds no row waits for one, some steps before its compaction.
 MAX_ROWS = 128
 #: `query_row` of a round whose policy needs no queries.

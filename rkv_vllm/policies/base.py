@@ -8,6 +8,7 @@ from typing import Protocol, Self
 
 import torch
 
+from rkv_vllm.kernels.rotary_pairs import UNROTATED, RotaryPairs
 from rkv_vllm.settings.config import WINDOW, RkvConfig
 
 #: Most elements of the keys that a policy reads at a time where a whole layer's may not fit beside the cache.
@@ -42,6 +43,7 @@ class ScoreInputs:
         num_previous_survivors: slots at the front that the round before has filled, its window the last of
             them; 0 for the first round.
         protected: first slots, which stay whatever their scores.
+        rotary_pairs: how the model's rotary embedding pairs a head's dimensions.
     """
 
     keys: Keys
@@ -51,6 +53,7 @@ class ScoreInputs:
     logical_length: int
     num_previous_survivors: int = 0
     protected: int = 0
+    rotary_pairs: RotaryPairs = UNROTATED
 
     @property
     def num_candidates(self) -> int:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 #: The names below, for annotations; a test holds them equal.
-PolicyName = Literal["rkv", "snapkv", "keydiff", "recency", "random"]
+PolicyName = Literal["rkv", "invariant", "snapkv", "keydiff", "recency", "random"]
 #: Names of sets of Triton kernels that score.
-Kernel = Literal["rkv"]
+Kernel = Literal["rkv", "invariant"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,15 @@ POLICIES: tuple[PolicySpec, ...] = (
         weight="mix_lambda",
         keeps="important and not redundant ones",
         paper="2505.24133",
+    ),
+    PolicySpec(
+        name="invariant",
+        class_path="rkv_vllm.policies.invariant:Invariant",
+        num_queries=16,
+        kernel="invariant",
+        weight=0.5,
+        keeps="important ones unlike the others, wherever they stand",
+        paper=None,
     ),
     PolicySpec(
         name="snapkv",

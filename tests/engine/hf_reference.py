@@ -12,10 +12,13 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from rkv_vllm.kernels import naive
+from rkv_vllm.kernels import naive, naive_invariant
+from rkv_vllm.kernels.rotary_pairs import RotaryPairs
 
 #: R-KV's published constants, written out here on purpose rather than taken from the package.
 WINDOW, POOL_KERNEL, MIX_LAMBDA, SIMILARITY, SINKS = 8, 7, 0.1, 0.5, 4
+#: Those of policy invariant.
+MOST_QUERIES, INVARIANT_POOL_KERNEL, INVARIANT_LAMBDA = 16, 3, 0.5
 
 _ATTENTION = "eager_with_queries_kept"
 
@@ -47,6 +50,7 @@ class HfReference:
             model, dtype=torch.float32, attn_implementation=_ATTENTION
         ).eval()
         self._newest_queries: dict[int, torch.Tensor] = {}
+        self._buffer = 0
         self._positions = torch.empty(0)  # [L, H, N]: where the tokens of the last compaction are in the text
 
     def _attend(
@@ -58,9 +62,9 @@ class HfReference:
         mask: torch.Tensor,
         **kwargs: Any,
     ) -> Any:
-        """Eager attention that keeps each layer's newest rotated queries, [Hq, WINDOW, D]."""
+        """Eager attention that keeps each layer's newest rotated queries, [Hq, MOST_QUERIES, D]."""
         earlier = self._newest_queries.get(module.layer_idx, query[0, :, :0])
-        self._newest_queries[module.layer_idx] = torch.cat([earlier, query[0]], dim=1)[:, -WINDOW:]
+        self._newest_queries[module.layer_idx] = torch.cat([earlier, query[0]], dim=1)[:, -MOST_QUERIES:]
         return eager_attention_forward(module, query, key, value, mask, **kwargs)
 
     @torch.inference_mode()
@@ -71,7 +75,7 @@ class HfReference:
         *,
         budget: int,
         buffer: int,
-        policy: Literal["rkv", "recency"],
+        policy: Literal["rkv", "invariant", "recency"],
         page_size: int | None = None,
         scope: Literal["head", "layer", "global"] = "head",
         order: Literal["temporal", "score"] = "temporal",
@@ -82,6 +86,7 @@ class HfReference:
         at least, and the threshold is above it.
         """
         self._newest_queries.clear()
+        self._buffer = buffer
         config = self._model.config
         self._positions = torch.empty(config.num_hidden_layers, config.num_key_value_heads, 0).long()
         cache = DynamicCache()
@@ -169,8 +174,18 @@ class HfReference:
             age = torch.arange(length - WINDOW, dtype=torch.float64)
             age[:SINKS] = torch.inf
             return age.expand(heads, -1)
+        if policy == "invariant":
+            return naive_invariant.invariant_scores(
+                self._newest_queries[layer][:, -min(MOST_QUERIES, self._buffer) :].double(),
+                keys.double(),
+                RotaryPairs(rotated=keys.shape[-1]),
+                window=WINDOW,
+                lam=INVARIANT_LAMBDA,
+                pool_kernel=INVARIANT_POOL_KERNEL,
+                scale=keys.shape[-1] ** -0.5,
+            )
         return naive.rkv_scores(
-            self._newest_queries[layer].double(),
+            self._newest_queries[layer][:, -WINDOW:].double(),
             keys.double(),
             window=WINDOW,
             lam=MIX_LAMBDA,

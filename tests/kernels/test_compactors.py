@@ -21,12 +21,14 @@ from rkv_vllm.execution.cpu.compactor import CpuTokenCompactor
 from rkv_vllm.execution.gpu.compactor import GpuTokenCompactor
 from rkv_vllm.execution.stopwatch import CpuStopwatch
 from rkv_vllm.kernels import naive
+from rkv_vllm.kernels.rotary_pairs import RotaryPairs
 from rkv_vllm.policies import ScoreInputs, make_policies
 from rkv_vllm.settings.config import POLICY_NAMES, Order, PolicyName, RkvConfig, Scope
 from rkv_vllm.settings.policy_table import NUM_QUERIES, RING_SIZE
 
 PAGE, LAYERS, HEADS, GROUP, SIZE = 16, 3, 2, 2, 32
 SCALE = SIZE**-0.5
+PAIRS = RotaryPairs(rotated=SIZE)
 #: Length, tokens that stay and logical length of each policy's request; all have been compacted before.
 LENGTH, KEEP, LOGICAL = 61, 40, 500
 #: First tokens that stay whatever their scores, in half of the cases.
@@ -147,6 +149,7 @@ class Setup:
             logical_length=LOGICAL,
             num_previous_survivors=KEEP,
             protected=self.protect,
+            rotary_pairs=PAIRS,
         )
         return self.policies[policy].scores(inputs)
 
@@ -164,7 +167,7 @@ def test_the_cpu_keeps_what_the_reference_keeps(scope: Scope, order: Order, prot
     caches: Any = [PlainCache(layer.clone()) for layer in setup.layers]
     queries: Any = PlainQueries(setup.queries)
     tables = Tables()
-    CpuTokenCompactor(caches, queries, setup.config, setup.policies).run(setup.compactions, tables)
+    CpuTokenCompactor(caches, queries, setup.config, setup.policies, PAIRS).run(setup.compactions, tables)
     setup.check(torch.stack([cache.data for cache in caches]))
     assert tables.pages == {c.request_id: c.target_pages for c in setup.compactions}
 
@@ -187,6 +190,7 @@ def test_the_gpu_keeps_what_the_reference_keeps(
         SCALE,
         setup.config,
         setup.policies,
+        pairs=PAIRS,
         longest=LENGTH,
         ranks_per_kv_head=1,
     )

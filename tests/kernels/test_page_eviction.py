@@ -15,6 +15,7 @@ from rkv_vllm.execution.gpu.compactor import GpuPageCompactor
 from rkv_vllm.execution.stopwatch import CpuStopwatch
 from rkv_vllm.kernels import naive
 from rkv_vllm.kernels.page_eviction import choose_pages, drop_pages
+from rkv_vllm.kernels.rotary_pairs import RotaryPairs
 from rkv_vllm.policies import ScoreInputs, make_policies
 from rkv_vllm.settings.config import WINDOW, PolicyName, RkvConfig
 from rkv_vllm.settings.policy_table import NUM_QUERIES
@@ -93,6 +94,7 @@ def test_the_gpu_compactor_drops_the_pages_of_the_definition(monkeypatch: pytest
         ("snapkv", 64, 3),
         ("recency", 100, 4),
         ("random", 97, 4),
+        ("invariant", 99, 4),
         ("rkv", 104, 5),
     ]
     cache = PagedCache(
@@ -100,7 +102,10 @@ def test_the_gpu_compactor_drops_the_pages_of_the_definition(monkeypatch: pytest
     )
     layers, queries, before, unused = cache.layers, cache.queries, cache.source, cache.free[0]
     policies = make_policies(config)
-    compactor = GpuPageCompactor(layers, queries, scale, config, policies, longest=1024, ranks_per_kv_head=1)
+    pairs = RotaryPairs(rotated=32)
+    compactor = GpuPageCompactor(
+        layers, queries, scale, config, policies, pairs=pairs, longest=1024, ranks_per_kv_head=1
+    )
     table = torch.full((9, 10), unused, dtype=torch.int32, device=DEVICE)
     evictions = []
     for index, (policy, length, keep) in enumerate(rounds):
@@ -141,6 +146,7 @@ def test_the_gpu_compactor_drops_the_pages_of_the_definition(monkeypatch: pytest
                 scale=scale,
                 layer=number,
                 logical_length=eviction.logical_length,
+                rotary_pairs=pairs,
             )
             scores = policies[eviction.policy].scores(inputs).double().cpu()
             means += naive.page_scores(scores, PAGE)[:candidates] / (2 * 2 * PAGE)

@@ -24,6 +24,8 @@ from rkv_vllm.scheduling.tracked_request import TrackedRequest
 
 Break = Callable[[pytest.MonkeyPatch], None]
 MOST_RUNS = 60
+#: More, for few runs have pages that leave while the request goes on fast enough.
+MOST_RUNS_BY_PAGE = 120
 
 
 @dataclass(frozen=True)
@@ -327,7 +329,7 @@ def keep_no_room_beside_protected_pages(patch: pytest.MonkeyPatch) -> None:
 
 
 def run_random_engines(pages: bool) -> None:
-    for seed in range(MOST_RUNS):
+    for seed in range(MOST_RUNS_BY_PAGE if pages else MOST_RUNS):
         chance = random.Random(seed)
         arrivals = random_arrivals(chance, count=8)
         setup = replace(random_setup(chance, arrivals), depth=1 + seed % 3)

@@ -73,9 +73,10 @@ def random_setup(chance: random.Random, arrivals: list[Arrival]) -> Setup:
 
 
 def by_page(setup: Setup, arrivals: list[Arrival]) -> Setup:
-    """The same engine, but whole pages leave; as many pages above the smallest pool."""
-    paged = replace(setup, config=setup.config.model_copy(update={"granularity": "page"}))
+    """The same engine, but whole pages leave, small enough to do so often; the pool's spare ones stay."""
     spare = setup.num_pages - smallest_pool(setup, arrivals)
+    config = setup.config.model_copy(update={"granularity": "page"})
+    paged = replace(setup, config=config, page_size=min(setup.page_size, 32))
     return replace(paged, num_pages=smallest_pool(paged, arrivals) + spare)
 
 
@@ -101,7 +102,7 @@ def _budget(chance: random.Random, prompt: tuple[int, ...]) -> dict[str, Any]:
     room = budget - WINDOW - 1
     asked: dict[str, Any] = {
         "rkv_budget": budget,
-        "rkv_buffer": chance.choice((8, 9, 16, 32, 64)),
+        "rkv_buffer": chance.choice((8, 9, 16, 64, 96)),
         "rkv_policy": chance.choice(POLICY_NAMES),
         "another": "argument",
     }

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import get_args
 
 import pytest
 import torch
 
-from rkv_vllm.kernels import naive, tiled
-from rkv_vllm.policies import ScoreInputs, make_policies, weights
+from rkv_vllm.kernels import naive, naive_invariant, tiled
+from rkv_vllm.kernels.rotary_pairs import RotaryPairs
+from rkv_vllm.policies import ScoreInputs, invariant, make_policies, weights
 from rkv_vllm.policies.recency import SINKS, Recency
 from rkv_vllm.policies.rkv import Rkv
 from rkv_vllm.settings.config import (
@@ -48,8 +50,11 @@ def test_every_name_has_a_policy() -> None:
 def test_the_kernels_score_with_the_weight_of_the_class() -> None:
     """Proves that a policy which the kernels score has there the weight of importance that its class has."""
     found = weights(RkvConfig(mix_lambda=0.3))
-    assert found == {"rkv": 0.3, "snapkv": 1.0} and found.keys() == KERNELS.keys()
-    assert {name: policy.mix_lambda for name, policy in POLICIES.items() if isinstance(policy, Rkv)} == found
+    assert found == {"rkv": 0.3, "invariant": 0.5, "snapkv": 1.0} and found.keys() == KERNELS.keys()
+    assert {name: policy.mix_lambda for name, policy in POLICIES.items() if isinstance(policy, Rkv)} == {
+        "rkv": 0.3,
+        "snapkv": 1.0,
+    }
 
 
 def test_policies_with_queries_are_scored_by_kernels() -> None:
@@ -159,10 +164,31 @@ def test_order_of_queries_does_not_matter() -> None:
     case = inputs(80)
     assert case.queries is not None
     turned = ScoreInputs(case.keys, case.queries.roll(3, dims=1), case.scale, case.layer, case.logical_length)
-    torch.testing.assert_close(POLICIES["rkv"].scores(turned), POLICIES["rkv"].scores(case))
+    for name in KERNELS:
+        torch.testing.assert_close(POLICIES[name].scores(turned), POLICIES[name].scores(case))
 
 
-def test_rkv_without_queries_is_an_error() -> None:
-    """Proves that a missing query window is noticed and not scored around."""
+@pytest.mark.parametrize("name", KERNELS)
+def test_missing_queries_are_an_error(name: PolicyName) -> None:
+    """Proves that missing queries are noticed and not scored around."""
     with pytest.raises(AssertionError, match="queries"):
-        POLICIES["rkv"].scores(inputs(60, queries=0))
+        POLICIES[name].scores(inputs(60, queries=0))
+
+
+@pytest.mark.parametrize("queries", [8, 32])
+@pytest.mark.parametrize("length", [WINDOW + 1, 50, 300])
+def test_invariant_is_the_reference(length: int, queries: int) -> None:
+    """Proves that invariant equals the literal float64 reference, whose similarity matrix it does without."""
+    case = replace(inputs(length, queries=queries), rotary_pairs=RotaryPairs(8))
+    assert case.queries is not None
+    expected = naive_invariant.invariant_scores(
+        case.queries.double(),
+        case.keys[:, :].double(),
+        case.rotary_pairs,
+        window=WINDOW,
+        lam=0.5,
+        pool_kernel=invariant.POOL_KERNEL,
+        scale=case.scale,
+    )
+    found = POLICIES["invariant"].scores(case).double()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)

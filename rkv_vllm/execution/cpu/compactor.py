@@ -16,6 +16,7 @@ from rkv_vllm.execution.cpu.query_ring import CpuQueryRing
 from rkv_vllm.execution.stopwatch import CpuStopwatch
 from rkv_vllm.kernels import naive, tiled
 from rkv_vllm.kernels.page_eviction import choose_pages
+from rkv_vllm.kernels.rotary_pairs import RotaryPairs
 from rkv_vllm.policies import Policy, ScoreInputs
 from rkv_vllm.settings.config import WINDOW, Granularity, PolicyName, RkvConfig
 
@@ -39,6 +40,7 @@ class CpuCompactor(Compactor[Round, CpuTables, PageReport]):
         queries: CpuQueryRing,
         config: RkvConfig,
         policies: dict[PolicyName, Policy],
+        pairs: RotaryPairs,
     ) -> None:
         """
         Args:
@@ -46,12 +48,14 @@ class CpuCompactor(Compactor[Round, CpuTables, PageReport]):
             queries: the query ring.
             config: the server's settings.
             policies: by name.
+            pairs: how the model's rotary embedding pairs a head's dimensions.
         """
         self._caches = caches
         self._queries = queries
         self._scope = config.scope
         self._order = config.order
         self._policies = policies
+        self._pairs = pairs
         self._evicted: list[PageReport] = []
         self.stopwatch = CpuStopwatch()
 
@@ -81,6 +85,7 @@ class CpuCompactor(Compactor[Round, CpuTables, PageReport]):
             logical_length=compaction.logical_length,
             num_previous_survivors=compaction.num_previous_survivors,
             protected=compaction.protect,
+            rotary_pairs=self._pairs,
         )
         return self._policies[compaction.policy].scores(inputs)
 
@@ -151,10 +156,11 @@ def make_cpu_compactor(
     queries: CpuQueryRing,
     config: RkvConfig,
     policies: dict[PolicyName, Policy],
+    pairs: RotaryPairs,
 ) -> CpuCompactor[Any]:
     """The compactor for the server's granularity."""
     by_granularity: dict[Granularity, type[CpuCompactor[Any]]] = {
         "token": CpuTokenCompactor,
         "page": CpuPageCompactor,
     }
-    return by_granularity[config.granularity](caches, queries, config, policies)
+    return by_granularity[config.granularity](caches, queries, config, policies, pairs)

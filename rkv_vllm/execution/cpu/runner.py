@@ -26,6 +26,8 @@ from rkv_vllm.execution.cpu.generator import RewindableGenerator
 from rkv_vllm.execution.cpu.layer_cache import CpuLayerCache
 from rkv_vllm.execution.cpu.query_ring import CpuQueryRing, captured_positions
 from rkv_vllm.execution.kv_head_copies import ranks_per_kv_head
+from rkv_vllm.execution.rotary import rotary_pairs
+from rkv_vllm.kernels.rotary_pairs import RotaryPairs
 from rkv_vllm.policies import make_policies
 from rkv_vllm.settings.config import RkvConfig
 from rkv_vllm.settings.policy_table import RING_SIZE
@@ -42,6 +44,7 @@ class CompactingCpuRunner(CPUModelRunner):
     _query_ring: CpuQueryRing
     _compactor: CpuCompactor[Any]
     _rkv_layers: list[Attention]
+    _rotary_pairs: RotaryPairs
 
     def install_query_capture(self, layers: list[Attention]) -> None:
         """To be called once, when the model is loaded and before memory is profiled."""
@@ -49,6 +52,7 @@ class CompactingCpuRunner(CPUModelRunner):
         num_rows = num_query_rows(vllm_config.scheduler_config.max_num_seqs)
         self._evicted = {}
         self._rkv_layers = layers
+        self._rotary_pairs = rotary_pairs(self.model, layers)
         self._query_ring = CpuQueryRing(layers, num_rows, self.device, ranks_per_kv_head(vllm_config))
 
     def initialize_kv_cache(
@@ -58,7 +62,9 @@ class CompactingCpuRunner(CPUModelRunner):
         if not is_profiling:
             config = RkvConfig.from_additional_config(self.vllm_config.additional_config)
             caches = [CpuLayerCache(layer) for layer in self._rkv_layers]
-            self._compactor = make_cpu_compactor(caches, self._query_ring, config, make_policies(config))
+            self._compactor = make_cpu_compactor(
+                caches, self._query_ring, config, make_policies(config), self._rotary_pairs
+            )
 
     # -- a step --------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial, reduce
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol
 
 import torch
 
@@ -20,6 +20,7 @@ from rkv_vllm.decisions.pages import num_pages
 from rkv_vllm.execution.compactor import Compactor, Round
 from rkv_vllm.execution.gpu.page_reports import EvictedPageIds
 from rkv_vllm.execution.gpu.paged_keys import PagedKeys
+from rkv_vllm.execution.gpu.scorers import KernelScorers, by_kernel
 from rkv_vllm.execution.kv_head_copies import whole_group
 from rkv_vllm.execution.stopwatch import CudaStopwatch
 from rkv_vllm.kernels import naive
@@ -27,18 +28,11 @@ from rkv_vllm.kernels.batch import NO_QUERIES, CompactionBatch, QueryWindow
 from rkv_vllm.kernels.cache_layout import PagedKV
 from rkv_vllm.kernels.compaction_round import CompactionRound
 from rkv_vllm.kernels.page_eviction import choose_pages, drop_pages
-from rkv_vllm.kernels.rkv_scorer import RkvScorer
-from rkv_vllm.kernels.scorer import GivenScores, Scorer
-from rkv_vllm.policies import Policy, ScoreInputs, weights
-from rkv_vllm.settings.config import (
-    POOL_KERNEL,
-    SIMILARITY_THRESHOLD,
-    WINDOW,
-    Granularity,
-    PolicyName,
-    RkvConfig,
-)
-from rkv_vllm.settings.policy_table import KERNELS, Kernel
+from rkv_vllm.kernels.rotary_pairs import RotaryPairs
+from rkv_vllm.kernels.scorer import GivenScores
+from rkv_vllm.policies import Policy, ScoreInputs
+from rkv_vllm.settings.config import WINDOW, Granularity, PolicyName, RkvConfig
+from rkv_vllm.settings.policy_table import Kernel
 
 #: Rounds whose queries are gathered at a time, which bounds the memory for them.
 _ROUNDS_GATHERED = 4
@@ -68,6 +62,7 @@ class GpuCompactor(Compactor[Round, GpuTables, EvictedPageIds]):
         config: RkvConfig,
         policies: dict[PolicyName, Policy],
         *,
+        pairs: RotaryPairs,
         longest: int,
         ranks_per_kv_head: int,
     ) -> None:
@@ -79,6 +74,7 @@ class GpuCompactor(Compactor[Round, GpuTables, EvictedPageIds]):
             scale: factor on the model's attention logits.
             config: the server's settings.
             policies: by name.
+            pairs: how the model's rotary embedding pairs a head's dimensions.
             longest: physical length of the longest request, in tokens.
             ranks_per_kv_head: ranks that hold the same KV head.
 
@@ -91,16 +87,15 @@ class GpuCompactor(Compactor[Round, GpuTables, EvictedPageIds]):
         self._order = config.order
         self._scale = scale
         self._policies = policies
-        self._weights = weights(config)
+        self._pairs = pairs
+        self._scorers = KernelScorers(config, pairs, scale)
         self._evicted: list[EvictedPageIds] = []
         self.stopwatch = CudaStopwatch()
 
     def warm_up(self) -> None:
         """Compiles every kernel; page 0, which vLLM keeps as its null page, lends its slots."""
         queries = self._of_whole_groups(self._queries[:, :1])
-        weight = torch.full((1,), 0.5, device=self._kv.device)
-        scorers = [self._scorer(kernel, queries, weight) for kernel in get_args(Kernel)]
-        self._round.warm_up(scorers, self._order)
+        self._round.warm_up(self._scorers.one_of_each(queries), self._order)
 
     def run(self, rounds: Sequence[Round], tables: GpuTables) -> None:
         """See `Compactor.run`."""
@@ -121,38 +116,6 @@ class GpuCompactor(Compactor[Round, GpuTables, EvictedPageIds]):
         """[layers, rows, RING_SIZE, Hq, D], Hq the query heads of this rank's KV heads, wherever they are."""
         return whole_group(queries, self._ranks_per_kv_head, dim=3)
 
-    @staticmethod
-    def _by_kernel(rounds: Sequence[Compaction]) -> dict[Kernel | None, list[int]]:
-        """Indices of the rounds that each set of kernels scores; None: those that are scored in torch."""
-        found: dict[Kernel | None, list[int]] = {}
-        for index, round_ in enumerate(rounds):
-            found.setdefault(KERNELS.get(round_.policy), []).append(index)
-        return found
-
-    def _scorer(self, kernel: Kernel, queries: torch.Tensor, weight: torch.Tensor) -> Scorer:
-        """What runs these kernels.
-
-        Args:
-            kernel: its name.
-            queries: [layers, rows, RING_SIZE, Hq, D].
-            weight: float32 [R], each round's weight of importance.
-        """
-        match kernel:
-            case "rkv":
-                return RkvScorer(
-                    queries,
-                    weight,
-                    scale=self._scale,
-                    threshold=SIMILARITY_THRESHOLD,
-                    pool_kernel=POOL_KERNEL,
-                )
-
-    def _weights_of(self, rounds: Sequence[Compaction]) -> torch.Tensor:
-        """float32 [R], each round's weight of importance."""
-        chosen = [self._weights[round_.policy] for round_ in rounds]
-        pinned = torch.tensor(chosen, pin_memory=self._kv.device.type == "cuda")
-        return pinned.to(self._kv.device, non_blocking=True)
-
     def _torch_scores(self, compaction: Compaction, source_pages: torch.Tensor, layer: int) -> torch.Tensor:
         """float32 [1, H, length - WINDOW], by the policy's own class."""
         inputs = ScoreInputs(
@@ -165,6 +128,7 @@ class GpuCompactor(Compactor[Round, GpuTables, EvictedPageIds]):
             logical_length=compaction.logical_length,
             num_previous_survivors=compaction.num_previous_survivors,
             protected=compaction.protect,
+            rotary_pairs=self._pairs,
         )
         return self._policies[compaction.policy].scores(inputs).unsqueeze(0)
 
@@ -173,7 +137,7 @@ class GpuTokenCompactor(GpuCompactor[TokenCompaction]):
     """Scores, selects and moves the survivors of each layer and KV head."""
 
     def _run(self, rounds: Sequence[TokenCompaction], tables: GpuTables) -> None:
-        for kernel, indices in self._by_kernel(rounds).items():
+        for kernel, indices in by_kernel(rounds).items():
             some = [rounds[index] for index in indices]
             if kernel is None:
                 self._run_in_torch(some)
@@ -190,7 +154,7 @@ class GpuTokenCompactor(GpuCompactor[TokenCompaction]):
 
     def _run_in_kernels(self, kernel: Kernel, rounds: Sequence[TokenCompaction]) -> None:
         if self._ranks_per_kv_head == 1:
-            scorer = self._scorer(kernel, self._queries, self._weights_of(rounds))
+            scorer = self._scorers.make(kernel, self._queries, [c.policy for c in rounds])
             self._round.run(scorer, self._batch(rounds))
             return
         for first in range(0, len(rounds), _ROUNDS_GATHERED):
@@ -198,7 +162,7 @@ class GpuTokenCompactor(GpuCompactor[TokenCompaction]):
             batch = self._batch(some)
             queries = self._of_whole_groups(self._queries[:, batch.query_rows])
             rows = torch.arange(len(some), dtype=torch.int32, device=self._kv.device)
-            scorer = self._scorer(kernel, queries, self._weights_of(some))
+            scorer = self._scorers.make(kernel, queries, [c.policy for c in some])
             self._round.run(scorer, replace(batch, query_rows=rows))
 
     def _batch(self, compactions: Sequence[TokenCompaction]) -> CompactionBatch:
@@ -244,7 +208,7 @@ class GpuPageCompactor(GpuCompactor[PageCompaction]):
             rows: each round's row of the block table.
         """
         scores: dict[int, torch.Tensor] = {}
-        for kernel, indices in self._by_kernel(rounds).items():
+        for kernel, indices in by_kernel(rounds).items():
             if kernel is None:
                 scores |= {index: self._torch_page_scores(rounds[index], rows[index]) for index in indices}
                 continue
@@ -255,7 +219,7 @@ class GpuPageCompactor(GpuCompactor[PageCompaction]):
                 source_pages=torch.stack([rows[index][:width] for index in indices]),
                 queries=[_queries_of(compaction) for compaction in some],
             )
-            scorer = self._scorer(kernel, self._queries, self._weights_of(some))
+            scorer = self._scorers.make(kernel, self._queries, [c.policy for c in some])
             scores |= zip(indices, self._round.page_scores(scorer, batch), strict=True)
         return [scores[index] for index in range(len(rounds))]
 
@@ -284,6 +248,7 @@ def make_gpu_compactor(
     config: RkvConfig,
     policies: dict[PolicyName, Policy],
     *,
+    pairs: RotaryPairs,
     longest: int,
     ranks_per_kv_head: int,
 ) -> GpuCompactor[Any]:
@@ -293,5 +258,12 @@ def make_gpu_compactor(
         "page": GpuPageCompactor,
     }
     return by_granularity[config.granularity](
-        layers, queries, scale, config, policies, longest=longest, ranks_per_kv_head=ranks_per_kv_head
+        layers,
+        queries,
+        scale,
+        config,
+        policies,
+        pairs=pairs,
+        longest=longest,
+        ranks_per_kv_head=ranks_per_kv_head,
     )

@@ -31,6 +31,8 @@ from rkv_vllm.execution.gpu.page_reports import ReportingOutput
 from rkv_vllm.execution.gpu.physical_lengths import NOT_CAPTURED, PhysicalLengths, make_attention_physical
 from rkv_vllm.execution.gpu.query_ring import GpuQueryRing
 from rkv_vllm.execution.kv_head_copies import ranks_per_kv_head
+from rkv_vllm.execution.rotary import rotary_pairs
+from rkv_vllm.kernels.rotary_pairs import RotaryPairs
 from rkv_vllm.kernels.step_inputs import prepare_physical
 from rkv_vllm.policies import make_policies
 from rkv_vllm.settings.config import RkvConfig
@@ -44,6 +46,7 @@ class CompactingRunnerV2(GPUModelRunner):
     _query_ring: GpuQueryRing
     _compactor: GpuCompactor[Any]
     _rkv_layers: list[Attention]
+    _rotary_pairs: RotaryPairs
 
     # -- set-up --------------------------------------------------------------------------------------------
 
@@ -52,6 +55,7 @@ class CompactingRunnerV2(GPUModelRunner):
         vllm_config: VllmConfig = self.vllm_config
         num_rows = num_query_rows(vllm_config.scheduler_config.max_num_seqs)
         self._rkv_layers = layers
+        self._rotary_pairs = rotary_pairs(self.model, layers)
         self._query_ring = GpuQueryRing(
             layers, num_rows, self.device, ranks_per_kv_head(vllm_config), self.max_num_tokens
         )
@@ -77,6 +81,7 @@ class CompactingRunnerV2(GPUModelRunner):
             self._rkv_layers[0].impl.scale,
             config,
             make_policies(config),
+            pairs=self._rotary_pairs,
             longest=min(self.max_model_len, kv_cache_config.num_blocks * caches[0].shape[2]),
             ranks_per_kv_head=self._query_ring.ranks_per_kv_head,
         )

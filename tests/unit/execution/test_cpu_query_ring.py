@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from rkv_vllm.execution.cpu.query_ring import CpuQueryRing
-from rkv_vllm.settings.config import WINDOW
+from rkv_vllm.settings.policy_table import RING_SIZE
 
 
 class Attention:
@@ -20,7 +20,7 @@ def test_nothing_is_captured_between_steps() -> None:
     """Proves that a dummy batch after a step, shorter or longer than it, leaves the rows as they are."""
     layer: Any = SimpleNamespace(num_heads=3, head_size=4, dtype=torch.float32, impl=Attention())
     ring = CpuQueryRing([layer], 2, torch.device("cpu"), ranks_per_kv_head=1)
-    ring.begin_step([1, 5], [2, WINDOW + 7])
+    ring.begin_step([1, 5], [2, RING_SIZE + 7])
     step = torch.randn(6, 3, 4)
     ring.capture(0, step)
     ring.end_step()

@@ -18,6 +18,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from rkv_vllm.decisions.messages import attach_durations, durations_of, put_tally, take_tally
 from rkv_vllm.execution.stopwatch import CpuStopwatch
 from rkv_vllm.observability.prometheus import RkvStatLogger
+from rkv_vllm.settings.policy_table import RING_SIZE
 
 
 def test_a_tally_survives_the_way_and_leaves_no_trace() -> None:
@@ -71,9 +72,8 @@ def test_engines_are_kept_apart_and_steps_add_up() -> None:
     assert value("rkv_pages_held", "0") == 3
     assert value("rkv_pool_pages", "0") == value("rkv_pool_pages", "1") == 40
     assert value("rkv_request_kept_ratio_sum", "1") == pytest.approx(0.5)
-    assert (
-        value("rkv_query_window_bytes", "0") == 3 * 10 * 8 * 4 * 16 * 2
-    )  # layers, rows, window, heads, size
+    # Layers, rows, queries, heads, head size, bytes.
+    assert value("rkv_query_window_bytes", "0") == 3 * 10 * RING_SIZE * 4 * 16 * 2
 
 
 def test_a_server_without_rkv_shows_nothing() -> None:

@@ -1,0 +1,57 @@
+"""Keys as pairs of rotated dimensions, and the features of them that no rotation changes (rkv_spec 4.1, 4.2).
+
+Reference: ``rotary_pairs.RotaryPairs.features``.
+"""
+
+# Triton reads its kernels' arguments without types.
+# mypy: allow-untyped-defs, allow-untyped-calls
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_pairs(
+    base,
+    offsets,
+    HEAD_SIZE: tl.constexpr,
+    ROTATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    FEATURES_PAD: tl.constexpr,
+):
+    """First and second member of each pair, [rows, FEATURES_PAD] each; 0 where there is none."""
+    HALF: tl.constexpr = ROTATED // 2
+    FEATURES: tl.constexpr = HEAD_SIZE - HALF
+    feature = tl.arange(0, FEATURES_PAD)
+    if INTERLEAVED:
+        first = tl.where(feature < HALF, 2 * feature, feature + HALF)
+        second = 2 * feature + 1
+    else:
+        first = tl.where(feature < HALF, feature, feature + HALF)
+        second = feature + HALF
+    firsts = base + offsets[:, None] + first[None, :]
+    seconds = base + offsets[:, None] + second[None, :]
+    if FEATURES_PAD == HALF:
+        return tl.load(firsts), tl.load(seconds)
+    a = tl.load(firsts, mask=(feature < FEATURES)[None, :], other=0.0)
+    return a, tl.load(seconds, mask=(feature < HALF)[None, :], other=0.0)
+
+
+@triton.jit
+def features_of(a, b, ROTATED: tl.constexpr, FEATURES_PAD: tl.constexpr):
+    """float32 [tokens, FEATURES_PAD]: lengths of pairs, and what is not rotated as it is (rkv_spec 4.1)."""
+    a = a.to(tl.float32)
+    b = b.to(tl.float32)
+    length = tl.sqrt(a * a + b * b)
+    if FEATURES_PAD == ROTATED // 2:
+        return length
+    return tl.where((tl.arange(0, FEATURES_PAD) < ROTATED // 2)[None, :], length, a)
+
+
+@triton.jit
+def directions_of(a, b, mean, ROTATED: tl.constexpr, FEATURES_PAD: tl.constexpr):
+    """float32 [tokens, FEATURES_PAD]: features less their mean, of length one (rkv_spec 4.2)."""
+    centred = features_of(a, b, ROTATED, FEATURES_PAD) - mean[None, :]
+    return centred / (tl.sqrt(tl.sum(centred * centred, axis=1)) + 1e-8)[:, None]
