@@ -2,7 +2,7 @@
 
 Every step follows from what stands before it, and is short enough for a small model. What it needs differs:
 
-- `number_sorting`: the newest list, among older ones that look much the same, and the question's next number;
+- `number_sorting`: the newest list, among older ones that look much the same, and the next number;
 - `shortest_path`: what became of a cell of the grid when it was last looked at, and at the end, one after the
   other, the cells from which others were reached, wherever that was;
 - `products`: two lines of digits near the start all along, and every digit of the first half once more in the
@@ -17,8 +17,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 #: Words of the chains that are one token each, beside those of the questions.
-WORDS = ("insert", "grid", "search", "path", "digits", "rows", "columns", "result", "none")
+WORDS = ("numbers", "insert", "grid", "search", "path", "digits", "rows", "columns", "result", "none")
 
+#: Names of numbers to sort.
+ITEMS = string.ascii_lowercase
 #: Where a search looks from a cell, in this order: rows down, columns to the right.
 MOVES = {"right": (0, 1), "down": (1, 0), "left": (0, -1), "up": (-1, 0)}
 #: Names of a grid's rows and columns, the first and the last of which lie outside of the largest grid.
@@ -38,14 +40,24 @@ class Chain:
 
 
 def sort_numbers(question: str) -> Chain:
-    """Inserts the numbers one by one, and writes the whole list each time."""
+    """Inserts the numbers one by one, and writes the whole list each time.
+
+    Numbers get names, `a781.4`, which stand behind them in the lists, `781.4a`.
+    """
     found = _match(r"Sort these numbers in (ascending|descending) order: ([-\d., ]+)\n", question)
-    in_order: list[str] = []
-    lines = []
-    for number in found[2].split(", "):
-        in_order = sorted([*in_order, number], key=float, reverse=found[1] == "descending")
-        lines.append(f"insert {number}: {' '.join(in_order)}\n")
-    return Chain("".join(lines), str(in_order))
+    numbers = found[2].split(", ")
+    if len(numbers) > len(ITEMS):
+        raise ValueError(f"{len(numbers)} numbers: there are names for {len(ITEMS)}")
+    named = list(zip(ITEMS, numbers, strict=False))
+    lines = [f"numbers\n{' '.join(name + number for name, number in named)}\n"]
+    in_order: list[tuple[str, str]] = []
+    for name, number in named:
+        in_order.append((name, number))
+        in_order.sort(key=lambda item: float(item[1]), reverse=found[1] == "descending")
+        lines.append(f"insert {name}{number}: {' '.join(n + by for by, n in in_order)}\n")
+    # As many tokens a number as in the answer.
+    lines.append(f"result {', '.join(f'{number} {name}' for name, number in in_order)}\n")
+    return Chain("".join(lines), str([number for _, number in in_order]))
 
 
 def find_path(question: str) -> Chain:

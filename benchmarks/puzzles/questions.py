@@ -62,7 +62,7 @@ PUZZLES = {
             solve=sort_numbers,
             sizes=("numbers",),
             smallest=2,
-            largest=16,
+            largest=14,
             # All numbers have the same form.
             options={"min_decimals": 1, "max_decimals": 1, "min_value": 100, "max_value": 999},
         ),
