@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 #: Words of the chains that are one token each, beside those of the questions.
@@ -68,7 +68,7 @@ def find_path(question: str) -> Chain:
     its neighbours are: `X` blocked, `|` outside, `-` seen before, `*` the start, or `+` and the number of
     the line that goes on from there.
     """
-    grid = [line.split() for line in _match(r"grid:\n([*#OX \n]+)\n", question)[1].splitlines()]
+    grid = [line.split() for line in _match(r"grid:\n([*#OX \n]+)", question)[1].strip().splitlines()]
     if len(grid) > len(ROWS) - 2 or len(grid[0]) > len(COLUMNS) - 2:
         raise ValueError(f"a grid of {len(grid)} x {len(grid[0])} cells: there are names for 24 x 8")
     cells = {ROWS[r] + COLUMNS[c]: kind for r, row in enumerate(grid, 1) for c, kind in enumerate(row, 1)}
@@ -78,7 +78,7 @@ def find_path(question: str) -> Chain:
         lines.append(" ".join(name + kind for name, kind in cells.items() if name[0] == ROWS[r]) + "\n")
     lines.append("search\n")
     queue, came_from = [names["#"]], {names["#"]: ""}
-    for number, cell in enumerate(queue):
+    for number, cell in enumerate(queue):  # which grows on the way
         seen = []
         for move in MOVES:
             to = _neighbour(cell, move)
@@ -140,14 +140,6 @@ def multiply(question: str) -> Chain:
     return Chain(
         "".join(lines) + f"result {result}\n", "".join(map(str, reversed(digits))).lstrip("0") or "0"
     )
-
-
-#: By the name of the dataset.
-SOLVERS: dict[str, Callable[[str], Chain]] = {
-    "number_sorting": sort_numbers,
-    "shortest_path": find_path,
-    "products": multiply,
-}
 
 
 def _match(pattern: str, question: str) -> re.Match[str]:

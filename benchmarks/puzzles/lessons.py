@@ -10,9 +10,9 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from puzzles.chains import Chain
-from puzzles.questions import LEARNED_SEED, PUZZLES
+from puzzles.questions import HELD_OUT_SEED, LEARNED_SEED, PUZZLES
 from puzzles.tokenizer import encode
-from rkv_vllm.evaluation.tasks.reasoning_gym import PROMPT
+from rkv_vllm.evaluation.tasks.reasoning_gym import PROMPT, ReasoningGymTask
 
 #: A label that counts for nothing.
 IGNORED = -100
@@ -30,10 +30,25 @@ def solution(chain: Chain) -> str:
     return f"{chain.thinking}</think><answer>{chain.answer}</answer><eos>"
 
 
+def longest_conversation(largest: Mapping[str, int]) -> int:
+    """Tokens of the longest of some conversations of the largest sizes.
+
+    Raises: ValueError where a puzzle is too large for its solver.
+    """
+    lengths = []
+    for name, size in largest.items():
+        puzzle = PUZZLES[name]
+        for problem in ReasoningGymTask(name, puzzle.of_sizes(size, size)).problems(64, HELD_OUT_SEED):
+            prompt = str(problem.prompt)
+            lengths.append(len(encode(opened(prompt) + solution(puzzle.solve(prompt)))))
+    return max(lengths)
+
+
 class Lessons(IterableDataset):
     """Rows of conversations, half of them of the largest sizes. Answers are learned, questions are not.
 
-    Yields: token ids [length] and labels [length], the ids that follow, or IGNORED.
+    Yields: token ids [length] and labels [length], the ids that follow, or IGNORED; both int16, since many
+    rows wait in shared memory.
     """
 
     def __init__(self, length: int, largest: Mapping[str, int], seed: int) -> None:
@@ -57,7 +72,7 @@ class Lessons(IterableDataset):
                 asked, answered = next(conversations)
                 ids += asked + answered
                 learned += [False] * len(asked) + [True] * len(answered)
-            row = torch.tensor(ids[: self._length + 1])
+            row = torch.tensor(ids[: self._length + 1], dtype=torch.int16)
             labels = row.masked_fill(~torch.tensor(learned[: self._length + 1]), IGNORED)
             yield row[:-1], labels[1:]
 

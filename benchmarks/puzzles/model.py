@@ -152,6 +152,14 @@ def export(model: Llama, folder: Path) -> None:
     save(folder)
 
 
+def restore(model: Llama, folder: Path) -> None:
+    """Gives a model the weights of an exported one.
+
+    Raises: RuntimeError where it has another shape.
+    """
+    model.load_state_dict(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict())
+
+
 def _rotary(tokens: int) -> torch.Tensor:
     """Cosines and sines [2, tokens, 64]."""
     half = torch.arange(HEAD_SIZE // 2) / (HEAD_SIZE // 2)

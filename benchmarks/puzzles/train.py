@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from puzzles.check import right_answers
-from puzzles.lessons import IGNORED, Lessons
-from puzzles.model import Llama, export, shape
+from puzzles.lessons import IGNORED, Lessons, longest_conversation
+from puzzles.model import Llama, export, restore, shape
 from puzzles.questions import PUZZLES
 
 WARM_UP = 150
@@ -40,7 +40,6 @@ def train(model: Llama, largest: Mapping[str, int], args: argparse.Namespace) ->
         Lessons(args.row, largest, args.seed),
         batch_size=args.rows,
         num_workers=args.workers,
-        prefetch_factor=8,
         pin_memory=on_gpu,
     )
     matrices = [weights for weights in model.parameters() if weights.dim() == 2]
@@ -65,7 +64,8 @@ def train(model: Llama, largest: Mapping[str, int], args: argparse.Namespace) ->
         cosine = (1 + math.cos(math.pi * passed / args.seconds)) / 2
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, (step + 1) / WARM_UP) * (LAST + (1 - LAST) * cosine)
-        loss = loss_of(ids.to(device, non_blocking=True), labels.to(device, non_blocking=True))
+        ids, labels = (each.to(device, non_blocking=True).long() for each in (ids, labels))
+        loss = loss_of(ids, labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -87,7 +87,10 @@ def sizes(words: str) -> dict[str, int]:
     """Of `name=size,...`."""
     found = {name: int(size) for name, _, size in (word.partition("=") for word in words.split(","))}
     if unknown := set(found) - set(PUZZLES):
-        raise argparse.ArgumentTypeError(f"no puzzles: {', '.join(sorted(unknown))}")
+        raise argparse.ArgumentTypeError(f"there are no {', '.join(sorted(unknown))}")
+    for name, size in found.items():
+        if size < PUZZLES[name].smallest:
+            raise argparse.ArgumentTypeError(f"{name} begins with size {PUZZLES[name].smallest}")
     return found
 
 
@@ -102,6 +105,9 @@ def main() -> None:
     add("--seconds", type=float, default=450, help="of training; default: %(default)s")
     add("--seed", type=int, default=0, help="of weights and questions; default: %(default)s")
     add("--puzzles", type=sizes, default=largest, help="and their largest sizes; default: %(default)s")
+    add(
+        "--start", type=Path, help="folder of an earlier model of this shape, to go on from with another seed"
+    )
     add("--layers", type=int, default=8)
     add("--heads", type=int, default=8, help="of queries, 64 values each; default: %(default)s")
     add("--kv-heads", type=int, default=4)
@@ -112,9 +118,17 @@ def main() -> None:
     add("--check-problems", type=int, default=32, help="of each puzzle; default: %(default)s")
     add("--workers", type=int, default=workers, help="that make questions; default: %(default)s")
     args = parser.parse_args()
+    try:
+        longest = longest_conversation(args.puzzles)
+    except ValueError as error:
+        parser.error(f"argument --puzzles: {error}")
+    if longest > args.row:
+        parser.error(f"argument --row: the longest conversations have {longest} tokens")
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
     model = Llama(shape(args.layers, args.heads, args.kv_heads))
+    if args.start is not None:
+        restore(model, args.start)
     print(f"{sum(weights.numel() for weights in model.parameters()):,} parameters", flush=True)
     train(model.to("cuda" if torch.cuda.is_available() else "cpu"), args.puzzles, args)
     report(model, args.puzzles, args)

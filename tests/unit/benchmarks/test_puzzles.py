@@ -16,7 +16,7 @@ from puzzles import train
 from puzzles.chains import find_path, multiply, sort_numbers
 from puzzles.check import greedy
 from puzzles.lessons import IGNORED, Lessons, opened, solution
-from puzzles.model import Llama, export, shape
+from puzzles.model import Llama, export, restore, shape
 from puzzles.questions import HELD_OUT_SEED, LEARNED_SEED, PUZZLES, Puzzle
 from puzzles.tokenizer import EOS, decode, encode, save, vocabulary
 from transformers import AutoTokenizer, LlamaForCausalLM
@@ -171,7 +171,9 @@ def test_only_answers_are_learned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Proves that labels are the ids that follow where the model writes, and nothing where it is asked."""
     for ids, labels in islice(Lessons(2560, {name: 3 for name in PUZZLES}, seed=1), 4):
         learned = labels != IGNORED
-        assert torch.equal(ids[1:][learned[:-1]], labels[:-1][learned[:-1]])
+        assert ids.shape == labels.shape == (2560,) and torch.equal(
+            ids[1:][learned[:-1]], labels[:-1][learned[:-1]]
+        )
         text = decode(ids.tolist())
         answers = decode(labels[learned].tolist())
         assert "<user>" not in answers and "Give the final answer" not in answers
@@ -241,14 +243,18 @@ def test_checks_write_what_a_model_without_a_cache_would(small: Llama) -> None:
 
 
 def test_a_trained_model_is_exported_in_pieces(tmp_path: Path) -> None:
-    """Proves that the default model has 20 to 25 million parameters, and files that can be carried singly."""
+    """Proves that the default model has 20 to 25 million parameters, and files that can be carried singly,
+    and that training goes on from them."""
     model = Llama(shape(layers=8, heads=8, kv_heads=4))
     assert 20e6 < sum(weights.numel() for weights in model.parameters()) < 25e6
     export(model, tmp_path)
     assert max(file.stat().st_size for file in tmp_path.iterdir()) < 16 << 20
     loaded = LlamaForCausalLM.from_pretrained(tmp_path).state_dict()
+    again = Llama(model.config)
+    restore(again, tmp_path)
     for name, weights in model.state_dict().items():
         assert torch.equal(loaded[name], weights.bfloat16())
+        assert torch.equal(again.state_dict()[name], weights.bfloat16().float())
 
 
 def test_training_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -265,3 +271,22 @@ def test_training_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert losses[-1] < 0.8 * losses[0]
     assert said.count("right: products 0.0%") == 2  # on the way, and at the end
     assert (tmp_path / "chat_template.jinja").exists() and (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ("--puzzles chess=3", "--puzzles: there are no chess"),
+        ("--puzzles products=0", "--puzzles: products begins with size 1"),
+        ("--puzzles shortest_path=9", "--puzzles: a grid of 9 x 9 cells"),
+        ("--puzzles products=7 --row 1000", "--row: the longest conversations have 1273 tokens"),
+    ],
+)
+def test_what_cannot_be_learned_is_refused_at_once(
+    options: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Proves that wrong sizes, and rows that would cut off every answer, are named before any training."""
+    monkeypatch.setattr("sys.argv", f"train --out {tmp_path} {options}".split())
+    with pytest.raises(SystemExit):
+        train.main()
+    assert named in capsys.readouterr().err
