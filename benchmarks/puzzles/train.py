@@ -105,9 +105,7 @@ def main() -> None:
     add("--seconds", type=float, default=450, help="of training; default: %(default)s")
     add("--seed", type=int, default=0, help="of weights and questions; default: %(default)s")
     add("--puzzles", type=sizes, default=largest, help="and their largest sizes; default: %(default)s")
-    add(
-        "--start", type=Path, help="folder of an earlier model of this shape, to go on from with another seed"
-    )
+    add("--start", type=Path, help="folder of such a model to go on from; take another seed")
     add("--layers", type=int, default=8)
     add("--heads", type=int, default=8, help="of queries, 64 values each; default: %(default)s")
     add("--kv-heads", type=int, default=4)

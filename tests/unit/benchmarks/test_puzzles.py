@@ -167,13 +167,12 @@ def test_the_folders_tokenizer_reads_as_the_lessons_do(puzzle: Puzzle, tokenizer
     assert tokenizer.eos_token_id == EOS
 
 
-def test_only_answers_are_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_answers_are_learned() -> None:
     """Proves that labels are the ids that follow where the model writes, and nothing where it is asked."""
     for ids, labels in islice(Lessons(2560, {name: 3 for name in PUZZLES}, seed=1), 4):
         learned = labels != IGNORED
-        assert ids.shape == labels.shape == (2560,) and torch.equal(
-            ids[1:][learned[:-1]], labels[:-1][learned[:-1]]
-        )
+        assert ids.shape == labels.shape == (2560,)
+        assert torch.equal(ids[1:][learned[:-1]], labels[:-1][learned[:-1]])
         text = decode(ids.tolist())
         answers = decode(labels[learned].tolist())
         assert "<user>" not in answers and "Give the final answer" not in answers
