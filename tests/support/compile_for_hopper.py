@@ -1,7 +1,7 @@
 """Compiles every kernel of a round and a step for an H100, on a machine that need not have one.
 
 Triton takes the target from its driver and compiles before it launches; here the driver only names a target,
-and nothing is launched. Prints a JSON object a kernel: its name, and the bytes of shared memory that it takes.
+and nothing is launched. Prints a JSON object a kernel: its name, and the shared memory it takes in bytes.
 
     python compile_for_hopper.py DTYPE HEAD_SIZE ROTATED GROUP
 """

@@ -1,4 +1,4 @@
-"""Time one compaction round on a GPU, stage by stage, beside its floor and beside plain torch.
+"""Time one of R-KV's compaction rounds on a GPU, stage by stage, beside its floor and beside plain torch.
 
 The default is DeepSeek-R1-Distill-Llama-8B in bfloat16 (32 layers, 8 KV heads, 32 query heads, head size
 128), pages of 16 tokens, eight requests a round. Times are medians of CUDA events, with the work enqueued
@@ -57,7 +57,14 @@ class Setup:
     """
 
     def __init__(
-        self, arguments: argparse.Namespace, limits: HardwareLimits, length: int, keep: int, shift: float
+        self,
+        arguments: argparse.Namespace,
+        limits: HardwareLimits,
+        length: int,
+        keep: int,
+        shift: float,
+        queries: list[QueryWindow] | None = None,
+        ring_size: int = WINDOW,
     ) -> None:
         self.arguments, self.limits, self.length, self.keep = arguments, limits, length, keep
         layers, heads, size = arguments.layers, arguments.kv_heads, arguments.head_size
@@ -79,9 +86,9 @@ class Setup:
             target_pages=[order[(index + 1) * -target :][:target] for index in range(requests)],
             page_size=page_size,
             device="cuda",
-            queries=[QueryWindow(row, length, WINDOW) for row in range(requests)],
+            queries=queries or [QueryWindow(row, length, WINDOW) for row in range(requests)],
         )
-        ring = (layers, requests, WINDOW, arguments.query_heads, size)
+        ring = (layers, requests, ring_size, arguments.query_heads, size)
         self.queries = torch.randn(ring, dtype=torch.bfloat16, device="cuda", generator=generator)
         self.lam = torch.full((requests,), LAM, device="cuda")
         self.scale = size**-0.5
@@ -154,20 +161,21 @@ def event() -> torch.cuda.Event:
 def time_stages(setup: Setup, repetitions: int) -> dict[str, float]:
     """Median milliseconds a request of each stage and of the whole round."""
     calls = setup.stages()
-    slices = len(calls["survey"])
-    samples: dict[str, list[float]] = {stage: [] for stage in (*STAGES, "round")}
+    stages = list(calls)
+    slices = len(calls["select"])
+    samples: dict[str, list[float]] = {stage: [] for stage in (*stages, "round")}
     for repetition in range(repetitions + 2):
-        marks = [[event() for _ in range(len(STAGES) + 1)] for _ in range(slices)]
+        marks = [[event() for _ in range(len(stages) + 1)] for _ in range(slices)]
         torch.cuda._sleep(4_000_000)  # the host enqueues everything in the meantime
         for index_of_slice in range(slices):
             marks[index_of_slice][0].record()
-            for index, stage in enumerate(STAGES):
+            for index, stage in enumerate(stages):
                 calls[stage][index_of_slice]()
                 marks[index_of_slice][index + 1].record()
         torch.cuda.synchronize()
         if repetition < 2:
             continue
-        for index, stage in enumerate(STAGES):
+        for index, stage in enumerate(stages):
             samples[stage].append(sum(mark[index].elapsed_time(mark[index + 1]) for mark in marks))
         samples["round"].append(sum(mark[0].elapsed_time(mark[-1]) for mark in marks))
     requests = setup.batch.num_requests
@@ -240,16 +248,21 @@ def show(row: dict[str, object]) -> None:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_shape(parser: argparse.ArgumentParser) -> None:
+    """Options for the model and the batch; those of Llama-3.1-8B and eight requests by default."""
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--query-heads", type=int, default=32)
     parser.add_argument("--head-size", type=int, default=128)
     parser.add_argument("--page-size", type=int, default=16)
     parser.add_argument("--requests", type=int, default=8)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_shape(parser)
     parser.add_argument(
         "--lengths", default="1152:1024,2176:2048,4224:4096", help="length:keep, comma separated"
     )
@@ -268,7 +281,7 @@ def main() -> None:
             rows.append(row)
     if arguments.json:
         report = {
-            "command": command_line("python", "benchmarks/kernels.py"),
+            "command": command_line("python", "benchmarks/rkv_round.py"),
             "device": device.model_dump(),
             "torch": torch.__version__,
             "triton": triton.__version__,
