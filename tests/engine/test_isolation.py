@@ -82,7 +82,8 @@ def test_shared_prefix_survives_compaction(rkv: Engine, stock: Engine, encode: t
     shared = rkv.run(sharing, keep_prefix_cache=True)
     later = rkv.run([Ask(prompts[4], 24)], keep_prefix_cache=True)
 
-    assert [answer.cached_tokens for answer in shared.answers] == [256, 224, 224, 256]
+    # The queries of `rkv` are computed anew, and with them the prefix's last page; `keydiff` looks at none.
+    assert [answer.cached_tokens for answer in shared.answers] == [256, 224, 256, 256]
     assert later.answers[0].cached_tokens == 256
     for index in (1, 2):
         # While the other sharers still decode.
