@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rkv_vllm.kernels.rotary_pairs import UNROTATED, RotaryPairs
+
 
 @dataclass(frozen=True)
 class Family:
@@ -22,6 +24,7 @@ class Family:
         architecture: vLLM's class.
         model_type: of transformers' configuration.
         config: what is added to `TINY`, or replaces it there.
+        pairs: how it rotates keys of `TINY`'s 32 dimensions.
     """
 
     name: str
@@ -29,6 +32,7 @@ class Family:
     architecture: str
     model_type: str
     config: Mapping[str, Any] = field(default_factory=dict)
+    pairs: RotaryPairs = RotaryPairs(rotated=32)  # noqa: RUF009
 
     def save(self, folder: Path) -> Path:
         """Writes a tiny model's `config.json`, for `--load-format dummy`."""
@@ -98,7 +102,14 @@ FAMILIES = (
         {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     ),
     Family("Phi-3 and Phi-4", "Phi-4, Phi-4-reasoning", "Phi3ForCausalLM", "phi3", {"sliding_window": None}),
-    Family("Phi-1 and Phi-2", "phi-2", "PhiForCausalLM", "phi", {"layer_norm_eps": 1e-5, **_OWN_HEADS}),
+    Family(
+        "Phi-1 and Phi-2",
+        "phi-2",
+        "PhiForCausalLM",
+        "phi",
+        {"layer_norm_eps": 1e-5, **_OWN_HEADS},
+        pairs=RotaryPairs(16),
+    ),
     Family("Gemma 1", "gemma-7b-it", "GemmaForCausalLM", "gemma", {"hidden_activation": "gelu_pytorch_tanh"}),
     Family("OLMo 2", "OLMo-2-1124-7B-Instruct", "Olmo2ForCausalLM", "olmo2"),
     Family("OLMoE", "OLMoE-1B-7B-0924", "OlmoeForCausalLM", "olmoe", {**_EXPERTS}),
@@ -117,6 +128,7 @@ FAMILIES = (
         "StableLmForCausalLM",
         "stablelm",
         {"layer_norm_eps": 1e-5, "partial_rotary_factor": 0.25},
+        pairs=RotaryPairs(8),
     ),
     Family(
         "GPT-NeoX",
@@ -124,6 +136,7 @@ FAMILIES = (
         "GPTNeoXForCausalLM",
         "gpt_neox",
         {"layer_norm_eps": 1e-5, "rotary_pct": 0.25},
+        pairs=RotaryPairs(8),
     ),
     Family(
         "GPT-2",
@@ -131,13 +144,46 @@ FAMILIES = (
         "GPT2LMHeadModel",
         "gpt2",
         {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 4096, "n_inner": 256},
+        pairs=UNROTATED,
     ),
-    Family("Cohere Command R", "c4ai-command-r-v01", "CohereForCausalLM", "cohere", {"logit_scale": 0.06}),
-    Family("GLM-4, dense", "GLM-4-9B-0414, GLM-Z1-9B-0414", "Glm4ForCausalLM", "glm4"),
-    Family("GLM-4 before 0414", "glm-4-9b-chat-hf", "GlmForCausalLM", "glm"),
+    Family(
+        "Cohere Command R",
+        "c4ai-command-r-v01",
+        "CohereForCausalLM",
+        "cohere",
+        {"logit_scale": 0.06},
+        pairs=RotaryPairs(32, interleaved=True),
+    ),
+    Family(
+        "GLM-4, dense",
+        "GLM-4-9B-0414, GLM-Z1-9B-0414",
+        "Glm4ForCausalLM",
+        "glm4",
+        pairs=RotaryPairs(16, interleaved=True),
+    ),
+    Family(
+        "GLM-4 before 0414",
+        "glm-4-9b-chat-hf",
+        "GlmForCausalLM",
+        "glm",
+        pairs=RotaryPairs(16, interleaved=True),
+    ),
     Family("Seed-OSS", "Seed-OSS-36B-Instruct", "SeedOssForCausalLM", "seed_oss"),
-    Family("Nemotron", "Minitron-8B-Base", "NemotronForCausalLM", "nemotron", {"norm_eps": 1e-5}),
-    Family("ERNIE 4.5, dense", "ERNIE-4.5-0.3B-PT", "Ernie4_5ForCausalLM", "ernie4_5"),
+    Family(
+        "Nemotron",
+        "Minitron-8B-Base",
+        "NemotronForCausalLM",
+        "nemotron",
+        {"norm_eps": 1e-5},
+        pairs=RotaryPairs(16),
+    ),
+    Family(
+        "ERNIE 4.5, dense",
+        "ERNIE-4.5-0.3B-PT",
+        "Ernie4_5ForCausalLM",
+        "ernie4_5",
+        pairs=RotaryPairs(32, interleaved=True),
+    ),
     Family("Hunyuan, dense", "Hunyuan-7B-Instruct", "HunYuanDenseV1ForCausalLM", "hunyuan_v1_dense"),
     Family("Apertus", "Apertus-8B-Instruct-2509", "ApertusForCausalLM", "apertus"),
 )

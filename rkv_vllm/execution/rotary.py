@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import torch
 from torch import nn
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
@@ -16,26 +18,38 @@ from rkv_vllm.kernels.rotary_pairs import UNROTATED, RotaryPairs
 
 
 def rotary_pairs(model: nn.Module, layers: Sequence[Attention]) -> RotaryPairs:
-    """What the rotary embeddings beside the attention layers say; of several kinds the one of most layers.
+    """What the model's rotary embeddings say; of several kinds the one of most layers.
 
+    vLLM's own models have one beside each attention layer, those that it takes from transformers one for all.
     Layers without one, as some models have between others, are not counted: of their keys the pairs are
     features like any others.
     """
-    own = set(layers)
-    kinds = Counter(
-        pairs
-        for module in model.modules()
-        if own.intersection(module.children())
-        for child in module.children()
-        if (pairs := _pairs_of(child)) is not None
-    )
+    kinds = Counter(_beside_layers(model, layers)) or Counter(_of_transformers(model))
     return kinds.most_common(1)[0][0] if kinds else UNROTATED
 
 
-def _pairs_of(module: nn.Module) -> RotaryPairs | None:
-    match module:
-        case RotaryEmbeddingBase():
-            return RotaryPairs(module.rotary_dim, interleaved=not module.is_neox_style)
-        case Phi3LongRoPEScaledRotaryEmbedding():  # of no common base; it takes halves alone
-            return RotaryPairs(module.rotary_dim)
-    return None
+def _beside_layers(model: nn.Module, layers: Sequence[Attention]) -> Iterator[RotaryPairs]:
+    own = set(layers)
+    for module in model.modules():
+        children = list(module.children())
+        if own.isdisjoint(children):
+            continue
+        for child in children:
+            match child:
+                case RotaryEmbeddingBase():
+                    yield RotaryPairs(child.rotary_dim, interleaved=not child.is_neox_style)
+                case Phi3LongRoPEScaledRotaryEmbedding():  # of no common base; it takes halves alone
+                    yield RotaryPairs(child.rotary_dim)
+
+
+def _of_transformers(model: nn.Module) -> Iterator[RotaryPairs]:
+    """One frequency a pair; which dimensions make one is in a function of the model's own file."""
+    for module in model.modules():
+        file = type(module).__module__
+        frequencies = dict(module.named_buffers(recurse=False)).get("inv_freq")
+        if frequencies is None or not file.startswith("transformers.models."):
+            continue
+        rotate_half = vars(sys.modules[file]).get("rotate_half")
+        # (0, 1, 2, 3) becomes (-2, -3, 0, 1), or (-1, 0, -3, 2) where neighbours are rotated together.
+        interleaved = rotate_half is not None and int(rotate_half(torch.arange(4))[0]) == -1
+        yield RotaryPairs(2 * frequencies.numel(), interleaved)

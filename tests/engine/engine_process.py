@@ -16,8 +16,11 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
+
+if TYPE_CHECKING:
+    from rkv_vllm.kernels.rotary_pairs import RotaryPairs
 
 #: Of all engines, from before vLLM is imported.
 ENVIRONMENT = {
@@ -147,6 +150,10 @@ class Engine:
         """
         return self.submit(asks, keep_prefix_cache=keep_prefix_cache).result()
 
+    def rotary_pairs(self) -> RotaryPairs:
+        """How the loaded model pairs a head's dimensions, as its worker sees it."""
+        return self._process.submit(_rotary_pairs).result()
+
     def close(self) -> None:
         self._process.submit(_stop)
         self._process.shutdown()
@@ -165,6 +172,10 @@ def _start(model: Path, settings: Settings) -> None:
 
 def _run(asks: list[Ask], keep_prefix_cache: bool) -> Run:
     return _host.run(asks, keep_prefix_cache)
+
+
+def _rotary_pairs() -> RotaryPairs:
+    return _host.rotary_pairs()
 
 
 def _stop() -> None:
@@ -243,6 +254,10 @@ class _Host:
         self._check_pool_is_full()
         self._engine.collective_rpc("execute_dummy_batch")  # as when data-parallel neighbours go on
         return Run(answers, list(self._steps))
+
+    def rotary_pairs(self) -> RotaryPairs:
+        (pairs,) = self._engine.collective_rpc(lambda worker: worker.model_runner._rotary_pairs)
+        return pairs
 
     def stop(self) -> None:
         # An engine core in a process of its own would keep this one from ending.

@@ -23,15 +23,17 @@ def engine(family: Family, tmp_path: Path) -> Iterator[Engine]:
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.architecture)
-def test_family(engine: Engine) -> None:
+def test_family(family: Family, engine: Engine) -> None:
     """A budget above a request's length changes not one bit of its answer; under a small budget the request
-    is compacted as its counts say, and every page comes back."""
+    is compacted as its counts say, and every page comes back. How keys are rotated is found out."""
     prompt = random.Random(0).choices(range(3, TINY["vocab_size"]), k=LENGTH)
     small = {"rkv_budget": BUDGET, "rkv_buffer": BUFFER}
     alone = engine.run([Ask(prompt, TOKENS, {"rkv_budget": 0})])
     above = engine.run([Ask(prompt, TOKENS, {"rkv_budget": ABOVE_ANY_LENGTH})])
-    both = engine.run([Ask(prompt, TOKENS, small), Ask(prompt[:50], TOKENS, small)])
+    invariant = small | {"rkv_policy": "invariant"}
+    both = engine.run([Ask(prompt, TOKENS, small), Ask(prompt[:50], TOKENS, invariant)])
 
+    assert engine.rotary_pairs() == family.pairs
     assert len(alone.answers[0].tokens) == TOKENS
     assert_bit_identical(above.answers, alone.answers)
     assert above.answers[0].result["compactions"] == 0
