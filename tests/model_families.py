@@ -25,6 +25,7 @@ class Family:
         model_type: of transformers' configuration.
         config: what is added to `TINY`, or replaces it there.
         pairs: how it rotates keys of `TINY`'s 32 dimensions.
+        scales_rotated: whether it weighs dimensions after rotating them, so that lengths of pairs vary.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Family:
     model_type: str
     config: Mapping[str, Any] = field(default_factory=dict)
     pairs: RotaryPairs = RotaryPairs(rotated=32)  # noqa: RUF009
+    scales_rotated: bool = False
 
     def save(self, folder: Path) -> Path:
         """Writes a tiny model's `config.json`, for `--load-format dummy`."""
@@ -135,7 +137,7 @@ FAMILIES = (
         "pythia-6.9b",
         "GPTNeoXForCausalLM",
         "gpt_neox",
-        {"layer_norm_eps": 1e-5, "rotary_pct": 0.25},
+        {"layer_norm_eps": 1e-5, "rotary_pct": 0.25, **_OWN_HEADS},
         pairs=RotaryPairs(8),
     ),
     Family(
@@ -184,7 +186,13 @@ FAMILIES = (
         "ernie4_5",
         pairs=RotaryPairs(32, interleaved=True),
     ),
-    Family("Hunyuan, dense", "Hunyuan-7B-Instruct", "HunYuanDenseV1ForCausalLM", "hunyuan_v1_dense"),
+    Family(
+        "Hunyuan, dense",
+        "Hunyuan-7B-Instruct",
+        "HunYuanDenseV1ForCausalLM",
+        "hunyuan_v1_dense",
+        scales_rotated=True,
+    ),
     Family("Apertus", "Apertus-8B-Instruct-2509", "ApertusForCausalLM", "apertus"),
 )
 

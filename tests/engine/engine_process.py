@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 if TYPE_CHECKING:
+    import torch
+
     from rkv_vllm.kernels.rotary_pairs import RotaryPairs
 
 #: Of all engines, from before vLLM is imported.
@@ -154,6 +156,10 @@ class Engine:
         """How the loaded model pairs a head's dimensions, as its worker sees it."""
         return self._process.submit(_rotary_pairs).result()
 
+    def first_layer_keys(self, length: int) -> torch.Tensor:
+        """[KV heads, length, head size]: keys of the engine's first request, while no other has come."""
+        return self._process.submit(_first_layer_keys, length).result()
+
     def close(self) -> None:
         self._process.submit(_stop)
         self._process.shutdown()
@@ -176,6 +182,10 @@ def _run(asks: list[Ask], keep_prefix_cache: bool) -> Run:
 
 def _rotary_pairs() -> RotaryPairs:
     return _host.rotary_pairs()
+
+
+def _first_layer_keys(length: int) -> torch.Tensor:
+    return _host.first_layer_keys(length)
 
 
 def _stop() -> None:
@@ -258,6 +268,18 @@ class _Host:
     def rotary_pairs(self) -> RotaryPairs:
         (pairs,) = self._engine.collective_rpc(lambda worker: worker.model_runner._rotary_pairs)
         return pairs
+
+    def first_layer_keys(self, length: int) -> torch.Tensor:
+        def read(worker: Any) -> torch.Tensor:
+            cache = worker.model_runner._compactor._caches[0]
+            pages = torch.arange(1, 1 + -(-length // PAGE_SIZE))  # page 0 is the null page
+            keys: torch.Tensor = cache.read(pages, length)[0]
+            return keys.clone()
+
+        import torch
+
+        (keys,) = self._engine.collective_rpc(read)
+        return keys
 
     def stop(self) -> None:
         # An engine core in a process of its own would keep this one from ending.
