@@ -20,7 +20,6 @@ from rkv_round import WINDOW, Setup, add_shape, time_call, time_stages
 
 from rkv_vllm.bench.hardware_limits import measure_device
 from rkv_vllm.bench.roofline import HardwareLimits
-from rkv_vllm.kernels.batch import QueryWindow
 from rkv_vllm.kernels.invariant_scorer import InvariantScorer
 from rkv_vllm.kernels.invariant_scores import KeyTiles, invariant_scores
 from rkv_vllm.kernels.move import compact
@@ -43,20 +42,11 @@ class InvariantSetup(Setup):
         keep: int,
         tiles: KeyTiles | None,
     ) -> None:
-        super().__init__(
-            arguments,
-            limits,
-            length,
-            keep,
-            shift=0.0,
-            queries=[QueryWindow(row, length, arguments.queries) for row in range(arguments.requests)],
-            ring_size=arguments.queries,
-        )
+        super().__init__(arguments, limits, length, keep, shift=0.0, looked_at=arguments.queries)
+        self.lam = torch.full_like(self.lam, LAM)
         self.pairs = RotaryPairs(arguments.head_size)
         self.tiles = tiles
-        self.scorer = InvariantScorer(
-            self.queries, torch.full_like(self.lam, LAM), pairs=self.pairs, scale=self.scale
-        )
+        self.scorer = InvariantScorer(self.queries, self.lam, pairs=self.pairs, scale=self.scale)
 
     def stages(self) -> dict[str, list[Callable[[], None]]]:
         calls: dict[str, list[Callable[[], None]]] = {"scores": [], "select": [], "move": []}

@@ -63,8 +63,7 @@ class Setup:
         length: int,
         keep: int,
         shift: float,
-        queries: list[QueryWindow] | None = None,
-        ring_size: int = WINDOW,
+        looked_at: int = WINDOW,
     ) -> None:
         self.arguments, self.limits, self.length, self.keep = arguments, limits, length, keep
         layers, heads, size = arguments.layers, arguments.kv_heads, arguments.head_size
@@ -86,9 +85,9 @@ class Setup:
             target_pages=[order[(index + 1) * -target :][:target] for index in range(requests)],
             page_size=page_size,
             device="cuda",
-            queries=queries or [QueryWindow(row, length, WINDOW) for row in range(requests)],
+            queries=[QueryWindow(row, length, looked_at) for row in range(requests)],
         )
-        ring = (layers, requests, ring_size, arguments.query_heads, size)
+        ring = (layers, requests, looked_at, arguments.query_heads, size)
         self.queries = torch.randn(ring, dtype=torch.bfloat16, device="cuda", generator=generator)
         self.lam = torch.full((requests,), LAM, device="cuda")
         self.scale = size**-0.5

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .work_slice import LINK_SCALE, WorkSlice, inverse_norm, layer_and_head, locate, slot_offsets
+from .work_slice import LINK_SCALE, WorkSlice, inverse_norm, layer_and_head, locate, queries_of, slot_offsets
 
 NO_LOGIT = tl.constexpr(-3.0e38)
 """Logit of what is no candidate: finite, so that a block without candidates needs no special case."""
@@ -119,14 +119,14 @@ def _survey_kernel(
     tl.store(inverse_norms + table + slots, inverse, mask=inside)
     tl.store(links + table + slots, tl.zeros((BLOCK,), tl.int64), mask=inside)
 
-    row_of_ring = tl.load(query_rows + request).to(tl.int64)
-    queries += layer.to(tl.int64) * stride_layer + row_of_ring * stride_row + head * GROUP * stride_head
-    end = tl.load(query_ends + request)
+    queries = queries_of(
+        queries, stride_layer, stride_row, stride_head, query_rows, layer, request, head, GROUP
+    )
     window = load_queries(
         queries,
         stride_query,
         stride_head,
-        end,
+        tl.load(query_ends + request),
         RING,
         GROUP,
         GROUP_PAD,

@@ -8,8 +8,8 @@ from .batch import CompactionBatch
 from .cache_layout import PagedKV
 from .invariant_scores import invariant_scores
 from .query_capture import check_queries
-from .rkv_scorer import check_weights
 from .rotary_pairs import RotaryPairs
+from .scorer import check_pool_kernel, check_weights
 from .work_slice import WorkSlice
 
 
@@ -36,8 +36,7 @@ class InvariantScorer:
         Raises:
             ValueError: a setting is out of range.
         """
-        if pool_kernel < 1 or pool_kernel % 2 == 0:
-            raise ValueError(f"pool_kernel must be odd and positive, not {pool_kernel}")
+        check_pool_kernel(pool_kernel)
         self._queries = queries
         self._lam = lam
         self._pairs = pairs

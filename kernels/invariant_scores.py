@@ -23,7 +23,7 @@ from .importance import NO_LOGIT
 from .key_features import directions_of, features_of, load_pairs
 from .rotary_pairs import RotaryPairs
 from .standard_scores import standardise
-from .work_slice import WorkSlice, layer_and_head, locate, slot_offsets
+from .work_slice import WorkSlice, layer_and_head, locate, queries_of, slot_offsets
 
 _TABLE_BLOCK = 1024  # tokens of a table at a time
 
@@ -123,8 +123,9 @@ def _scores_kernel(
     redundancy += owner * capacity
     pages = source_pages + request * stride_pages
     kv = layer_and_head(kv, layer_offsets, layer, head, stride_kv_head)
-    queries += layer.to(tl.int64) * stride_layer + head * GROUP * stride_head
-    queries += tl.load(query_rows + request).to(tl.int64) * stride_row
+    queries = queries_of(
+        queries, stride_layer, stride_row, stride_head, query_rows, layer, request, head, GROUP
+    )
     end = tl.load(query_ends + request)
     count = tl.load(query_counts + request)
 

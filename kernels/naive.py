@@ -16,7 +16,8 @@ from typing import Literal
 import torch
 
 
-def _compute_dtype(tensor: torch.Tensor) -> torch.dtype:
+def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """In which the references compute: float64 for float64 tensors, else float32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
@@ -51,7 +52,7 @@ def importance(
         raise ValueError(f"pool_kernel must be odd and positive, not {pool_kernel}")
     if queries.shape[0] % heads:
         raise ValueError(f"Hq must be a multiple of H: {queries.shape[0]} query heads, {heads} KV heads")
-    dtype = _compute_dtype(keys)
+    dtype = compute_dtype(keys)
     factor = 1.0 / math.sqrt(head_size) if scale is None else scale
     grouped = queries.to(dtype).unflatten(0, (heads, -1))  # [H, G, rows, D]
     logits = torch.einsum("hgtd,hnd->hgtn", grouped, keys[:, :candidates].to(dtype)) * factor
@@ -69,7 +70,7 @@ def similarity(keys: torch.Tensor, *, eps: float = 1e-8) -> torch.Tensor:
     Returns:
         [H, N, N], float64 for float64 keys and float32 otherwise.
     """
-    keys = keys.to(_compute_dtype(keys))
+    keys = keys.to(compute_dtype(keys))
     units = keys / (keys.norm(dim=-1, keepdim=True) + eps)
     result = units @ units.transpose(-1, -2)
     result.diagonal(dim1=-2, dim2=-1).zero_()

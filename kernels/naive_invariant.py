@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from .naive import compute_dtype
 from .rotary_pairs import RotaryPairs
-
-
-def _compute_dtype(tensor: torch.Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def redundancy(keys: torch.Tensor, pairs: RotaryPairs, *, eps: float = 1e-8) -> torch.Tensor:
@@ -27,7 +24,7 @@ def redundancy(keys: torch.Tensor, pairs: RotaryPairs, *, eps: float = 1e-8) -> 
         [H, N], each key's mean cosine similarity to all, itself included; float64 for float64 keys and
         float32 otherwise.
     """
-    features = pairs.features(keys.to(_compute_dtype(keys)))
+    features = pairs.features(keys.to(compute_dtype(keys)))
     centred = features - features.mean(dim=1, keepdim=True)
     units = centred / (centred.norm(dim=-1, keepdim=True) + eps)
     return (units @ units.transpose(-1, -2)).mean(dim=-1)
@@ -49,7 +46,7 @@ def importance(
         [H, N - window], float64 for float64 keys and float32 otherwise.
     """
     heads, length, _ = keys.shape
-    dtype = _compute_dtype(keys)
+    dtype = compute_dtype(keys)
     grouped = queries.to(dtype).unflatten(0, (heads, -1))  # [H, G, n, D]
     logits = torch.einsum("hgtd,hnd->hgtn", grouped, keys[:, : length - window].to(dtype)) * scale
     attention = logits.softmax(dim=-1).mean(dim=(1, 2))

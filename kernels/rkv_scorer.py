@@ -10,6 +10,7 @@ from .importance import window_statistics
 from .joint_scores import combine
 from .matches import newest_matches
 from .query_capture import check_queries
+from .scorer import check_pool_kernel, check_weights
 from .window_sums import attention_and_link_sums
 from .work_slice import WorkSlice
 
@@ -40,8 +41,7 @@ class RkvScorer:
         """
         if not 0.0 <= threshold <= 1.0:
             raise ValueError(f"threshold must be 0 to 1, not {threshold}")
-        if pool_kernel < 1 or pool_kernel % 2 == 0:
-            raise ValueError(f"pool_kernel must be odd and positive, not {pool_kernel}")
+        check_pool_kernel(pool_kernel)
         self._queries = queries
         self._lam = lam
         self._scale = scale
@@ -59,9 +59,3 @@ class RkvScorer:
         newest_matches(work, self._lam, threshold=self._threshold)
         attention_and_link_sums(work, self._queries, self._lam, window=window, scale=self._scale)
         combine(work, self._lam, scores, window=window, pool_kernel=self._pool_kernel)
-
-
-def check_weights(lam: torch.Tensor, kv: PagedKV, batch: CompactionBatch) -> None:
-    """Raises: ValueError unless there is one float32 weight for each request, on the cache's device."""
-    if lam.shape != (batch.num_requests,) or lam.dtype != torch.float32 or lam.device != kv.device:
-        raise ValueError(f"lam must be float32 [{batch.num_requests}] on {kv.device}")

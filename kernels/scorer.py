@@ -70,3 +70,15 @@ def check_scores(
         raise ValueError(f"scores of shape {tuple(scores.shape)} do not fit the batch")
     if scores.dtype != torch.float32 or scores.device != kv.device or scores.stride(3) != 1:
         raise ValueError(f"scores must be float32 on {kv.device}, contiguous along the slots")
+
+
+def check_weights(lam: torch.Tensor, kv: PagedKV, batch: CompactionBatch) -> None:
+    """Raises: ValueError unless there is one float32 weight for each request, on the cache's device."""
+    if lam.shape != (batch.num_requests,) or lam.dtype != torch.float32 or lam.device != kv.device:
+        raise ValueError(f"lam must be float32 [{batch.num_requests}] on {kv.device}")
+
+
+def check_pool_kernel(pool_kernel: int) -> None:
+    """Raises: ValueError unless the width of a max-pooling is odd and positive."""
+    if pool_kernel < 1 or pool_kernel % 2 == 0:
+        raise ValueError(f"pool_kernel must be odd and positive, not {pool_kernel}")

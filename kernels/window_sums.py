@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .importance import load_queries, query_constants, window_logits
-from .work_slice import LINK_SCALE, WorkSlice, layer_and_head, load_rows, locate, slot_offsets
+from .work_slice import LINK_SCALE, WorkSlice, layer_and_head, load_rows, locate, queries_of, slot_offsets
 
 _BLOCK = 32  # tokens a program
 _WARPS = 2
@@ -82,14 +82,14 @@ def _sums_kernel(
     # What lies behind the length goes nowhere.
     keys = load_rows(kv, row_offsets, HEAD_SIZE, BLOCK_D)  # [BLOCK, BLOCK_D]
 
-    row_of_ring = tl.load(query_rows + request).to(tl.int64)
-    queries += layer.to(tl.int64) * stride_layer + row_of_ring * stride_row + head * GROUP * stride_head
-    end = tl.load(query_ends + request)
+    queries = queries_of(
+        queries, stride_layer, stride_row, stride_head, query_rows, layer, request, head, GROUP
+    )
     window = load_queries(
         queries,
         stride_query,
         stride_head,
-        end,
+        tl.load(query_ends + request),
         RING,
         GROUP,
         GROUP_PAD,

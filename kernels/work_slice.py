@@ -140,6 +140,15 @@ def layer_and_head(kv, layer_offsets, layer, head, stride_kv_head):
 
 
 @triton.jit
+def queries_of(
+    queries, stride_layer, stride_row, stride_head, query_rows, layer, request, head, GROUP: tl.constexpr
+):
+    """Where the row of the query ring that a request holds begins, for the query heads of one KV head."""
+    row = tl.load(query_rows + request).to(tl.int64)
+    return queries + layer.to(tl.int64) * stride_layer + row * stride_row + head * GROUP * stride_head
+
+
+@triton.jit
 def offsets_in_pages(page, slots, stride_page, stride_slot, PAGE_SIZE: tl.constexpr):
     """Element offsets of token slots within one KV head of one layer, given the page of each."""
     slots = slots.to(tl.uint32)  # never negative; without a sign, division by the page size is a shift

@@ -7,6 +7,7 @@ from typing import Self
 
 import torch
 
+from rkv_vllm.kernels.naive_invariant import standard_scores
 from rkv_vllm.policies.base import ScoreInputs
 from rkv_vllm.settings.config import WINDOW, RkvConfig
 
@@ -39,30 +40,49 @@ class Invariant:
 
     def _scores(self, inputs: ScoreInputs, head: int, queries: torch.Tensor) -> torch.Tensor:
         keys = inputs.keys[head : head + 1, :][0].float()  # [N, D]
-        log_importance = (_importance(queries, keys[:-WINDOW], inputs.scale) + 1e-9).log()
-        redundancy = _redundancy(inputs.rotary_pairs.features(keys))[:-WINDOW]
-        return self.weight * _standard(log_importance) - (1.0 - self.weight) * _standard(redundancy)
+        important = importance(queries.flatten(0, 1), keys[:-WINDOW], POOL_KERNEL, inputs.scale)
+        redundant = redundancy(inputs.rotary_pairs.features(keys))[:-WINDOW]
+        return joint_scores(important, redundant, self.weight)
 
 
-def _importance(queries: torch.Tensor, candidates: torch.Tensor, scale: float) -> torch.Tensor:
-    """[n], the mean over all queries [G, rows, D] of the attention to each candidate [n, D], max-pooled."""
-    logits = queries.flatten(0, 1) @ candidates.T * scale
-    attention = logits.softmax(dim=-1).mean(dim=0)
-    pooled = torch.nn.functional.max_pool1d(attention[None], POOL_KERNEL, stride=1, padding=POOL_KERNEL // 2)
-    return pooled[0]
+def importance(
+    queries: torch.Tensor, candidates: torch.Tensor, pool_kernel: int, scale: float
+) -> torch.Tensor:
+    """The mean attention of all queries to each candidate, max-pooled (rkv_spec 4.3).
+
+    Args:
+        queries: float32 [..., rows, D], of all query heads of a group.
+        candidates: float32 [..., n, D], keys of their KV head.
+        pool_kernel: odd width, in tokens, of the max-pooling.
+        scale: factor on the logits.
+
+    Returns:
+        float32 [..., n].
+    """
+    attention = (queries @ candidates.transpose(-1, -2) * scale).softmax(dim=-1).mean(dim=-2)
+    rows = attention.reshape(-1, attention.shape[-1])
+    pooled = torch.nn.functional.max_pool1d(rows, pool_kernel, stride=1, padding=pool_kernel // 2)
+    return pooled.view_as(attention)
 
 
-def _redundancy(features: torch.Tensor) -> torch.Tensor:
-    """[N], the mean cosine of each centred feature vector [N, F] to all: to their mean direction.
+def redundancy(features: torch.Tensor) -> torch.Tensor:
+    """The mean cosine of each centred feature vector to all: to their mean direction (rkv_spec 4.2).
 
     In float64: that mean is small beside what it is the mean of.
+
+    Args:
+        features: [..., N, F].
+
+    Returns:
+        float32 [..., N].
     """
     units = features.double()
-    units -= units.mean(dim=0)
+    units = units - units.mean(dim=-2, keepdim=True)
     units /= torch.linalg.vector_norm(units, dim=-1, keepdim=True) + 1e-8
-    return (units @ units.mean(dim=0)).float()
+    return (units @ units.mean(dim=-2).unsqueeze(-1)).squeeze(-1).float()
 
 
-def _standard(values: torch.Tensor) -> torch.Tensor:
-    centred = values - values.mean()
-    return centred / (centred.square().mean().sqrt() + 1e-6)
+def joint_scores(important: torch.Tensor, redundant: torch.Tensor, weight: float) -> torch.Tensor:
+    """[..., n], from importance and redundancy of the candidates (rkv_spec 4.4)."""
+    log_importance = standard_scores((important + 1e-9).log())
+    return weight * log_importance - (1.0 - weight) * standard_scores(redundant)

@@ -270,13 +270,13 @@ class _Host:
         return pairs
 
     def first_layer_keys(self, length: int) -> torch.Tensor:
+        import torch
+
         def read(worker: Any) -> torch.Tensor:
             cache = worker.model_runner._compactor._caches[0]
             pages = torch.arange(1, 1 + -(-length // PAGE_SIZE))  # page 0 is the null page
             keys: torch.Tensor = cache.read(pages, length)[0]
             return keys.clone()
-
-        import torch
 
         (keys,) = self._engine.collective_rpc(read)
         return keys

@@ -7,7 +7,6 @@ import torch
 from support.paged_cache import DEVICE, GPU, WINDOW, PagedCache
 
 from rkv_vllm.kernels import naive
-from rkv_vllm.kernels.batch import CompactionBatch
 from rkv_vllm.kernels.compaction_round import CompactionRound
 from rkv_vllm.kernels.options import Order, Scope
 from rkv_vllm.kernels.rkv_scorer import RkvScorer
@@ -20,25 +19,6 @@ POOL = 7
 
 class Cache(PagedCache):
     """A random cache, and rounds over it that are checked against the reference."""
-
-    def batch(
-        self,
-        keeps: list[int],
-        targets: list[list[int]] | None = None,
-        order: Order = "temporal",
-        protects: list[int] | None = None,
-    ) -> CompactionBatch:
-        return CompactionBatch.build(
-            lengths=self.lengths,
-            keeps=keeps,
-            source_pages=self.source,
-            target_pages=self.source if targets is None else targets,
-            page_size=self.kv.page_size,
-            device=self.device,
-            queries=self.query_windows(),
-            order=order,
-            protects=protects,
-        )
 
     def round(self, **settings: object) -> CompactionRound:
         return CompactionRound(self.kv, window=WINDOW, **settings)  # type: ignore

@@ -7,7 +7,6 @@ import torch
 from support.paged_cache import DEVICE, GPU, WINDOW, PagedCache
 
 from rkv_vllm.kernels import naive, naive_invariant
-from rkv_vllm.kernels.batch import CompactionBatch
 from rkv_vllm.kernels.compaction_round import CompactionRound
 from rkv_vllm.kernels.invariant_scorer import InvariantScorer
 from rkv_vllm.kernels.rotary_pairs import UNROTATED, RotaryPairs
@@ -24,17 +23,6 @@ class Cache(PagedCache):
         self.pairs = pairs
         self.looked_at = looked_at
 
-    def batch(self, keeps: list[int]) -> CompactionBatch:
-        return CompactionBatch.build(
-            lengths=self.lengths,
-            keeps=keeps,
-            source_pages=self.source,
-            target_pages=self.source,
-            queries=self.query_windows(self.looked_at),
-            page_size=self.kv.page_size,
-            device=DEVICE,
-        )
-
     def scorer(self, lam: list[float]) -> InvariantScorer:
         weights = torch.tensor(lam, device=DEVICE)
         scale = self.kv.head_size**-0.5
@@ -44,7 +32,7 @@ class Cache(PagedCache):
         shape = (self.kv.num_layers, len(self.lengths), self.kv.num_heads, max(self.lengths))
         scores = torch.full(shape, float("nan"), device=DEVICE)
         rounds = CompactionRound(self.kv, window=WINDOW, **settings)  # type: ignore[arg-type]
-        rounds.score(self.scorer(lam), self.batch(self.lengths), scores)
+        rounds.score(self.scorer(lam), self.batch(self.lengths, looked_at=self.looked_at), scores)
         return scores
 
     def reference(self, layer: int, request: int, lam: float) -> torch.Tensor:
@@ -148,7 +136,7 @@ def test_rounds_leave_exactly_the_selected_tokens() -> None:
             for layer in range(3)
         ]
         rounds = CompactionRound(cache.kv, window=WINDOW, scratch_bytes=scratch_bytes)
-        rounds.run(cache.scorer([0.5] * 3), cache.batch(keeps))
+        rounds.run(cache.scorer([0.5] * 3), cache.batch(keeps, looked_at=cache.looked_at))
         for layer, tokens in enumerate(before):
             for request, (length, keep) in enumerate(zip(lengths, keeps, strict=True)):
                 own = scores[layer, request, :, : length - WINDOW]
@@ -163,7 +151,7 @@ def test_page_scores_sum_layers_and_heads() -> None:
     lengths = [1000, 77] if GPU else [75, 20]
     cache = Cache(lengths, RotaryPairs(64), layers=2, heads=2, page_size=48, seed=8)
     scores = CompactionRound(cache.kv, window=WINDOW).page_scores(
-        cache.scorer([0.5, 0.5]), cache.batch(lengths)
+        cache.scorer([0.5, 0.5]), cache.batch(lengths, looked_at=cache.looked_at)
     )
     for request in range(2):
         pages = -(-(lengths[request] - WINDOW) // 48)

@@ -63,18 +63,9 @@ def test_the_least_memory_gives_the_same_round() -> None:
     results = []
     for settings in ({}, {"scratch_bytes": 0, "longest": 130}):
         cache = PagedCache([30, 130, 25], layers=3, heads=2, group=2, seed=4)
-        batch = CompactionBatch.build(
-            lengths=cache.lengths,
-            keeps=[20, 100, 24],
-            source_pages=cache.source,
-            target_pages=cache.source,
-            page_size=PAGE,
-            device=DEVICE,
-            queries=cache.query_windows(),
-        )
         lam = torch.tensor([0.1, 1.0, 0.0], device=DEVICE)
         rounds = CompactionRound(cache.kv, window=WINDOW, **settings)
-        rounds.run(RkvScorer(cache.queries, lam, scale=0.125), batch)
+        rounds.run(RkvScorer(cache.queries, lam, scale=0.125), cache.batch([20, 100, 24]))
         results.append(torch.stack(cache.layers))
     assert torch.equal(results[0], results[1])
 

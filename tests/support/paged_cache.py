@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from rkv_vllm.kernels.batch import QueryWindow
+from rkv_vllm.kernels.batch import CompactionBatch, QueryWindow
 from rkv_vllm.kernels.cache_layout import PagedKV
+from rkv_vllm.kernels.options import Order
 from rkv_vllm.settings.config import WINDOW
 from rkv_vllm.settings.policy_table import RING_SIZE
 
@@ -90,6 +91,27 @@ class PagedCache:
         ring = (layers, len(lengths) + 2, RING_SIZE, heads * group, head_size)
         self.queries = (2.0 * torch.randn(ring, generator=generator)).to(dtype).to(device)
         self.group = group
+
+    def batch(
+        self,
+        keeps: list[int],
+        targets: list[list[int]] | None = None,
+        order: Order = "temporal",
+        protects: list[int] | None = None,
+        looked_at: int = WINDOW,
+    ) -> CompactionBatch:
+        """All requests, to be compacted in place unless there are target pages."""
+        return CompactionBatch.build(
+            lengths=self.lengths,
+            keeps=keeps,
+            source_pages=self.source,
+            target_pages=self.source if targets is None else targets,
+            page_size=self.kv.page_size,
+            device=self.device,
+            queries=self.query_windows(looked_at),
+            order=order,
+            protects=protects,
+        )
 
     def tokens(self, layer: int, pages: list[int], length: int) -> torch.Tensor:
         """[H, length, 2 * D] of a request, gathered."""
