@@ -20,14 +20,19 @@ from rkv_round import WINDOW, Setup, add_shape, time_call, time_stages
 
 from rkv_vllm.bench.hardware_limits import measure_device
 from rkv_vllm.bench.roofline import HardwareLimits
+from rkv_vllm.kernels.invariant_attention import attention_and_directions
+from rkv_vllm.kernels.invariant_redundancy import invariant_redundancy
 from rkv_vllm.kernels.invariant_scorer import InvariantScorer
-from rkv_vllm.kernels.invariant_scores import KeyTiles, invariant_scores
+from rkv_vllm.kernels.invariant_statistics import query_statistics
 from rkv_vllm.kernels.move import compact
 from rkv_vllm.kernels.rotary_pairs import RotaryPairs
 from rkv_vllm.kernels.select import select
+from rkv_vllm.kernels.span_records import KeyTiles, SpanRecords
+from rkv_vllm.kernels.standard_scores import standard_scores
 from rkv_vllm.policies.invariant import POOL_KERNEL
 from rkv_vllm.provenance import command_line
 
+STAGES = ("statistics", "attention", "redundancy", "standard", "select", "move")
 LAM = 0.5
 
 
@@ -49,28 +54,27 @@ class InvariantSetup(Setup):
         self.scorer = InvariantScorer(self.queries, self.lam, pairs=self.pairs, scale=self.scale)
 
     def stages(self) -> dict[str, list[Callable[[], None]]]:
-        calls: dict[str, list[Callable[[], None]]] = {"scores": [], "select": [], "move": []}
+        calls: dict[str, list[Callable[[], None]]] = {stage: [] for stage in STAGES}
+        records = SpanRecords.of(self.kv, self.queries, self.pairs)
+        assert records.parts == 1, "more queries than one product takes are not timed by stages"
+        of_keys: dict[str, Any] = {"pairs": self.pairs, "window": WINDOW, "tiles": self.tiles}
+        of_queries = of_keys | {"scale": self.scale}
         for work in self.round.slices(self.batch):
-            scores = work.scores_by_head
-            calls["scores"].append(
-                partial(
-                    invariant_scores,
-                    work,
-                    self.queries,
-                    self.lam,
-                    scores,
-                    pairs=self.pairs,
-                    window=WINDOW,
-                    pool_kernel=POOL_KERNEL,
-                    scale=self.scale,
-                    tiles=self.tiles,
-                )
+            scores, queries = work.scores_by_head, self.queries
+            calls["statistics"].append(partial(query_statistics, work, queries, records, 0, **of_queries))
+            calls["attention"].append(
+                partial(attention_and_directions, work, queries, records, 0, **of_queries)
+            )
+            calls["redundancy"].append(partial(invariant_redundancy, work, records, **of_keys))
+            calls["standard"].append(
+                partial(standard_scores, work, self.lam, scores, window=WINDOW, pool_kernel=POOL_KERNEL)
             )
             calls["select"].append(partial(select, work, scores, window=WINDOW))
             calls["move"].append(partial(compact, work, window=WINDOW))
         return calls
 
     def floors(self) -> dict[str, float]:
+        """Milliseconds a request below which no implementation of a round can be, by what it does."""
         arguments, floors = self.arguments, super().floors()
         rows = arguments.queries * arguments.query_heads * arguments.layers
         products = 2 * 2 * rows * self.length * arguments.head_size
@@ -102,8 +106,8 @@ def measure(
 
 
 def tiles_of(text: str) -> KeyTiles:
-    rows, tokens, warps, stages = map(int, text.split(":"))
-    return KeyTiles(rows=rows, tokens=tokens, warps=warps, stages=stages)
+    tokens, warps, stages = map(int, text.split(":"))
+    return KeyTiles(tokens=tokens, warps=warps, stages=stages)
 
 
 def main() -> None:
@@ -120,8 +124,8 @@ def main() -> None:
         type=tiles_of,
         nargs="*",
         default=[None],
-        metavar="ROWS:TOKENS:WARPS:STAGES",
-        help="launch shapes to compare; the package's own by default",
+        metavar="TOKENS:WARPS:STAGES",
+        help="launch shapes of the walks to compare; the package's own by default",
     )
     parser.add_argument("--repetitions", type=int, default=20)
     parser.add_argument("--json", type=Path, help="where to write the raw numbers")

@@ -1,15 +1,25 @@
-"""Policy ``invariant``'s scores in a round, linear in the length of the cache (rkv_spec 4)."""
+"""Policy ``invariant``'s scores in a round, linear in the length of the cache (rkv_spec 4).
+
+Three walks over the keys, then tables of one number a token. The floor is one reading of the keys; there are
+three, since directions need the mean of all features, and redundancy the mean of all directions.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
 from .batch import CompactionBatch
 from .cache_layout import PagedKV
-from .invariant_scores import invariant_scores
+from .invariant_attention import attention_and_directions
+from .invariant_redundancy import invariant_redundancy
+from .invariant_statistics import query_statistics
 from .query_capture import check_queries
 from .rotary_pairs import RotaryPairs
 from .scorer import check_pool_kernel, check_weights
+from .span_records import SpanRecords
+from .standard_scores import standard_scores
 from .work_slice import WorkSlice
 
 
@@ -52,13 +62,10 @@ class InvariantScorer:
 
     def score(self, work: WorkSlice, scores: torch.Tensor, window: int) -> None:
         """See ``Scorer.score``."""
-        invariant_scores(
-            work,
-            self._queries,
-            self._lam,
-            scores,
-            pairs=self._pairs,
-            window=window,
-            pool_kernel=self._pool_kernel,
-            scale=self._scale,
-        )
+        records = SpanRecords.of(work.kv, self._queries, self._pairs)
+        of_keys: dict[str, Any] = {"pairs": self._pairs, "window": window}
+        for part in range(records.parts):
+            query_statistics(work, self._queries, records, part, **of_keys, scale=self._scale)
+            attention_and_directions(work, self._queries, records, part, **of_keys, scale=self._scale)
+        invariant_redundancy(work, records, **of_keys)
+        standard_scores(work, self._lam, scores, window=window, pool_kernel=self._pool_kernel)

@@ -1,4 +1,4 @@
-"""Keys as pairs of rotated dimensions, and the features of them that no rotation changes (rkv_spec 4.1, 4.2).
+"""Keys as pairs of rotated dimensions, and the features of them that no rotation changes (rkv_spec 4.1).
 
 Reference: ``rotary_pairs.RotaryPairs.features``.
 """
@@ -16,6 +16,7 @@ import triton.language as tl
 def load_pairs(
     base,
     offsets,
+    inside,  # [rows], which of them exist
     HEAD_SIZE: tl.constexpr,
     ROTATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -33,10 +34,12 @@ def load_pairs(
         second = feature + HALF
     firsts = base + offsets[:, None] + first[None, :]
     seconds = base + offsets[:, None] + second[None, :]
-    if FEATURES_PAD == HALF:
-        return tl.load(firsts), tl.load(seconds)
-    a = tl.load(firsts, mask=(feature < FEATURES)[None, :], other=0.0)
-    return a, tl.load(seconds, mask=(feature < HALF)[None, :], other=0.0)
+    has_first = inside[:, None]
+    has_second = inside[:, None]
+    if FEATURES_PAD != HALF:
+        has_first = has_first & (feature < FEATURES)[None, :]
+        has_second = has_second & (feature < HALF)[None, :]
+    return tl.load(firsts, mask=has_first, other=0.0), tl.load(seconds, mask=has_second, other=0.0)
 
 
 @triton.jit
@@ -48,10 +51,3 @@ def features_of(a, b, ROTATED: tl.constexpr, FEATURES_PAD: tl.constexpr):
     if FEATURES_PAD == ROTATED // 2:
         return length
     return tl.where((tl.arange(0, FEATURES_PAD) < ROTATED // 2)[None, :], length, a)
-
-
-@triton.jit
-def directions_of(a, b, mean, ROTATED: tl.constexpr, FEATURES_PAD: tl.constexpr):
-    """float32 [tokens, FEATURES_PAD]: features less their mean, of length one (rkv_spec 4.2)."""
-    centred = features_of(a, b, ROTATED, FEATURES_PAD) - mean[None, :]
-    return centred / (tl.sqrt(tl.sum(centred * centred, axis=1)) + 1e-8)[:, None]

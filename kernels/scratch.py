@@ -9,6 +9,7 @@ import torch
 from .batch import CompactionBatch
 from .cache_layout import PagedKV
 from .move import STAGED_COLUMNS
+from .span_records import fewest_entries
 from .work_slice import WorkSlice
 
 _ROUNDING = 128  # per-token tables hold a multiple of this many tokens
@@ -88,7 +89,12 @@ class ScratchMemory:
 
     def _owner_bytes(self, longest: int) -> int:
         capacity = _capacity(longest)
-        return capacity * _TOKEN_BYTES + 8 * self._kv.head_size + capacity // _BLOCK * 8 * self._window
+        links = 8 * (self._link_entries(longest) - capacity)  # beyond those of the tokens
+        statistics = capacity // _BLOCK * 8 * self._window
+        return capacity * _TOKEN_BYTES + links + 8 * self._kv.head_size + statistics
+
+    def _link_entries(self, longest: int) -> int:
+        return max(_capacity(longest), fewest_entries(self._kv.head_size))
 
     def _slice(
         self,
@@ -101,6 +107,7 @@ class ScratchMemory:
     ) -> WorkSlice:
         capacity = _capacity(longest)
         owners = layers * requests * self._kv.num_heads
+        link_entries = self._link_entries(longest)
         blocks = capacity // _BLOCK
         position = 0
 
@@ -122,10 +129,11 @@ class ScratchMemory:
             requests=requests,
             longest=longest,
             capacity=capacity,
+            link_entries=link_entries,
             blocks=blocks,
             kept=kept,
             inverse_norms=take(owners * capacity, torch.float32),
-            links=take(owners * capacity, torch.int64),
+            links=take(owners * link_entries, torch.int64),
             scores=take(owners * capacity, torch.float32),
             peaks=take(owners * blocks * self._window, torch.float32),
             totals=take(owners * blocks * self._window, torch.float32),

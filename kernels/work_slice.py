@@ -25,7 +25,8 @@ class WorkSlice:
     An owner is one (layer, request, KV head) of the slice; there are ``owners`` of them. The per-token tables
     are flat and hold ``capacity`` entries for each. Some of them share memory, since a round fills and reads
     them one after the other: ``newest_match``, ``attention`` and ``kept``; ``inverse_norms``, ``redundancy``
-    and ``chosen_slots``; ``newest_match_of_block`` and ``scores``.
+    and ``chosen_slots``; ``links`` and ``span_records``; ``newest_match_of_block``, ``inverse_lengths`` and
+    ``scores``.
 
     Attributes:
         kv: the cache.
@@ -36,6 +37,7 @@ class WorkSlice:
         requests: number of requests.
         longest: largest physical length among the requests, in tokens.
         capacity: entries an owner has in the per-token tables; a multiple of 128.
+        link_entries: entries of ``links``' memory an owner has; ``capacity``, or more where that is small.
         blocks: most blocks into which a kernel may split a request's tokens.
         kept: int32 table: slots that stay, in their order.
         inverse_norms: float32 table: one over each key's norm.
@@ -58,6 +60,7 @@ class WorkSlice:
     requests: int
     longest: int
     capacity: int
+    link_entries: int
     blocks: int
     kept: torch.Tensor
     inverse_norms: torch.Tensor
@@ -83,6 +86,16 @@ class WorkSlice:
     def redundancy(self) -> torch.Tensor:
         """float32 table: mean similarity of each key to all (rkv_spec 4.2)."""
         return self.inverse_norms
+
+    @property
+    def inverse_lengths(self) -> torch.Tensor:
+        """float32 table: one over the length of each key's centred features (rkv_spec 4.2)."""
+        return self.scores
+
+    @property
+    def span_records(self) -> torch.Tensor:
+        """float32 [owners * 2 * link_entries]: see ``span_records``."""
+        return self.links.view(torch.float32)
 
     @property
     def chosen_slots(self) -> torch.Tensor:

@@ -7,6 +7,7 @@ import torch
 from support.paged_cache import DEVICE, GPU, WINDOW, PagedCache
 
 from rkv_vllm.kernels import naive, naive_invariant
+from rkv_vllm.kernels.batch import CompactionBatch
 from rkv_vllm.kernels.compaction_round import CompactionRound
 from rkv_vllm.kernels.invariant_scorer import InvariantScorer
 from rkv_vllm.kernels.rotary_pairs import UNROTATED, RotaryPairs
@@ -64,6 +65,7 @@ SHAPES = [
     (80, 40, False, 3, 5, 48, [97, 12]),  # half of a head is rotated
     (64, 32, True, 12, 16, 16, [70]),  # neighbours are rotated together; more queries than one product takes
     (32, 0, False, 1, 13, 16, [129]),  # nothing is rotated
+    (16, 16, False, 2, 16, 16, [1300, 1025]),  # two spans
 ]
 if GPU:
     SHAPES += [
@@ -74,6 +76,7 @@ if GPU:
         (96, 96, False, 2, 16, 32, [257, 128, 129]),
         (256, 256, False, 8, 16, 48, [700, 65]),
         (256, 64, False, 16, 16, 16, [129]),
+        (64, 64, False, 4, 16, 16, [17000]),  # as many spans as there may be, longer than the shortest
     ]
 
 
@@ -105,6 +108,28 @@ def test_scores_equal_the_float64_reference(
         token_major=dtype == torch.float32,
     )
     cache.check_scores([(0.5, 1.0, 0.0)[index % 3] for index in range(len(lengths))])
+
+
+def test_scores_do_not_depend_on_what_is_scored_beside_them() -> None:
+    """Proves a request's scores bit for bit the same alone, and in a batch with longer and shorter ones."""
+    lengths = [1100, 90, 2100 if GPU else 1300]
+    together = Cache(lengths, RotaryPairs(32), layers=1, heads=1, group=2, head_size=32)
+    scores = together.score([0.5] * len(lengths))
+    for request, length in enumerate(lengths):
+        pages = [together.source[request]]
+        batch = CompactionBatch.build(
+            lengths=[length],
+            keeps=[length],
+            source_pages=pages,
+            target_pages=pages,
+            page_size=together.kv.page_size,
+            device=DEVICE,
+            queries=[together.query_windows(together.looked_at)[request]],
+        )
+        alone = torch.zeros(1, 1, 1, length, device=DEVICE)
+        CompactionRound(together.kv, window=WINDOW).score(together.scorer([0.5]), batch, alone)
+        candidates = length - WINDOW
+        assert torch.equal(alone[0, 0, 0, :candidates], scores[0, request, 0, :candidates])
 
 
 def test_equal_keys_and_zero_keys() -> None:
