@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,11 @@ def draw(summaries: Sequence[Summary], path: Path) -> None:
         figure = Figure(figsize=(10, 7), layout="constrained")
         accuracy, by_share, length, truncation = figure.subplots(2, 2).flat
         panels: list[tuple[Any, X, Y, str, str, float]] = [
-            (accuracy, budget, lambda line: line.row.accuracy, "budget, tokens", "right, %", 100),
+            (accuracy, budget, _accuracy, "budget, tokens", "right, %", 100),
             (
                 by_share,
-                lambda line: 100 * line.row.share_of_kv,
-                lambda line: line.row.accuracy,
+                _share_of_kv,
+                _accuracy,
                 "most pages held, % of the full cache's",
                 "right, %",
                 100,
@@ -67,6 +67,36 @@ def draw(summaries: Sequence[Summary], path: Path) -> None:
             axes.set_ylim(0, 103 if scale == 100 else None)
         figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=3)
         figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+def draw_tasks(summaries: Mapping[str, Sequence[Summary]], path: Path) -> None:
+    """Writes a plot as SVG with a panel for each task: right answers against the pages that are held."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5 * len(summaries), 3.8), layout="constrained")
+        axes: Any
+        panels = figure.subplots(1, len(summaries), squeeze=False).flat
+        for axes, (task, runs) in zip(panels, summaries.items(), strict=True):
+            lines = [line for line in lines_of(runs) if not line.server_wide and not line.row.protect]
+            for policy in dict.fromkeys(line.row.policy for line in lines if line.row.policy):
+                points = [line for line in lines if line.row.policy == policy]
+                points.sort(key=lambda line: line.row.share_of_kv)
+                _curve(axes, policy, points, _share_of_kv, _accuracy, 100)
+            _level(axes, next(line.row.accuracy for line in lines if line.row.budget == "full"), 100)
+            axes.set(title=task, xlabel="most pages held, % of the full cache's", ylabel="right, %")
+            axes.set(xlim=(0, None), ylim=(0, 103))
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6)
+        figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+def _share_of_kv(line: Line) -> float:
+    return 100 * line.row.share_of_kv
+
+
+def _accuracy(line: Line) -> Estimate:
+    return line.row.accuracy
 
 
 def _curve(axes: Any, name: str, points: Sequence[Line], x: X, y: Y, scale: float) -> None:
