@@ -51,20 +51,17 @@ class InvariantSetup(Setup):
         self.lam = torch.full_like(self.lam, LAM)
         self.pairs = RotaryPairs(arguments.head_size)
         self.tiles = tiles
-        self.scorer = InvariantScorer(self.queries, self.lam, pairs=self.pairs, scale=self.scale)
+        self.scorer = InvariantScorer(self.queries, self.factors, self.lam, pairs=self.pairs)
 
     def stages(self) -> dict[str, list[Callable[[], None]]]:
         calls: dict[str, list[Callable[[], None]]] = {stage: [] for stage in STAGES}
         records = SpanRecords.of(self.kv, self.queries, self.pairs)
         assert records.parts == 1, "more queries than one product takes are not timed by stages"
         of_keys: dict[str, Any] = {"pairs": self.pairs, "window": WINDOW, "tiles": self.tiles}
-        of_queries = of_keys | {"scale": self.scale}
         for work in self.round.slices(self.batch):
-            scores, queries = work.scores_by_head, self.queries
-            calls["statistics"].append(partial(query_statistics, work, queries, records, 0, **of_queries))
-            calls["attention"].append(
-                partial(attention_and_directions, work, queries, records, 0, **of_queries)
-            )
+            scores, looked_at = work.scores_by_head, (self.queries, self.factors, records, 0)
+            calls["statistics"].append(partial(query_statistics, work, *looked_at, **of_keys))
+            calls["attention"].append(partial(attention_and_directions, work, *looked_at, **of_keys))
             calls["redundancy"].append(partial(invariant_redundancy, work, records, **of_keys))
             calls["standard"].append(
                 partial(standard_scores, work, self.lam, scores, window=WINDOW, pool_kernel=POOL_KERNEL)

@@ -70,11 +70,12 @@ def measure(run: Callable[[], object]) -> dict[str, float]:
 def measure_length(length: int) -> dict[str, Any]:
     layer = torch.randn(length // PAGE + 2, HEADS, PAGE, 2 * SIZE, dtype=torch.bfloat16, device="cuda")
     queries = torch.randn(1, 1, WINDOW, HEADS * GROUP, SIZE, dtype=torch.bfloat16, device="cuda")
-    rounds, batch = CompactionRound(PagedKV([layer]), longest=length), make_batch(length)
+    kv, batch = PagedKV([layer]), make_batch(length)
+    rounds, factors = CompactionRound(kv, longest=length), kv.equal_factors(SIZE**-0.5)
     found: dict[str, Any] = {"tokens": length, "scratch_mib": round(rounds.scratch.num_bytes / 2**20, 1)}
     for name, lam in (("rkv", 0.1), ("snapkv", 1.0)):
         weight = torch.tensor([lam], device="cuda")
-        found[name] = measure(partial(rounds.run, RkvScorer(queries, weight, scale=SIZE**-0.5), batch))
+        found[name] = measure(partial(rounds.run, RkvScorer(queries, factors, weight), batch))
     for name in ("keydiff", "recency", "random"):
         policy = make_policies(RkvConfig())[name]
         keys = PagedKeys(layer[..., :SIZE], batch.source_pages[0], length)

@@ -25,7 +25,6 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import triton
@@ -90,21 +89,19 @@ class Setup:
         ring = (layers, requests, looked_at, arguments.query_heads, size)
         self.queries = torch.randn(ring, dtype=torch.bfloat16, device="cuda", generator=generator)
         self.lam = torch.full((requests,), LAM, device="cuda")
-        self.scale = size**-0.5
-        self.scorer = RkvScorer(
-            self.queries, self.lam, scale=self.scale, threshold=THRESHOLD, pool_kernel=POOL
-        )
+        self.factors = self.kv.equal_factors(size**-0.5)
+        self.scorer = RkvScorer(self.queries, self.factors, self.lam, threshold=THRESHOLD, pool_kernel=POOL)
         self.round = CompactionRound(self.kv, window=WINDOW)
 
     def stages(self) -> dict[str, list[Callable[[], None]]]:
         """The round's stages, one call a slice of the batch, in the order of ``CompactionRound.run``."""
         calls: dict[str, list[Callable[[], None]]] = {stage: [] for stage in STAGES}
-        looked_at: dict[str, Any] = {"window": WINDOW, "scale": self.scale}
+        queries = (self.queries, self.factors)
         for work in self.round.slices(self.batch):
             scores = work.scores_by_head
-            calls["survey"].append(partial(window_statistics, work, self.queries, **looked_at))
+            calls["survey"].append(partial(window_statistics, work, *queries, window=WINDOW))
             calls["matches"].append(partial(newest_matches, work, self.lam, threshold=THRESHOLD))
-            calls["sums"].append(partial(attention_and_link_sums, work, self.queries, self.lam, **looked_at))
+            calls["sums"].append(partial(attention_and_link_sums, work, *queries, self.lam, window=WINDOW))
             calls["combine"].append(partial(combine, work, self.lam, scores, window=WINDOW, pool_kernel=POOL))
             calls["select"].append(partial(select, work, scores, window=WINDOW))
             calls["move"].append(partial(compact, work, window=WINDOW))
@@ -202,7 +199,7 @@ def measure(
     rows: list[dict[str, object]] = []
     for keys, shift in SHIFTS.items():
         setup = Setup(arguments, limits, length, keep, shift)
-        setup.round.warm_up([RkvScorer(setup.queries, setup.lam[:1], scale=setup.scale)])
+        setup.round.warm_up([RkvScorer(setup.queries, setup.factors, setup.lam[:1])])
         setup.round.run(setup.scorer, setup.batch)
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

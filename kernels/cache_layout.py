@@ -6,6 +6,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+PLAIN = (torch.float32, torch.float16, torch.bfloat16)
+"""Types of caches that hold keys and values as they are."""
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+"""Types of caches that hold them over a scale, of the layer or of the KV head."""
+
 ALIGNMENT = 16
 """Elements; a row that starts at a multiple of it can be read in 16-byte pieces."""
 
@@ -89,6 +95,10 @@ class PagedKV:
     @property
     def dtype(self) -> torch.dtype:
         return self.layers[0].dtype
+
+    def equal_factors(self, factor: float) -> torch.Tensor:
+        """float32 [L, H] on the device: one factor on the logits of all layers and KV heads."""
+        return torch.full((self.num_layers, self.num_heads), factor, device=self.device)
 
     @property
     def device(self) -> torch.device:

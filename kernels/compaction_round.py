@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from .batch import CompactionBatch, QueryWindow
-from .cache_layout import PagedKV
+from .cache_layout import FP8, PLAIN, PagedKV
 from .move import compact
 from .options import Order, Scope
 from .page_sums import SUM_SCALE, add_page_sums
@@ -44,7 +44,7 @@ class CompactionRound:
         """Allocate the scratch memory.
 
         Args:
-            kv: the cache; float32, float16 or bfloat16.
+            kv: the cache; float32, float16, bfloat16, or FP8.
             window: 1 to 16 tokens.
             scope: who shares one set of kept tokens.
             scratch_bytes: device memory for everything that a round keeps for itself.
@@ -54,8 +54,9 @@ class CompactionRound:
         Raises:
             ValueError: a setting is out of range, or the cache's dtype or head size is not supported.
         """
-        if kv.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise ValueError(f"keys of {kv.dtype} cannot be scored: float32, float16 or bfloat16 are needed")
+        if kv.dtype not in (*PLAIN, *FP8):
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in (*PLAIN, *FP8))
+            raise ValueError(f"keys of {kv.dtype} cannot be scored: only {known} can")
         if kv.head_size > 256:
             raise ValueError(f"head size {kv.head_size} is above 256")
         if not 1 <= window <= 16:

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .decode import decoded
 from .work_slice import LINK_SCALE, WorkSlice, inverse_norm, layer_and_head, locate, queries_of, slot_offsets
 
 NO_LOGIT = tl.constexpr(-3.0e38)
@@ -50,11 +51,11 @@ def load_queries(
 
 @triton.jit
 def window_logits(
-    queries, keys, scale, GROUP_PAD: tl.constexpr, WINDOW_PAD: tl.constexpr, BLOCK: tl.constexpr
+    queries, keys, factor, GROUP_PAD: tl.constexpr, WINDOW_PAD: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Logits of the window's rows, the largest of each group of query heads: float32 [WINDOW_PAD, BLOCK]."""
-    products = tl.dot(queries, tl.trans(keys), input_precision="ieee")
-    return tl.max(tl.reshape(products, (WINDOW_PAD, GROUP_PAD, BLOCK)), axis=1) * scale
+    products = tl.dot(queries, tl.trans(keys.to(queries.dtype)), input_precision="ieee")
+    return tl.max(tl.reshape(products, (WINDOW_PAD, GROUP_PAD, BLOCK)), axis=1) * factor
 
 
 @triton.jit(do_not_specialize=["stride_pages", "first_layer", "first_request", "requests", "stat_blocks"])
@@ -79,7 +80,7 @@ def _survey_kernel(
     peaks,  # [owners, stat_blocks, WINDOW]
     totals,  # [owners, stat_blocks, WINDOW]
     directions,  # [owners, D]
-    scale,
+    factors,  # [L, H]
     first_layer,
     first_request,
     requests,
@@ -110,7 +111,7 @@ def _survey_kernel(
     d = tl.arange(0, BLOCK_D)
     offsets = slot_offsets(pages, slots, inside, stride_page, stride_slot, PAGE_SIZE)
     mask = inside[:, None] & (d < HEAD_SIZE)[None, :]
-    keys = tl.load(kv + offsets[:, None] + d[None, :], mask=mask, other=0.0)  # [BLOCK, BLOCK_D]
+    keys = decoded(tl.load(kv + offsets[:, None] + d[None, :], mask=mask, other=0.0))  # [BLOCK, BLOCK_D]
 
     inverse = inverse_norm(keys)  # [BLOCK]
     direction = tl.sum(keys.to(tl.float32) * inverse[:, None], axis=0)  # [BLOCK_D]
@@ -135,7 +136,8 @@ def _survey_kernel(
         HEAD_SIZE,
         BLOCK_D,
     )
-    logits = window_logits(window, keys, scale, GROUP_PAD, WINDOW_PAD, BLOCK)  # [WINDOW_PAD, BLOCK]
+    factor = tl.load(factors + layer * HEADS + head)
+    logits = window_logits(window, keys, factor, GROUP_PAD, WINDOW_PAD, BLOCK)  # [WINDOW_PAD, BLOCK]
     logits = tl.where((slots < length - WINDOW)[None, :], logits, NO_LOGIT)
     peak = tl.max(logits, axis=1)
     total = tl.sum(tl.exp(logits - peak[:, None]), axis=1)
@@ -201,18 +203,18 @@ def query_constants(queries: torch.Tensor, heads: int, window: int) -> dict[str,
     }
 
 
-def window_statistics(work: WorkSlice, queries: torch.Tensor, *, window: int, scale: float) -> None:
+def window_statistics(work: WorkSlice, queries: torch.Tensor, factors: torch.Tensor, *, window: int) -> None:
     """Fill ``inverse_norms``, ``peaks``, ``totals`` and ``directions``; zero ``links``.
 
     Args:
         work: requests and layers, with scratch memory.
-        queries: [L, rows, ring, Hq, D], the query ring, in the cache's dtype.
+        queries: [L, rows, ring, Hq, D], the query ring.
+        factors: float32 [L, H], on the logits of each layer and KV head.
         window: newest tokens, whose queries are looked at.
-        scale: factor on the logits.
     """
     kv, batch = work.kv, work.batch
     constants = query_constants(queries, kv.num_heads, window)
-    block = _BLOCK if kv.dtype.itemsize == 2 and kv.head_size <= 128 else 32
+    block = _BLOCK if kv.dtype.itemsize <= 2 and kv.head_size <= 128 else 32
     work.directions.zero_()
     _survey_kernel[work.grid(-(-work.longest // block))](
         *work.cache_args(),
@@ -228,7 +230,7 @@ def window_statistics(work: WorkSlice, queries: torch.Tensor, *, window: int, sc
         work.peaks,
         work.totals,
         work.directions,
-        scale,
+        factors,
         *work.slice_args(),
         work.blocks,
         **work.shape_constants(),

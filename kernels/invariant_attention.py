@@ -21,7 +21,7 @@ from .work_slice import WorkSlice, layer_and_head, locate, queries_of, slot_offs
 
 
 def _tiles(work: WorkSlice) -> KeyTiles:
-    small = work.kv.dtype.itemsize == 2 and work.kv.head_size <= 128
+    small = work.kv.dtype.itemsize <= 2 and work.kv.head_size <= 128
     return KeyTiles(64, 4, 2) if small else KeyTiles(32, 4, 2)
 
 
@@ -50,7 +50,7 @@ def _attention_kernel(
     part,
     attention,  # [owners, capacity]
     inverse_lengths,  # [owners, capacity]
-    scale,
+    factors,  # [L, H]
     first_layer,
     first_request,
     requests,
@@ -113,7 +113,7 @@ def _attention_kernel(
     share = tl.where(counts, peak + tl.log2(total * (count * GROUP)), float("inf"))
     mean = sum_of_records(records + ROWS, spans, RECORD, FEATURES_PAD) / length
 
-    to_base_2 = scale * LOG2_E
+    to_base_2 = tl.load(factors + layer * HEADS + head) * LOG2_E
     summed = tl.zeros((BLOCK, FEATURES_PAD), tl.float32)
     for start in range(first, last, BLOCK):
         slots = start + tl.arange(0, BLOCK)
@@ -125,8 +125,8 @@ def _attention_kernel(
             inverse = 1.0 / (tl.sqrt(tl.sum(centred * centred, axis=1)) + 1e-8)
             tl.store(inverse_lengths + slots, inverse, mask=inside)
             summed += centred * tl.where(inside, inverse, 0.0)[:, None]
-        products = tl.dot(a, tl.trans(query_a), input_precision="ieee")
-        products = tl.dot(b, tl.trans(query_b), acc=products, input_precision="ieee")
+        products = tl.dot(a.to(query_a.dtype), tl.trans(query_a), input_precision="ieee")
+        products = tl.dot(b.to(query_b.dtype), tl.trans(query_b), acc=products, input_precision="ieee")
         attended = tl.sum(tl.exp2(products * to_base_2 - share[None, :]), axis=1)
         candidate = inside & (slots < length - WINDOW)
         if not FIRST:
@@ -140,24 +140,24 @@ def _attention_kernel(
 def attention_and_directions(
     work: WorkSlice,
     queries: torch.Tensor,
+    factors: torch.Tensor,
     records: SpanRecords,
     part: int,
     *,
     pairs: RotaryPairs,
     window: int,
-    scale: float,
     tiles: KeyTiles | None = None,
 ) -> None:
     """Write ``attention``, or add to it, ``inverse_lengths`` and each span's sum of directions.
 
     Args:
         work: requests and layers, after ``query_statistics``.
-        queries: [L, rows, ring, Hq, D], the query ring, in the cache's dtype.
+        queries: [L, rows, ring, Hq, D], the query ring.
+        factors: float32 [L, H], on the logits of each layer and KV head.
         records: their shape.
         part: which of the queries; the first part writes what is not of the attention.
         pairs: how the model's rotary embedding pairs a head's dimensions.
         window: number of newest keys that are no candidates.
-        scale: factor on the logits.
         tiles: launch shape, if not the usual one.
     """
     batch = work.batch
@@ -176,7 +176,7 @@ def attention_and_directions(
         part,
         work.attention,
         work.inverse_lengths,
-        scale,
+        factors,
         *work.slice_args(),
         **records.constants(work.kv, pairs, window),
         **records.query_constants(),

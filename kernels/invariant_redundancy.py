@@ -18,7 +18,7 @@ from .work_slice import WorkSlice, layer_and_head, locate, slot_offsets
 
 
 def _tiles(work: WorkSlice) -> KeyTiles:
-    small = work.kv.dtype.itemsize == 2 and work.kv.head_size <= 128
+    small = work.kv.dtype.itemsize <= 2 and work.kv.head_size <= 128
     return KeyTiles(64, 4, 2) if small else KeyTiles(32, 4, 2)
 
 

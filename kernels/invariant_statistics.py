@@ -20,7 +20,7 @@ from .work_slice import WorkSlice, layer_and_head, locate, queries_of, slot_offs
 
 
 def _tiles(work: WorkSlice) -> KeyTiles:
-    small = work.kv.dtype.itemsize == 2 and work.kv.head_size <= 128
+    small = work.kv.dtype.itemsize <= 2 and work.kv.head_size <= 128
     return KeyTiles(64, 4, 2) if small else KeyTiles(32, 4, 2)
 
 
@@ -70,7 +70,7 @@ def _statistics_kernel(
     records,  # [owners, spans, RECORD]
     stride_owner,
     part,
-    scale,
+    factors,  # [L, H]
     first_layer,
     first_request,
     requests,
@@ -116,7 +116,7 @@ def _statistics_kernel(
         INTERLEAVED,
         FEATURES_PAD,
     )
-    to_base_2 = scale * LOG2_E
+    to_base_2 = tl.load(factors + layer * HEADS + head) * LOG2_E
     summed = tl.zeros((BLOCK, FEATURES_PAD), tl.float32)
     peak = tl.full((ROWS,), NO_LOGIT, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -127,8 +127,8 @@ def _statistics_kernel(
         a, b = load_pairs(kv, offsets, inside, HEAD_SIZE, ROTATED, INTERLEAVED, FEATURES_PAD)
         if FIRST:
             summed += features_of(a, b, ROTATED, FEATURES_PAD)
-        products = tl.dot(query_a, tl.trans(a), input_precision="ieee")
-        products = tl.dot(query_b, tl.trans(b), acc=products, input_precision="ieee")
+        products = tl.dot(query_a, tl.trans(a.to(query_a.dtype)), input_precision="ieee")
+        products = tl.dot(query_b, tl.trans(b.to(query_b.dtype)), acc=products, input_precision="ieee")
         none = tl.where(inside & (slots < length - WINDOW), 0.0, NO_LOGIT)
         logits = products * to_base_2 + none[None, :]
         higher = tl.maximum(peak, tl.max(logits, axis=1))
@@ -142,24 +142,24 @@ def _statistics_kernel(
 def query_statistics(
     work: WorkSlice,
     queries: torch.Tensor,
+    factors: torch.Tensor,
     records: SpanRecords,
     part: int,
     *,
     pairs: RotaryPairs,
     window: int,
-    scale: float,
     tiles: KeyTiles | None = None,
 ) -> None:
     """Write each span's statistics of the queries and its sum of features.
 
     Args:
         work: requests and layers; ``span_records`` is written.
-        queries: [L, rows, ring, Hq, D], the query ring, in the cache's dtype.
+        queries: [L, rows, ring, Hq, D], the query ring.
+        factors: float32 [L, H], on the logits of each layer and KV head.
         records: their shape.
         part: which of the queries; the first part sums the features, too.
         pairs: how the model's rotary embedding pairs a head's dimensions.
         window: number of newest keys that are no candidates.
-        scale: factor on the logits.
         tiles: launch shape, if not the usual one.
     """
     batch = work.batch
@@ -176,7 +176,7 @@ def query_statistics(
         work.span_records,
         2 * work.link_entries,
         part,
-        scale,
+        factors,
         *work.slice_args()[:3],
         **records.constants(work.kv, pairs, window),
         **records.query_constants(),

@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .decode import decoded
+
 
 @triton.jit
 def load_pairs(
@@ -39,7 +41,9 @@ def load_pairs(
     if FEATURES_PAD != HALF:
         has_first = has_first & (feature < FEATURES)[None, :]
         has_second = has_second & (feature < HALF)[None, :]
-    return tl.load(firsts, mask=has_first, other=0.0), tl.load(seconds, mask=has_second, other=0.0)
+    a = tl.load(firsts, mask=has_first, other=0.0)
+    b = tl.load(seconds, mask=has_second, other=0.0)
+    return decoded(a), decoded(b)
 
 
 @triton.jit

@@ -8,7 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .cache_layout import PagedKV
+from .cache_layout import FP8, PLAIN, PagedKV
+from .decode import decoded
 
 
 @triton.jit
@@ -22,17 +23,16 @@ def _record_kernel(
     offset = tl.arange(0, BLOCK)
     inside = offset < WIDTH
     query = tl.load(queries_ptr + token.to(tl.int64) * query_stride + offset, mask=inside)
-    tl.store(ring_ptr + index.to(tl.int64) * WIDTH + offset, query, mask=inside)
+    tl.store(ring_ptr + index.to(tl.int64) * WIDTH + offset, decoded(query), mask=inside)
 
 
 def capture(queries: torch.Tensor, ring_indices: torch.Tensor, ring: torch.Tensor) -> None:
     """Copy the queries of chosen tokens into one layer's ring.
 
     Args:
-        queries: [tokens, Hq, D], the last two dimensions contiguous.
+        queries: [tokens, Hq, D], the last two dimensions contiguous; in the ring's dtype or in FP8.
         ring_indices: int32 [>= tokens], where each token's query goes, or -1.
-        ring: [rows, size, Hq, D], contiguous, in the queries' dtype; index ``p`` is
-            ``[p // size, p % size]``.
+        ring: [rows, size, Hq, D], contiguous; index ``p`` is ``[p // size, p % size]``.
     """
     width = queries.shape[1] * queries.shape[2]
     _record_kernel[(queries.shape[0],)](
@@ -61,5 +61,7 @@ def check_queries(queries: torch.Tensor, kv: PagedKV, *, at_least: int) -> None:
         )
     if queries.shape[3] % kv.num_heads or not 1 <= queries.shape[3] // kv.num_heads <= 16:
         raise ValueError(f"{queries.shape[3]} query heads do not fit {kv.num_heads} KV heads")
-    if queries.dtype != kv.dtype or queries.device != kv.device or queries.stride(4) != 1:
-        raise ValueError(f"the query ring must be contiguous {kv.dtype} on {kv.device}")
+    dtypes = PLAIN if kv.dtype in FP8 else (kv.dtype,)
+    if queries.dtype not in dtypes or queries.device != kv.device or queries.stride(4) != 1:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"the query ring must be contiguous {names} on {kv.device}")

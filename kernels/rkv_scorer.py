@@ -10,7 +10,7 @@ from .importance import window_statistics
 from .joint_scores import combine
 from .matches import newest_matches
 from .query_capture import check_queries
-from .scorer import check_pool_kernel, check_weights
+from .scorer import check_factors, check_pool_kernel, check_weights
 from .window_sums import attention_and_link_sums
 from .work_slice import WorkSlice
 
@@ -21,18 +21,18 @@ class RkvScorer:
     def __init__(
         self,
         queries: torch.Tensor,
+        factors: torch.Tensor,
         lam: torch.Tensor,
         *,
-        scale: float,
         threshold: float = 0.5,
         pool_kernel: int = 7,
     ) -> None:
         """
         Args:
-            queries: [L, rows, ring, Hq, D], the query ring, in the cache's dtype and on its device; those of
-                the window's tokens are looked at.
+            queries: [L, rows, ring, Hq, D], the query ring, on the cache's device and in its dtype, or in any
+                where the cache holds FP8; those of the window's tokens are looked at.
+            factors: float32 [L, H], what makes attention logits of products of queries and stored keys.
             lam: float32 [R], weight of importance of each request: 1 scores by importance alone.
-            scale: factor on the attention logits.
             threshold: cosine similarity above which two keys count as duplicates, 0 to 1.
             pool_kernel: odd width, in tokens, of the max-pooling of importance.
 
@@ -43,19 +43,20 @@ class RkvScorer:
             raise ValueError(f"threshold must be 0 to 1, not {threshold}")
         check_pool_kernel(pool_kernel)
         self._queries = queries
+        self._factors = factors
         self._lam = lam
-        self._scale = scale
         self._threshold = threshold
         self._pool_kernel = pool_kernel
 
     def check(self, kv: PagedKV, batch: CompactionBatch, window: int) -> None:
         """See ``Scorer.check``."""
         check_queries(self._queries, kv, at_least=window)
+        check_factors(self._factors, kv)
         check_weights(self._lam, kv, batch)
 
     def score(self, work: WorkSlice, scores: torch.Tensor, window: int) -> None:
         """See ``Scorer.score``."""
-        window_statistics(work, self._queries, window=window, scale=self._scale)
+        window_statistics(work, self._queries, self._factors, window=window)
         newest_matches(work, self._lam, threshold=self._threshold)
-        attention_and_link_sums(work, self._queries, self._lam, window=window, scale=self._scale)
+        attention_and_link_sums(work, self._queries, self._factors, self._lam, window=window)
         combine(work, self._lam, scores, window=window, pool_kernel=self._pool_kernel)

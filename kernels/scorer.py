@@ -78,6 +78,15 @@ def check_weights(lam: torch.Tensor, kv: PagedKV, batch: CompactionBatch) -> Non
         raise ValueError(f"lam must be float32 [{batch.num_requests}] on {kv.device}")
 
 
+def check_factors(factors: torch.Tensor, kv: PagedKV) -> None:
+    """Raises: ValueError unless there is one float32 factor for each layer and KV head of the cache."""
+    expected = (kv.num_layers, kv.num_heads)
+    if factors.shape != expected or factors.dtype != torch.float32 or factors.device != kv.device:
+        raise ValueError(f"factors must be float32 {list(expected)} on {kv.device}")
+    if not factors.is_contiguous():
+        raise ValueError("factors must be contiguous")
+
+
 def check_pool_kernel(pool_kernel: int) -> None:
     """Raises: ValueError unless the width of a max-pooling is odd and positive."""
     if pool_kernel < 1 or pool_kernel % 2 == 0:

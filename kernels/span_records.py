@@ -78,7 +78,7 @@ class SpanRecords:
         """For a query ring [L, rows, ring, Hq, D]."""
         ring, group = queries.shape[2], queries.shape[3] // kv.num_heads
         # Of 16-bit numbers, fewer than 64 rows in a product take longer on a Hopper GPU than 64.
-        fewest = 64 if kv.dtype.itemsize == 2 else 16
+        fewest = 64 if queries.dtype.itemsize == 2 else 16
         rows = min(max(triton.next_power_of_2(ring * group), fewest), _MOST_ROWS)
         features = max(triton.next_power_of_2(pairs.num_features(kv.head_size)), 16)
         return cls(ring, group, rows, -(-ring * group // rows), features)

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .decode import decoded
 from .importance import load_queries, query_constants, window_logits
 from .work_slice import LINK_SCALE, WorkSlice, layer_and_head, load_rows, locate, queries_of, slot_offsets
 
@@ -47,7 +48,7 @@ def _sums_kernel(
     peaks,  # [owners, blocks, WINDOW]
     totals,  # [owners, blocks, WINDOW]
     directions,  # [owners, D]
-    scale,
+    factors,  # [L, H]
     first_layer,
     first_request,
     requests,
@@ -98,7 +99,8 @@ def _sums_kernel(
         HEAD_SIZE,
         BLOCK_D,
     )
-    logits = window_logits(window, keys, scale, GROUP_PAD, WINDOW_PAD, BLOCK)  # [WINDOW_PAD, BLOCK]
+    factor = tl.load(factors + layer * HEADS + head)
+    logits = window_logits(window, keys, factor, GROUP_PAD, WINDOW_PAD, BLOCK)  # [WINDOW_PAD, BLOCK]
     row = tl.arange(0, WINDOW_PAD)
     statistics = owner * blocks * WINDOW + row
     peak = tl.load(peaks + statistics, mask=row < WINDOW, other=0.0)
@@ -115,8 +117,10 @@ def _sums_kernel(
         for start in tl.static_range(0, BLOCK_D, STEP):  # in slices, for whole rows would fill the registers
             d = start + tl.arange(0, STEP)
             mask = inside[:, None] & (d < HEAD_SIZE)[None, :]
-            some = tl.load(kv + row_offsets[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
-            others = tl.load(kv + match_offsets[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
+            some = tl.load(kv + row_offsets[:, None] + d[None, :], mask=mask, other=0.0)
+            some = decoded(some).to(tl.float32)
+            others = tl.load(kv + match_offsets[:, None] + d[None, :], mask=mask, other=0.0)
+            others = decoded(others).to(tl.float32)
             exact = tl.load(directions + owner * HEAD_SIZE + d, mask=d < HEAD_SIZE, other=0)
             with_all += tl.sum(some * (exact.to(tl.float32) * (1.0 / LINK_SCALE))[None, :], axis=1)
             with_match += tl.sum(some * others, axis=1)
@@ -130,16 +134,16 @@ def _sums_kernel(
 
 
 def attention_and_link_sums(
-    work: WorkSlice, queries: torch.Tensor, lam: torch.Tensor, *, window: int, scale: float
+    work: WorkSlice, queries: torch.Tensor, factors: torch.Tensor, lam: torch.Tensor, *, window: int
 ) -> None:
     """Write ``attention`` in place of ``newest_match``, and the sums without cut links to ``links``.
 
     Args:
         work: requests and layers, after ``newest_matches``.
-        queries: [L, rows, ring, Hq, D], the query ring, in the cache's dtype.
+        queries: [L, rows, ring, Hq, D], the query ring.
+        factors: float32 [L, H], on the logits of each layer and KV head.
         lam: float32 [R], weight of importance of each request of the batch.
         window: newest tokens, whose queries are looked at.
-        scale: factor on the logits.
     """
     kv, batch = work.kv, work.batch
     _sums_kernel[work.grid(-(-work.longest // _BLOCK))](
@@ -159,12 +163,12 @@ def attention_and_link_sums(
         work.peaks,
         work.totals,
         work.directions,
-        scale,
+        factors,
         *work.slice_args(),
         work.blocks,
         **work.shape_constants(),
         **query_constants(queries, kv.num_heads, window),
         BLOCK=_BLOCK,
         STEP=min(triton.next_power_of_2(kv.head_size), _STEP),
-        num_warps=_WARPS if kv.dtype.itemsize == 2 and kv.head_size <= 128 else 8,
+        num_warps=_WARPS if kv.dtype.itemsize <= 2 and kv.head_size <= 128 else 8,
     )

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from .batch import CompactionBatch
 from .cache_layout import PagedKV
+from .decode import decoded
 
 LINK_SCALE = tl.constexpr(1 << 30)
 """Sums of similarities are kept as 64-bit integers in units of 2^-30, so that their order does not matter."""
@@ -181,8 +182,8 @@ def load_rows(kv, offsets, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr):
     """[tokens, BLOCK_D] keys at the offsets of their slots, all of which exist."""
     d = tl.arange(0, BLOCK_D)
     if BLOCK_D == HEAD_SIZE:
-        return tl.load(kv + offsets[:, None] + d[None, :])
-    return tl.load(kv + offsets[:, None] + d[None, :], mask=(d < HEAD_SIZE)[None, :], other=0.0)
+        return decoded(tl.load(kv + offsets[:, None] + d[None, :]))
+    return decoded(tl.load(kv + offsets[:, None] + d[None, :], mask=(d < HEAD_SIZE)[None, :], other=0.0))
 
 
 @triton.jit

@@ -37,7 +37,7 @@ class ScoreInputs:
             order and then all later ones in temporal order.
         queries: [Hq, n, D], the newest tokens' queries after rotary embedding, in any order: as many as the
             policy looks at, or the buffer is long; None where it looks at none.
-        scale: factor on the model's attention logits.
+        scale: what makes attention logits of products of queries and keys; of no use without queries.
         layer: index of the layer.
         logical_length: tokens of the request so far.
         num_previous_survivors: slots at the front that the round before has filled, its window the last of

@@ -7,6 +7,7 @@ import torch
 from support.paged_cache import DEVICE, GPU, WINDOW, PagedCache
 
 from rkv_vllm.kernels import naive
+from rkv_vllm.kernels.cache_layout import FP8
 from rkv_vllm.kernels.compaction_round import CompactionRound
 from rkv_vllm.kernels.options import Order, Scope
 from rkv_vllm.kernels.rkv_scorer import RkvScorer
@@ -26,8 +27,8 @@ class Cache(PagedCache):
     def scorer(self, lam: list[float]) -> RkvScorer:
         return RkvScorer(
             self.queries,
+            self.factors,
             torch.tensor(lam, device=DEVICE),
-            scale=self.kv.head_size**-0.5,
             threshold=THRESHOLD,
             pool_kernel=POOL,
         )
@@ -58,22 +59,28 @@ class Cache(PagedCache):
 
         Everything outside the slots that may be written has to stay as it is.
         """
-        before = [layer.clone() for layer in self.layers]
-        expected = [layer.clone() for layer in self.layers]
+        stored = [bits(layer) for layer in self.layers]
+        before = [layer.clone() for layer in stored]
+        expected = [layer.clone() for layer in stored]
         batch = self.batch(keeps, targets, order, protects)
         for layer, data in enumerate(expected):
             for request, (length, keep) in enumerate(zip(self.lengths, keeps, strict=True)):
                 own = naive.shared_scores(scores[:, request, :, : length - WINDOW], scope)[layer]
                 chosen = naive.kept_indices(own, keep, length, order, batch.protects[request])
-                moved = naive.compact(self.tokens(layer, self.source[request], length), chosen)
+                moved = naive.compact(bits(self.tokens(layer, self.source[request], length)), chosen)
                 for index in range(-(-keep // self.kv.page_size)):
                     piece = moved[:, index * self.kv.page_size : (index + 1) * self.kv.page_size]
                     data[targets[request][index], :, : piece.shape[1]] = piece
-        assert all(map(torch.equal, self.layers, before))
+        assert all(map(torch.equal, stored, before))
         scorer = GivenScores(lambda layer: scores[layer]) if lam is None else self.scorer(lam)
         self.round(scope=scope, **settings).run(scorer, batch)
-        for layer, data in zip(self.layers, expected, strict=True):
+        for layer, data in zip(stored, expected, strict=True):
             assert torch.equal(layer, data)
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """What torch compares and gathers: FP8 as bytes."""
+    return tensor.view(torch.uint8) if tensor.dtype in FP8 else tensor
 
 
 def reference(cache: Cache, layer: int, request: int, lam: float) -> torch.Tensor:
@@ -107,7 +114,7 @@ def assert_scores(cache: Cache, lam: list[float], **settings: object) -> None:
             assert (error <= bound).all(), f"layer {layer}, request {request}: {(error / bound).max()}"
 
 
-DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if GPU else [])
+DTYPES = [torch.float32, torch.float16, *FP8] + ([torch.bfloat16] if GPU else [])
 SHAPES = [
     # head size, group, page size, lengths
     (64, 4, 16, [150, 33, 9]),
@@ -420,11 +427,15 @@ def test_wrong_calls_are_refused() -> None:
     with pytest.raises(ValueError, match="protects more tokens than it keeps"):
         rounds.run(scorer, cache.batch([20], protects=[20 - WINDOW + 1]))
     with pytest.raises(ValueError, match="does not fit 2 layers"):
-        rounds.run(RkvScorer(cache.queries[:1], lam, scale=1.0), batch)
+        rounds.run(RkvScorer(cache.queries[:1], cache.factors, lam), batch)
     with pytest.raises(ValueError, match=f"does not fit 2 layers, {WINDOW} tokens"):
-        rounds.run(RkvScorer(cache.queries[:, :, : WINDOW - 1], lam, scale=1.0), batch)
+        rounds.run(RkvScorer(cache.queries[:, :, : WINDOW - 1], cache.factors, lam), batch)
     with pytest.raises(ValueError, match="lam must be"):
-        rounds.run(RkvScorer(cache.queries, lam.double(), scale=1.0), batch)
+        rounds.run(RkvScorer(cache.queries, cache.factors, lam.double()), batch)
+    with pytest.raises(ValueError, match=r"factors must be float32 \[2, 1\]"):
+        rounds.run(RkvScorer(cache.queries, cache.factors[:1], lam), batch)
+    with pytest.raises(ValueError, match="query ring must be contiguous float32"):
+        rounds.run(RkvScorer(cache.queries.half(), cache.factors, lam), batch)
     with pytest.raises(ValueError, match="does not exist"):
         rounds.run(scorer, cache.batch([20], [[cache.num_pages, 0]]))
     with pytest.raises(ValueError, match="scratch memory"):
@@ -432,6 +443,6 @@ def test_wrong_calls_are_refused() -> None:
     with pytest.raises(ValueError, match="do not fit the batch"):
         rounds.run(GivenScores(lambda layer: torch.zeros(1, 1, 10, device=DEVICE)), batch)
     with pytest.raises(ValueError, match="threshold"):
-        RkvScorer(cache.queries, lam, scale=1.0, threshold=1.5)
+        RkvScorer(cache.queries, cache.factors, lam, threshold=1.5)
     with pytest.raises(ValueError, match="pool_kernel"):
-        RkvScorer(cache.queries, lam, scale=1.0, pool_kernel=2)
+        RkvScorer(cache.queries, cache.factors, lam, pool_kernel=2)

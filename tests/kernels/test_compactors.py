@@ -187,7 +187,7 @@ def test_the_gpu_keeps_what_the_reference_keeps(
     compactor = GpuTokenCompactor(
         layers,
         setup.queries.to(DEVICE),
-        SCALE,
+        lambda: torch.full((LAYERS, HEADS), SCALE, device=DEVICE),
         setup.config,
         setup.policies,
         pairs=PAIRS,

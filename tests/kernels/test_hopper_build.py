@@ -20,15 +20,23 @@ SHARED_MEMORY = 227 * 1024
 
 
 @pytest.mark.parametrize(
-    ("dtype", "head_size", "rotated", "group"),
-    [("bfloat16", 128, 128, 4), ("float16", 80, 40, 3), ("float32", 256, 256, 8), ("bfloat16", 64, 0, 16)],
+    ("dtype", "query_dtype", "head_size", "rotated", "group"),
+    [
+        ("bfloat16", "bfloat16", 128, 128, 4),
+        ("float16", "float16", 80, 40, 3),
+        ("float32", "float32", 256, 256, 8),
+        ("bfloat16", "bfloat16", 64, 0, 16),
+        ("float8_e4m3fn", "bfloat16", 128, 128, 4),
+        ("float8_e4m3fn", "float16", 80, 40, 3),
+        ("float8_e5m2", "bfloat16", 256, 256, 8),
+    ],
 )
 def test_every_kernel_compiles_and_fits(
-    dtype: str, head_size: int, rotated: int, group: int, tmp_path: Path
+    dtype: str, query_dtype: str, head_size: int, rotated: int, group: int, tmp_path: Path
 ) -> None:
     """Proves that each kernel of this package compiles for Hopper, and within its shared memory."""
     result = subprocess.run(
-        [sys.executable, COMPILE, dtype, *map(str, (head_size, rotated, group))],
+        [sys.executable, COMPILE, dtype, query_dtype, *map(str, (head_size, rotated, group))],
         env=os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,

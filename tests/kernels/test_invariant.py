@@ -8,6 +8,7 @@ from support.paged_cache import DEVICE, GPU, WINDOW, PagedCache
 
 from rkv_vllm.kernels import naive, naive_invariant
 from rkv_vllm.kernels.batch import CompactionBatch
+from rkv_vllm.kernels.cache_layout import FP8
 from rkv_vllm.kernels.compaction_round import CompactionRound
 from rkv_vllm.kernels.invariant_scorer import InvariantScorer
 from rkv_vllm.kernels.rotary_pairs import UNROTATED, RotaryPairs
@@ -26,8 +27,7 @@ class Cache(PagedCache):
 
     def scorer(self, lam: list[float]) -> InvariantScorer:
         weights = torch.tensor(lam, device=DEVICE)
-        scale = self.kv.head_size**-0.5
-        return InvariantScorer(self.queries, weights, pairs=self.pairs, scale=scale, pool_kernel=POOL)
+        return InvariantScorer(self.queries, self.factors, weights, pairs=self.pairs, pool_kernel=POOL)
 
     def score(self, lam: list[float], **settings: object) -> torch.Tensor:
         shape = (self.kv.num_layers, len(self.lengths), self.kv.num_heads, max(self.lengths))
@@ -58,7 +58,7 @@ class Cache(PagedCache):
                 assert scores[layer, request, :, candidates:].isnan().all()
 
 
-DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if GPU else [])
+DTYPES = [torch.float32, torch.float16, *FP8] + ([torch.bfloat16] if GPU else [])
 SHAPES = [
     # head size, rotated, interleaved, group, queries, page size, lengths
     (64, 64, False, 4, 16, 16, [150, 33, 9]),
@@ -243,6 +243,7 @@ def test_wrong_calls_are_refused() -> None:
         (cache.queries, lam, RotaryPairs(33), "33 rotated dimensions"),
     ):
         with pytest.raises(ValueError, match=message):
-            rounds.run(InvariantScorer(queries, weights, pairs=pairs, scale=1.0), cache.batch([20]))
+            scorer = InvariantScorer(queries, cache.factors, weights, pairs=pairs)
+            rounds.run(scorer, cache.batch([20]))
     with pytest.raises(ValueError, match="pool_kernel"):
-        InvariantScorer(cache.queries, lam, pairs=UNROTATED, scale=1.0, pool_kernel=2)
+        InvariantScorer(cache.queries, cache.factors, lam, pairs=UNROTATED, pool_kernel=2)

@@ -65,7 +65,7 @@ def test_the_least_memory_gives_the_same_round() -> None:
         cache = PagedCache([30, 130, 25], layers=3, heads=2, group=2, seed=4)
         lam = torch.tensor([0.1, 1.0, 0.0], device=DEVICE)
         rounds = CompactionRound(cache.kv, window=WINDOW, **settings)
-        rounds.run(RkvScorer(cache.queries, lam, scale=0.125), cache.batch([20, 100, 24]))
+        rounds.run(RkvScorer(cache.queries, cache.factors, lam), cache.batch([20, 100, 24]))
         results.append(torch.stack(cache.layers))
     assert torch.equal(results[0], results[1])
 

@@ -18,9 +18,10 @@ def test_no_slow_growth_and_no_waiting(scope: Scope, order: Order) -> None:
     """Proves that rounds leave allocated memory as it was and never wait for the device."""
     layer = torch.randn(200, 2, 16, 128, dtype=torch.bfloat16, device="cuda")
     queries = torch.randn(1, 2, 8, 4, 64, dtype=torch.bfloat16, device="cuda")
-    rounds = CompactionRound(PagedKV([layer]), scope=scope)
-    scorer = RkvScorer(queries, torch.tensor([0.1, 1.0], device="cuda"), scale=0.125)
-    rounds.warm_up([RkvScorer(queries, torch.tensor([0.5], device="cuda"), scale=0.125)], order)
+    kv = PagedKV([layer])
+    rounds, factors = CompactionRound(kv, scope=scope), kv.equal_factors(0.125)
+    scorer = RkvScorer(queries, factors, torch.tensor([0.1, 1.0], device="cuda"))
+    rounds.warm_up([RkvScorer(queries, factors, torch.tensor([0.5], device="cuda"))], order)
     batch = CompactionBatch.build(
         lengths=[1152, 700],
         keeps=[1024, 600],

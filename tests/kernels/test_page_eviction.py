@@ -104,7 +104,14 @@ def test_the_gpu_compactor_drops_the_pages_of_the_definition(monkeypatch: pytest
     policies = make_policies(config)
     pairs = RotaryPairs(rotated=32)
     compactor = GpuPageCompactor(
-        layers, queries, scale, config, policies, pairs=pairs, longest=1024, ranks_per_kv_head=1
+        layers,
+        queries,
+        lambda: cache.factors,
+        config,
+        policies,
+        pairs=pairs,
+        longest=1024,
+        ranks_per_kv_head=1,
     )
     table = torch.full((9, 10), unused, dtype=torch.int32, device=DEVICE)
     evictions = []

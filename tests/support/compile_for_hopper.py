@@ -3,7 +3,7 @@
 Triton takes the target from its driver and compiles before it launches; here the driver only names a target,
 and nothing is launched. Prints a JSON object a kernel: its name, and the shared memory it takes in bytes.
 
-    python compile_for_hopper.py DTYPE HEAD_SIZE ROTATED GROUP
+    python compile_for_hopper.py DTYPE QUERY_DTYPE HEAD_SIZE ROTATED GROUP
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def compile_only(kernel: JITFunction[Any], *args: Any, grid: Any, **kwargs: Any)
 launch = JITFunction.run
 
 
-def main(dtype: str, head_size: int, rotated: int, group: int) -> None:
+def main(dtype: str, query_dtype: str, head_size: int, rotated: int, group: int) -> None:
     driver.set_active(Hopper())
     JITFunction.run = compile_only
     cache = PagedCache(
@@ -63,10 +63,10 @@ def main(dtype: str, head_size: int, rotated: int, group: int) -> None:
         dtype=getattr(torch, dtype),
         device=torch.device("cpu"),
     )
-    queries, lam = cache.queries, torch.tensor([0.5])
+    queries, lam = cache.queries.to(getattr(torch, query_dtype)), torch.tensor([0.5])
     scorers = [
-        RkvScorer(queries, lam, scale=0.1),
-        InvariantScorer(queries, lam, pairs=RotaryPairs(rotated), scale=0.1),
+        RkvScorer(queries, cache.factors, lam),
+        InvariantScorer(queries, cache.factors, lam, pairs=RotaryPairs(rotated)),
     ]
     for scope, order in (("head", "temporal"), ("layer", "score"), ("global", "score")):
         CompactionRound(cache.kv, scope=scope).warm_up(scorers, order)
@@ -83,7 +83,8 @@ def main(dtype: str, head_size: int, rotated: int, group: int) -> None:
         ring_size=RING_SIZE,
     )
     capture(queries[0, 0], counts, queries[0])
+    capture(queries[0, 0].to(torch.float8_e4m3fn), counts, queries[0])
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    main(*sys.argv[1:3], *map(int, sys.argv[3:]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from rkv_vllm.kernels.batch import CompactionBatch, QueryWindow
-from rkv_vllm.kernels.cache_layout import PagedKV
+from rkv_vllm.kernels.cache_layout import FP8, PagedKV
 from rkv_vllm.kernels.options import Order
 from rkv_vllm.settings.config import WINDOW
 from rkv_vllm.settings.policy_table import RING_SIZE
@@ -25,7 +25,9 @@ class PagedCache:
         free: ids of all other pages.
         rows: row of ``queries`` of each request.
         ends: logical length of each request, behind which its newest query lies in the ring.
-        queries: the query ring [L, rows, RING_SIZE, Hq, D].
+        queries: the query ring [L, rows, RING_SIZE, Hq, D]; of an FP8 cache, FP8 in float32.
+        key_scales, query_scale: [L, H] and a number, by which what is stored in FP8 is multiplied; else 1.
+        factors: [L, H], on the logits: one over the root of the head size, times the scales.
         device: where all of it lies.
     """
 
@@ -61,10 +63,14 @@ class PagedCache:
         pages_of = [-(-length // page_size) for length in lengths]
         self.num_pages = 2 * sum(pages_of) + 3
         shape = (self.num_pages, heads, page_size, 2 * head_size)
+        self.key_scales, self.query_scale = torch.ones(layers, heads, device=device), 1.0
+        if dtype in FP8:
+            self.key_scales[:, ::2], self.key_scales[:, 1::2], self.query_scale = 3.0, 0.02, 0.3
         self.layers = []
-        for _ in range(layers):
+        for scales in self.key_scales:
             mean = torch.randn(1, heads, 1, 2 * head_size, generator=generator)
-            data = (torch.randn(shape, generator=generator) + shift * mean).to(dtype).to(device)
+            data = torch.randn(shape, generator=generator) + shift * mean
+            data = (data / scales[:, None, None].cpu()).to(dtype).to(device)
             if token_major:
                 data = data.transpose(1, 2).contiguous().transpose(1, 2)
             self.layers.append(data)
@@ -89,7 +95,9 @@ class PagedCache:
         self.rows = torch.randperm(len(lengths) + 2, generator=generator)[: len(lengths)].tolist()
         self.ends = [length + 5 + 3 * index for index, length in enumerate(lengths, RING_SIZE)]
         ring = (layers, len(lengths) + 2, RING_SIZE, heads * group, head_size)
-        self.queries = (2.0 * torch.randn(ring, generator=generator)).to(dtype).to(device)
+        queries = (2.0 / self.query_scale * torch.randn(ring, generator=generator)).to(dtype).to(device)
+        self.queries = queries.float() if dtype in FP8 else queries
+        self.factors = head_size**-0.5 * self.query_scale * self.key_scales
         self.group = group
 
     def batch(
@@ -119,16 +127,17 @@ class PagedCache:
         return data.transpose(0, 1).flatten(1, 2)[:, :length]
 
     def keys(self, layer: int, request: int) -> torch.Tensor:
-        """[H, N, D] of a request."""
+        """[H, N, D] of a request, as they were before they were scaled and stored."""
         tokens = self.tokens(layer, self.source[request], self.lengths[request])
-        return tokens[..., : self.kv.head_size]
+        keys = tokens[..., : self.kv.head_size]
+        return keys.double() * self.key_scales[layer, :, None, None] if self.kv.dtype in FP8 else keys
 
     def query_windows(self, count: int = WINDOW) -> list[QueryWindow]:
         """Where the newest queries of each request are."""
         return [QueryWindow(row, end, count) for row, end in zip(self.rows, self.ends, strict=True)]
 
     def newest_queries(self, layer: int, request: int, count: int = WINDOW) -> torch.Tensor:
-        """[Hq, count, D] of a request, oldest first."""
+        """[Hq, count, D] of a request, oldest first, as they were before they were scaled and captured."""
         end = self.ends[request]
         places = [position % RING_SIZE for position in range(end - count, end)]
-        return self.queries[layer, self.rows[request], places].transpose(0, 1)
+        return self.query_scale * self.queries[layer, self.rows[request], places].transpose(0, 1)

@@ -8,7 +8,7 @@ at a time, and share the kernels that select and move.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial, reduce
 from typing import Any, Protocol
@@ -58,7 +58,7 @@ class GpuCompactor(Compactor[Round, GpuTables, EvictedPageIds]):
         self,
         layers: Sequence[torch.Tensor],
         queries: torch.Tensor,
-        scale: float,
+        factors: Callable[[], torch.Tensor],
         config: RkvConfig,
         policies: dict[PolicyName, Policy],
         *,
@@ -69,9 +69,10 @@ class GpuCompactor(Compactor[Round, GpuTables, EvictedPageIds]):
         """Takes the memory that all rounds work on.
 
         Args:
-            layers: each layer's cache, [pages, H, page size, 2 D].
+            layers: each layer's cache, [pages, H, page size, 2 D], in the type of the numbers in it.
             queries: the query ring, [layers, rows, RING_SIZE, Hq, D].
-            scale: factor on the model's attention logits.
+            factors: gives float32 [layers, H], what makes attention logits of products of queries and stored
+                keys.
             config: the server's settings.
             policies: by name.
             pairs: how the model's rotary embedding pairs a head's dimensions.
@@ -85,10 +86,9 @@ class GpuCompactor(Compactor[Round, GpuTables, EvictedPageIds]):
         self._ranks_per_kv_head = ranks_per_kv_head
         self._round = CompactionRound(self._kv, window=WINDOW, scope=config.scope, longest=longest)
         self._order = config.order
-        self._scale = scale
         self._policies = policies
         self._pairs = pairs
-        self._scorers = KernelScorers(config, pairs, scale)
+        self._scorers = KernelScorers(config, pairs, factors)
         self._evicted: list[EvictedPageIds] = []
         self.stopwatch = CudaStopwatch()
 
@@ -123,7 +123,7 @@ class GpuCompactor(Compactor[Round, GpuTables, EvictedPageIds]):
                 self._kv.layers[layer][..., : self._kv.head_size], source_pages, compaction.length
             ),
             queries=None,
-            scale=self._scale,
+            scale=1.0,  # of logits, which need queries
             layer=layer,
             logical_length=compaction.logical_length,
             num_previous_survivors=compaction.num_previous_survivors,
@@ -244,7 +244,7 @@ def _queries_of(compaction: Compaction) -> QueryWindow:
 def make_gpu_compactor(
     layers: Sequence[torch.Tensor],
     queries: torch.Tensor,
-    scale: float,
+    factors: Callable[[], torch.Tensor],
     config: RkvConfig,
     policies: dict[PolicyName, Policy],
     *,
@@ -260,7 +260,7 @@ def make_gpu_compactor(
     return by_granularity[config.granularity](
         layers,
         queries,
-        scale,
+        factors,
         config,
         policies,
         pairs=pairs,

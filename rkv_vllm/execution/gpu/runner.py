@@ -31,7 +31,9 @@ from rkv_vllm.execution.gpu.page_reports import ReportingOutput
 from rkv_vllm.execution.gpu.physical_lengths import NOT_CAPTURED, PhysicalLengths, make_attention_physical
 from rkv_vllm.execution.gpu.query_ring import GpuQueryRing
 from rkv_vllm.execution.kv_head_copies import ranks_per_kv_head
+from rkv_vllm.execution.logit_factors import LogitFactors
 from rkv_vllm.execution.rotary import rotary_pairs
+from rkv_vllm.host.cache_dtype import typed_cache
 from rkv_vllm.kernels.rotary_pairs import RotaryPairs
 from rkv_vllm.kernels.step_inputs import prepare_physical
 from rkv_vllm.policies import make_policies
@@ -69,7 +71,7 @@ class CompactingRunnerV2(GPUModelRunner):
         if is_profiling:  # a cache for the moment
             return
         config = RkvConfig.from_additional_config(self.vllm_config.additional_config)
-        caches = [layer.kv_cache for layer in self._rkv_layers]
+        caches = [typed_cache(layer) for layer in self._rkv_layers]
         if caches[0].shape[0] != kv_cache_config.num_blocks:
             raise ValueError(
                 f"attention splits vLLM's {kv_cache_config.num_blocks} pages into {caches[0].shape[0]}: "
@@ -78,7 +80,7 @@ class CompactingRunnerV2(GPUModelRunner):
         self._compactor = make_gpu_compactor(
             caches,
             self._query_ring.queries,
-            self._rkv_layers[0].impl.scale,
+            LogitFactors(self._rkv_layers, self.device),
             config,
             make_policies(config),
             pairs=self._rotary_pairs,

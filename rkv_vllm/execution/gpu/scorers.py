@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import get_args
 
 import torch
@@ -28,16 +28,16 @@ def by_kernel(rounds: Sequence[Compaction]) -> dict[Kernel | None, list[int]]:
 class KernelScorers:
     """Makes scorers from the server's settings and the model's shape."""
 
-    def __init__(self, config: RkvConfig, pairs: RotaryPairs, scale: float) -> None:
+    def __init__(self, config: RkvConfig, pairs: RotaryPairs, factors: Callable[[], torch.Tensor]) -> None:
         """
         Args:
             config: the server's settings.
             pairs: how the model's rotary embedding pairs a head's dimensions.
-            scale: factor on the model's attention logits.
+            factors: gives float32 [L, H], what makes attention logits of products of queries and stored keys.
         """
         self._weights = weights(config)
         self._pairs = pairs
-        self._scale = scale
+        self._factors = factors
 
     def make(self, kernel: Kernel, queries: torch.Tensor, policies: Sequence[PolicyName]) -> Scorer:
         """What scores rounds of these policies, all of the same kernels.
@@ -55,17 +55,17 @@ class KernelScorers:
             case "rkv":
                 return RkvScorer(
                     queries,
+                    self._factors(),
                     weight,
-                    scale=self._scale,
                     threshold=SIMILARITY_THRESHOLD,
                     pool_kernel=POOL_KERNEL,
                 )
             case "invariant":
                 return InvariantScorer(
                     queries,
+                    self._factors(),
                     weight,
                     pairs=self._pairs,
-                    scale=self._scale,
                     pool_kernel=invariant.POOL_KERNEL,
                 )
 

@@ -1,0 +1,37 @@
+"""vLLM's names of what a KV cache holds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.model_executor.layers.attention import Attention
+
+#: Caches that hold keys and values as they are.
+PLAIN = ("auto", "float16", "bfloat16")
+#: Caches that hold them in FP8, over a scale of the layer or of the KV head. vLLM keeps them as bytes.
+FP8 = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+
+
+def cache_dtype(vllm_config: VllmConfig) -> str:
+    """What the cache will hold; "auto" stands for the model's dtype.
+
+    A checkpoint of compressed-tensors may ask for FP8. vLLM's own setting still says "auto" then: each layer
+    decides when it is made, in the worker.
+    """
+    asked, checkpoint = vllm_config.cache_config.cache_dtype, vllm_config.quant_config
+    if asked == "auto" and checkpoint is not None and checkpoint.get_name() == "compressed-tensors":
+        from vllm.model_executor.layers.quantization.compressed_tensors import compressed_tensors
+
+        assert isinstance(checkpoint, compressed_tensors.CompressedTensorsConfig)
+        return asked if checkpoint.kv_cache_scheme is None else "fp8"
+    return asked
+
+
+def typed_cache(layer: Attention) -> torch.Tensor:
+    """A layer's cache, [pages, H, page size, 2 D], in the type of the numbers in it."""
+    cache: torch.Tensor = layer.kv_cache
+    return cache.view(FP8[layer.kv_cache_dtype]) if layer.kv_cache_dtype in FP8 else cache
