@@ -38,6 +38,8 @@ def layer(arguments: argparse.Namespace, pages: int) -> Any:
         kv_cache=torch.randn(shape, dtype=torch.bfloat16),
         isa=_get_attn_isa(torch.bfloat16, arguments.page_size, arguments.head_size),
         head_size=arguments.head_size,
+        dtype=torch.bfloat16,
+        kv_cache_dtype="auto",
         impl=SimpleNamespace(scale=arguments.head_size**-0.5),
     )
 

@@ -19,7 +19,8 @@ class QueryRing:
     request computed since its row was lent, the newest `RING_SIZE` are there.
 
     Attributes:
-        queries: [layers, rows, RING_SIZE, query heads, head size] in the model's dtype.
+        queries: [layers, rows, RING_SIZE, query heads, head size] in the model's dtype, which holds queries
+            that attention is given in FP8 as they are.
         ranks_per_kv_head: ranks that hold the same KV head, and other query heads of its group.
     """
 

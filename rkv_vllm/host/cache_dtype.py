@@ -31,6 +31,19 @@ def cache_dtype(vllm_config: VllmConfig) -> str:
     return asked
 
 
+def device_problem(dtype: str) -> str | None:
+    """Why kernels cannot read a cache of this type on this GPU, one line; None where they can."""
+    from vllm.platforms import current_platform
+
+    if FP8.get(dtype) != torch.float8_e4m3fn or not current_platform.is_cuda():
+        return None
+    if current_platform.has_device_capability(89):
+        return None
+    return (
+        "an FP8 KV cache is not supported on a GPU before compute capability 8.9; --kv-cache-dtype bfloat16"
+    )
+
+
 def typed_cache(layer: Attention) -> torch.Tensor:
     """A layer's cache, [pages, H, page size, 2 D], in the type of the numbers in it."""
     cache: torch.Tensor = layer.kv_cache

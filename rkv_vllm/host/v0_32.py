@@ -229,6 +229,7 @@ _V1_RUNNER_ATTRIBUTES = _attributes(
         "utils.CpuGpuBuffer": "gpu np",
         "attention.backends.cpu_attn.CPUAttentionBackendImpl": "alibi_slopes scale",
         "attention.backends.cpu_attn.CPUAttentionMetadataBuilder": "isa",  # which it hands to each layer
+        "attention.backend.AttentionLayer": "_k_scale_float",
         "outputs.ModelRunnerOutput": "req_ids",
     }
 )
@@ -251,6 +252,7 @@ _V2_RUNNER_ATTRIBUTES = _attributes(
             "num_active_loras num_tokens num_ubatches uniform_token_count"
         ),
         "worker.gpu.async_utils.AsyncOutput": "model_runner_output",
+        "attention.backend.AttentionLayer": "_k_scale _q_scale",
         "outputs.ModelRunnerOutput": "req_ids",
     }
 )
@@ -259,8 +261,8 @@ _LAYER = "vllm.model_executor.layers.attention.Attention"
 _LAYER_ATTRIBUTES: Contract = {
     f"{_LAYER}.{name}": None
     for name in (
-        *("attn_type", "dtype", "head_size", "impl", "kv_cache", "kv_sharing_target_layer_name"),
-        *("num_heads", "sliding_window"),
+        *("attn_backend", "attn_type", "dtype", "head_size", "impl", "kv_cache", "kv_cache_dtype"),
+        *("kv_sharing_target_layer_name", "num_heads", "num_kv_heads", "query_quant", "sliding_window"),
     )
 }
 

@@ -75,12 +75,13 @@ class CpuCompactor(Compactor[Round, CpuTables, PageReport]):
     def _run(self, compaction: Round, tables: CpuTables) -> None:
         """Runs one round."""
 
-    def _scores(self, compaction: Compaction, layer: int, scale: float, keys: torch.Tensor) -> torch.Tensor:
-        """float32 [H, N - WINDOW], of keys [H, N, D]."""
+    def _scores(self, compaction: Compaction, layer: int, keys: torch.Tensor) -> torch.Tensor:
+        """float32 [H, N - WINDOW], of keys [H, N, D] as the layer's cache has them."""
+        cache = self._caches[layer]
         inputs = ScoreInputs(
-            keys=keys,
+            keys=cache.numbers(keys),
             queries=self._newest_queries(compaction, layer),
-            scale=scale,
+            scale=cache.scale,
             layer=layer,
             logical_length=compaction.logical_length,
             num_previous_survivors=compaction.num_previous_survivors,
@@ -105,7 +106,7 @@ class CpuTokenCompactor(CpuCompactor[TokenCompaction]):
         shared = self._scores_of_all_layers(compaction, sources) if self._scope == "global" else None
         for layer, cache in enumerate(self._caches):
             keys, values = cache.read(sources, compaction.length)
-            scores = self._scores(compaction, layer, cache.scale, keys) if shared is None else shared
+            scores = self._scores(compaction, layer, keys) if shared is None else shared
             if self._scope == "layer":
                 scores = scores.mean(dim=0, keepdim=True)
             kept = self._survivors(compaction, scores.expand(keys.shape[0], -1))
@@ -118,7 +119,7 @@ class CpuTokenCompactor(CpuCompactor[TokenCompaction]):
         total = torch.zeros(1, compaction.length - WINDOW)
         for layer, cache in enumerate(self._caches):
             keys, _ = cache.read(sources, compaction.length)
-            total += self._scores(compaction, layer, cache.scale, keys).mean(dim=0)
+            total += self._scores(compaction, layer, keys).mean(dim=0)
         return total
 
     def _survivors(self, compaction: TokenCompaction, scores: torch.Tensor) -> torch.Tensor:
@@ -142,7 +143,7 @@ class CpuPageCompactor(CpuCompactor[PageCompaction]):
         sources, total = torch.tensor(pages), torch.zeros(num_candidates)
         for layer, cache in enumerate(self._caches):
             keys, _ = cache.read(sources, compaction.length)
-            scores = self._scores(compaction, layer, cache.scale, keys)
+            scores = self._scores(compaction, layer, keys)
             total += naive.page_scores(scores, page_size)[:num_candidates]
         drop = (compaction.length - compaction.keep) // page_size
         stay, leave = choose_pages(total, drop, num_pages(compaction.protect, page_size))

@@ -12,8 +12,11 @@ import torch
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers.attention import Attention
 
-#: Digits of an element's number are written one at a time, small enough to be exact in bfloat16.
-_BASE = 128
+from rkv_vllm.host.cache_dtype import FP8
+
+#: Digits of an element's number are written one at a time, small enough to be exact in every type: e5m2 has
+#: three significant bits.
+_BASE = 8
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,17 @@ class CpuPageLayout:
     value_offsets: torch.Tensor
 
     @classmethod
-    def probe(cls, isa: str, dtype: torch.dtype, page_size: int, head_size: int) -> CpuPageLayout:
+    def probe(
+        cls, isa: str, dtype: torch.dtype, page_size: int, head_size: int, cache_dtype: str = "auto"
+    ) -> CpuPageLayout:
         """Finds the layout by writing one page.
+
+        Args:
+            isa: vLLM's name of the kernels.
+            dtype: of the keys and values that the operator is given.
+            page_size: tokens a page.
+            head_size: elements of a key.
+            cache_dtype: vLLM's name of what the cache holds; "auto": elements as they are given.
 
         Raises: ValueError where the operator does not keep each element once and unchanged.
         """
@@ -41,14 +53,16 @@ class CpuPageLayout:
         while place <= 2 * elements:
             digits = (numbers // place % _BASE).to(dtype)
             key, value = digits.view(2, page_size, 1, head_size)
-            page = torch.full((1, 1, page_size, 2 * head_size), -1.0, dtype=dtype)
-            _write(page, key.contiguous(), value.contiguous(), torch.arange(page_size), isa)
-            found += page.flatten().to(torch.int64) * place
+            page = torch.full((1, 1, page_size, 2 * head_size), -1.0).to(FP8.get(cache_dtype, dtype))
+            stored = page.view(torch.uint8) if cache_dtype in FP8 else page
+            _write(stored, key.contiguous(), value.contiguous(), torch.arange(page_size), isa, cache_dtype)
+            found += page.flatten().float().to(torch.int64) * place
             place *= _BASE
         offsets = torch.empty_like(found)
         if not torch.equal(found.sort().values, numbers):
             raise ValueError(
-                f"rkv-vllm cannot read the KV cache of vLLM's CPU attention kernels {isa!r} for {dtype}, "
+                f"rkv-vllm cannot read the KV cache ({cache_dtype}) of vLLM's CPU attention kernels {isa!r} "
+                f"for {dtype}, "
                 f"head size {head_size} and pages of {page_size} tokens"
             )
         offsets[found] = numbers
@@ -59,12 +73,24 @@ class CpuLayerCache:
     """The cache of one layer."""
 
     def __init__(self, layer: Attention) -> None:
+        self._layer = layer
         self._cache: torch.Tensor = layer.kv_cache  # [pages, H, page size, 2 D]
-        self._isa: str = layer.isa
         self._head_size: int = layer.head_size
         self.page_size: int = self._cache.shape[2]
-        self.scale: float = layer.impl.scale
-        self._layout = CpuPageLayout.probe(self._isa, self._cache.dtype, self.page_size, self._head_size)
+        self._layout = CpuPageLayout.probe(
+            layer.isa, layer.dtype, self.page_size, self._head_size, layer.kv_cache_dtype
+        )
+
+    @property
+    def scale(self) -> float:
+        """What makes attention logits of products of queries and `numbers` of keys; weights may change it."""
+        factor: float = self._layer.impl.scale
+        return factor * self._layer._k_scale_float if self._layer.kv_cache_dtype in FP8 else factor
+
+    def numbers(self, stored: torch.Tensor) -> torch.Tensor:
+        """What `read` gave as numbers: bytes in FP8 as float16, which holds each exactly."""
+        name = self._layer.kv_cache_dtype
+        return stored.view(FP8[name]).to(torch.float16) if name in FP8 else stored
 
     def read(self, pages: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies the tokens of a request out.
@@ -73,7 +99,7 @@ class CpuLayerCache:
             pages: int64 [ceil(length / page size)].
             length: tokens, from the first slot of the first page on.
 
-        Returns: keys and values, each [H, length, D].
+        Returns: keys and values as they are stored, FP8 as bytes, each [H, length, D].
         """
         flat = self._cache[pages].flatten(2)  # [pages, H, page size * 2 D]
         num_pages, heads, _ = flat.shape
@@ -85,29 +111,43 @@ class CpuLayerCache:
         return tokens(self._layout.key_offsets), tokens(self._layout.value_offsets)
 
     def write(self, pages: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Writes tokens into the first slots of some pages.
+        """Writes tokens into the first slots of some pages, element by element as they are.
 
         Args:
             pages: int64 [ceil(length / page size)].
-            keys, values: [H, length, D].
+            keys, values: [H, length, D], as `read` gives them.
         """
-        length = keys.shape[1]
-        slots = (pages.unsqueeze(1) * self.page_size + torch.arange(self.page_size)).flatten()[:length]
-        _write(
-            self._cache,
-            keys.transpose(0, 1).contiguous(),
-            values.transpose(0, 1).contiguous(),
-            slots,
-            self._isa,
-        )
+        heads, length, _ = keys.shape
+        whole, rest = divmod(length, self.page_size)
+        flat = self._cache.flatten(2)[pages]  # [pages, H, page size * 2 D], with what stays of the last page
+        for part, offsets in ((keys, self._layout.key_offsets), (values, self._layout.value_offsets)):
+            full, last = part.split((length - rest, rest), dim=1)
+            by_page = full.reshape(heads, whole, len(offsets)).transpose(0, 1)
+            flat[:whole].index_copy_(2, offsets, by_page)
+            if rest:
+                flat[-1].index_copy_(1, offsets[: rest * self._head_size], last.flatten(1))
+        self._cache[pages] = flat.view(-1, *self._cache.shape[1:])
 
 
 def _write(
-    cache: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, isa: str
+    cache: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,
+    isa: str,
+    cache_dtype: str,
 ) -> None:
     """vLLM's own operator; keys and values [tokens, H, D]."""
     pages, heads, page_size, _ = cache.shape
     key_cache, value_cache = cache.view(pages, heads, 2 * page_size, -1).chunk(2, dim=2)
     ops.cpu_attn_reshape_and_cache(
-        keys, values, key_cache, value_cache, slots, isa, k_scale=1.0, v_scale=1.0, kv_cache_dtype="auto"
+        keys,
+        values,
+        key_cache,
+        value_cache,
+        slots,
+        isa,
+        k_scale=1.0,
+        v_scale=1.0,
+        kv_cache_dtype=cache_dtype,
     )

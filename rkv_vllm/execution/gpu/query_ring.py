@@ -32,6 +32,8 @@ class GpuQueryRing(QueryRing):
         self.ring_indices = torch.full((max_num_tokens,), -1, dtype=torch.int32, device=device)
         self.active = False
         self._rings = list(self.queries)
+        # Queries come in FP8 where attention multiplies them with an FP8 cache as they are.
+        self._dtype = self.queries.dtype if layers[0].query_quant is None else torch.float8_e4m3fn
 
     def capture(self, layer: int, query: torch.Tensor) -> None:
         if self.active or torch.cuda.is_current_stream_capturing():
@@ -40,6 +42,5 @@ class GpuQueryRing(QueryRing):
     def warm_up(self) -> None:
         """Compiles the kernel, which must not happen while a graph is captured."""
         _, _, _, heads, size = self.queries.shape
-        capture(
-            self.queries.new_zeros(1, heads, size), torch.full_like(self.ring_indices[:1], -1), self._rings[0]
-        )
+        query = torch.zeros(1, heads, size, dtype=self._dtype, device=self.queries.device)
+        capture(query, torch.full_like(self.ring_indices[:1], -1), self._rings[0])
