@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from rkv_vllm.decisions.lengths import RequestLengths, make_request_lengths
 from rkv_vllm.decisions.sizing import Pool, peak_slots
+from rkv_vllm.host.cache_dtype import cache_dtype
 from rkv_vllm.host.compatibility import unsupported_features
 from rkv_vllm.host.pool import CPU_SPACE, given_pool, kv_shape
 from rkv_vllm.host.preflight import engine_config, installation_problems, start_problems
@@ -36,6 +37,7 @@ class Sizes(BaseModel):
     """Sizes on one device.
 
     Attributes:
+        dtype: what the cache holds, by vLLM's name.
         pool_bytes: None where the number of pages was given.
         largest_graph: tokens of the largest CUDA graph; None: there are none.
     """
@@ -117,14 +119,12 @@ def diagnose(arguments: list[str], config: RkvConfig, length: int | None = None)
 
 
 def _sizes(vllm_config: VllmConfig, config: RkvConfig, length: int | None) -> Sizes:
-    from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
-
     model, cache = vllm_config.model_config, vllm_config.cache_config
     if length is None:
         length = model.max_model_len
     elif not 0 < length <= model.max_model_len:
         raise ValueError(f"--length: must be from 1 to max_model_len ({model.max_model_len}), not {length}")
-    shape, given = kv_shape(vllm_config), given_pool(vllm_config)
+    shape, given, stored = kv_shape(vllm_config), given_pool(vllm_config), cache_dtype(vllm_config)
     if given is not None:
         pool, pool_bytes, source = given.pool, given.size_bytes, given.source
         if source == CPU_SPACE:
@@ -136,7 +136,7 @@ def _sizes(vllm_config: VllmConfig, config: RkvConfig, length: int | None) -> Si
     if (budget := config.resolve_default(length)) is not None:
         cached.append(make_request_lengths(config.granularity, 0, budget, pool.page_size))
     return Sizes(
-        dtype=str(kv_cache_dtype_str_to_dtype(cache.cache_dtype, model)).removeprefix("torch."),
+        dtype=str(model.dtype).removeprefix("torch.") if stored == "auto" else stored,
         layers=shape.layers,
         kv_heads=shape.kv_heads,
         head_size=shape.head_size,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rkv_vllm.host import model_layers
+from rkv_vllm.host.cache_dtype import FP8, PLAIN, cache_dtype, device_problem
 from rkv_vllm.host.contract import CONTRACT, Contract, contract_problems
 from rkv_vllm.settings.config import RkvConfig
 
@@ -52,24 +53,6 @@ def _needs_one_decision_for_all_ranks(vllm_config: VllmConfig) -> bool:
     return config.granularity == "page" or config.scope != "head"
 
 
-#: vLLM's names of caches that hold plain keys.
-PLAIN_CACHE_DTYPES = ("auto", "float16", "bfloat16")
-
-
-def _quantises_the_cache(vllm_config: VllmConfig) -> bool:
-    """Whether the cache's type is asked for, or left to a checkpoint that asks for FP8.
-
-    vLLM's own setting still says "auto" then: each layer decides when it is made.
-    """
-    asked, checkpoint = vllm_config.cache_config.cache_dtype, vllm_config.quant_config
-    if asked == "auto" and checkpoint is not None and checkpoint.get_name() == "compressed-tensors":
-        from vllm.model_executor.layers.quantization.compressed_tensors import compressed_tensors
-
-        assert isinstance(checkpoint, compressed_tensors.CompressedTensorsConfig)
-        return checkpoint.kv_cache_scheme is not None
-    return asked not in PLAIN_CACHE_DTYPES
-
-
 FEATURES: tuple[Feature, ...] = (
     _works(
         "prefix caching",
@@ -93,6 +76,11 @@ FEATURES: tuple[Feature, ...] = (
     _works("`thinking_token_budget`", "counts the tokens of the text, whatever has left the cache"),
     _works("KV events", "a page is announced as long as it holds what its hash says"),
     _works("several API servers", "metrics add up over them; limits count for each"),
+    _works(
+        "FP8 KV cache (`fp8`, `fp8_e4m3`, `fp8_e5m2`)",
+        "asked for, or by the checkpoint; tokens are moved as they are stored, "
+        "and scores count the scales of keys and queries",
+    ),
     _refused(
         "speculative decoding",
         "rejected tokens would be rolled back past a compaction",
@@ -121,9 +109,16 @@ FEATURES: tuple[Feature, ...] = (
         "leave out --enable-dbo and --ubatch-size",
     ),
     _refused(
-        "quantised KV cache",
-        "scores need plain keys, which `--kv-cache-dtype bfloat16` gives where a checkpoint asks for FP8",
-        _quantises_the_cache,
+        "KV cache quantised in another way",
+        "keys are packed or rotated, or each has a scale of its own beside it, which scores cannot read",
+        lambda c: cache_dtype(c) not in (*PLAIN, *FP8),
+        "--kv-cache-dtype fp8 works, and bfloat16",
+    ),
+    _refused(
+        "KV cache with layers of different types",
+        "one round moves the tokens of all layers",
+        lambda c: bool(c.cache_config.kv_cache_dtype_skip_layers),
+        "leave out --kv-cache-dtype-skip-layers",
     ),
     _refused(
         "multi-head latent attention", "the cache holds latents, not keys", lambda c: c.model_config.use_mla
@@ -211,6 +206,7 @@ def refuse_unsupported_layers(layers: Mapping[str, Attention]) -> None:
     """
     problems: dict[str, str] = {}
     shapes = {name: (layer.num_heads, layer.num_kv_heads, layer.head_size) for name, layer in layers.items()}
+    dtypes = {name: layer.kv_cache_dtype for name, layer in layers.items()}
     for name, layer in layers.items():
         if shapes[name] != next(iter(shapes.values())):
             problems.setdefault("attention whose heads differ from the first layer's", name)
@@ -220,12 +216,18 @@ def refuse_unsupported_layers(layers: Mapping[str, Attention]) -> None:
             problems.setdefault("ALiBi", name)
         if layer.kv_sharing_target_layer_name is not None:
             problems.setdefault("cross-layer KV sharing", name)
-        if layer.kv_cache_dtype not in PLAIN_CACHE_DTYPES:
-            of_type = f"a KV cache of type {layer.kv_cache_dtype} (--kv-cache-dtype bfloat16 keeps it plain)"
-            problems.setdefault(of_type, name)
+        if dtypes[name] not in (*PLAIN, *FP8):
+            problems.setdefault(f"a KV cache of type {dtypes[name]} (--kv-cache-dtype fp8 works)", name)
+        elif dtypes[name] != next(iter(dtypes.values())):
+            problems.setdefault("a KV cache of another type than the first layer's", name)
+        if dtypes[name] == "fp8_e5m2" and layer.attn_backend.get_name() == "TRITON_ATTN":
+            problems.setdefault(
+                "fp8_e5m2 in vLLM's Triton attention, which takes it for e4m3 (--kv-cache-dtype fp8)", name
+            )
         if layer.attn_type != "decoder":
             problems.setdefault(f"attention of type {layer.attn_type}", name)
     found = [f"{problem} is not supported (layer {name})" for problem, name in problems.items()]
+    found += filter(None, map(device_problem, dict.fromkeys(dtypes.values())))
     _raise_if(found if layers else ["the model has no attention layer"])
 
 

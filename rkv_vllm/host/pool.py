@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rkv_vllm.decisions.lengths import make_request_lengths
 from rkv_vllm.decisions.sizing import KvShape, Pool
+from rkv_vllm.host.cache_dtype import cache_dtype
 from rkv_vllm.settings.config import RkvConfig
 
 if TYPE_CHECKING:
@@ -35,12 +36,12 @@ def kv_shape(vllm_config: VllmConfig) -> KvShape:
     """What one token leaves on the first device."""
     from vllm.utils.torch_utils import get_dtype_size, kv_cache_dtype_str_to_dtype
 
-    model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
     return KvShape(
         layers=model.get_num_layers(parallel),
         kv_heads=model.get_num_kv_heads(parallel),
         head_size=model.get_head_size(),
-        element_bytes=get_dtype_size(kv_cache_dtype_str_to_dtype(cache.cache_dtype, model)),
+        element_bytes=get_dtype_size(kv_cache_dtype_str_to_dtype(cache_dtype(vllm_config), model)),
     )
 
 

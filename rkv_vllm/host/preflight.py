@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
+from rkv_vllm.host.cache_dtype import FP8, cache_dtype, device_problem
 from rkv_vllm.host.compatibility import unsupported_features, wrong_runner
 from rkv_vllm.host.contract import CONTRACT, CONTRACT_V1_RUNNER, CONTRACT_V2_RUNNER, contract_problems
 from rkv_vllm.host.pool import pool_problems
@@ -52,10 +53,33 @@ def start_problems(vllm_config: VllmConfig) -> list[str]:
     refused = unsupported_features(vllm_config)
     # What a refused model needs of pages and backends is of no use to anybody.
     return [
-        *(refused or [*page_size_problems(vllm_config), *pool_problems(vllm_config)]),
+        *(
+            refused
+            or [*fp8_problems(vllm_config), *page_size_problems(vllm_config), *pool_problems(vllm_config)]
+        ),
         *wrong_runner(vllm_config, current_platform.is_cpu()),
         *installation_problems(),
     ]
+
+
+def fp8_problems(vllm_config: VllmConfig) -> list[str]:
+    """What the device says of an FP8 cache, one line; vLLM finds it out when the weights are loaded."""
+    from vllm.platforms import current_platform
+
+    dtype = cache_dtype(vllm_config)
+    if dtype not in FP8:
+        return []
+    if problem := device_problem(dtype):
+        return [problem]
+    if current_platform.is_cpu():
+        from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+        model, cache = vllm_config.model_config, vllm_config.cache_config
+        try:
+            _get_attn_isa(model.dtype, cache.block_size, model.get_head_size(), dtype)
+        except NotImplementedError as error:
+            return [f"--kv-cache-dtype {dtype}: {error}"]
+    return []
 
 
 def page_size_problems(vllm_config: VllmConfig) -> list[str]:
@@ -71,7 +95,7 @@ def page_size_problems(vllm_config: VllmConfig) -> list[str]:
         return []
     try:
         with set_current_vllm_config(vllm_config):
-            backend = get_attn_backend(model.get_head_size(), model.dtype, cache.cache_dtype)
+            backend = get_attn_backend(model.get_head_size(), model.dtype, cache_dtype(vllm_config))
     except ValueError as error:
         return [f"--block-size {cache.block_size}: {error}"]
     try:

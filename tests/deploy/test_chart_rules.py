@@ -28,7 +28,7 @@ RIGHT: dict[str, list[Any]] = {
     "image.repository": ["localhost:5000/team/rkv-vllm", "registry.example.com/a_b/c__d"],
     "strategy.rollingUpdate": [{"maxSurge": "25%"}, {"maxSurge": 0, "maxUnavailable": "10%"}, None],
     "gpu.count": [0, 8],
-    "engine.extraArgs": [["--kv-cache-dtype=bfloat16", "--kv-cache-memory-bytes=1G", "-dp=2"], None],
+    "engine.extraArgs": [["--kv-cache-dtype=fp8_e4m3", "--kv-cache-memory-bytes=1G", "-dp=2"], None],
     "modelCache.size": ["0.5Ti"],
     "resources.requests": [{"memory": "64Gi", "cpu": 0.5}, {"memory": "68719M"}, {"x.io/nic": 1}, None],
     "resources.limits": [{"memory": "0.1Ti", "x.io/nic": "1"}],

@@ -47,7 +47,7 @@ BESIDE: list[tuple[Values, str]] = [
     ({"extraEnv": [{"name": "VLLM_USE_RUST_FRONTEND", "value": "1"}]}, "extraEnv: the server does not take"),
     ({"extraEnv": [{"name": "VLLM_API_KEY", "value": "a,b"}]}, "extraEnv: VLLM_API_KEY"),
     ({"engine": {"extraArgs": ["--kv-budget=4"]}}, "engine.extraArgs: --kv-budget=4"),
-    ({"engine": {"extraArgs": ["--kv_cache_dtype", "fp8"]}}, "engine.extraArgs: the server does not take"),
+    ({"engine": {"extraArgs": ["--kv_cache_dtype", "nvfp4"]}}, "engine.extraArgs: the server takes --kv-cac"),
     ({"engine": {"extraArgs": ["-tp", "2"]}}, "engine.extraArgs: -tp"),
 ]
 

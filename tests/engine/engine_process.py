@@ -45,7 +45,8 @@ class Settings:
 
     `rkv`: with R-KV's classes, or stock; `pages`: of the pool, the null page included; `ranks`: workers that
     share each layer (tensor parallelism); `beyond_pool`: budget and buffer of a server that lets
-    max_model_len exceed the pool; `dummy_weights`: of a folder that holds a configuration alone.
+    max_model_len exceed the pool; `dummy_weights`: of a folder that holds a configuration alone;
+    `cache_dtype`: vLLM's name of what the cache holds.
     """
 
     rkv: bool = True
@@ -58,6 +59,7 @@ class Settings:
     multiprocess: bool = False
     beyond_pool: tuple[int, int] | None = None
     dummy_weights: bool = False
+    cache_dtype: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -220,6 +222,7 @@ class _Host:
             model=str(model),
             dtype="float32",
             block_size=PAGE_SIZE,
+            kv_cache_dtype=settings.cache_dtype,
             num_gpu_blocks_override=settings.pages,
             kv_cache_memory_bytes=1 << 30,
             max_model_len=max_model_len,

@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 import pytest
 from rich.console import Console
+from support.tiny_configs import make_config
 from typer.testing import CliRunner, Result
 
 from rkv_vllm.cli import app
@@ -66,6 +67,44 @@ def test_pages_and_requests_with_and_without_a_budget(model: Path) -> None:
     full, bounded = found["rows"]
     assert (full["budget"], full["pages_per_request"], full["requests"]) == (None, 128, 7)
     assert (bounded["tokens_held"], bounded["pages_per_request"], bounded["requests"]) == (640, 20, 49)
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8_e4m3", "fp8_e5m2"])
+def test_an_fp8_cache_holds_twice_the_tokens_of_bfloat16(model: Path, name: str) -> None:
+    """Proves bytes counted by what the cache holds, and not by the model's dtype, which stays beside it."""
+    words = ("--kv-cache-memory-bytes=64M", "--dtype=bfloat16", "--max-model-len=1024")
+    plain = sizes(model, *words)
+    with patch("torch.cpu._is_avx512_supported", lambda: True):
+        fp8 = sizes(model, *words, f"--kv-cache-dtype={name}")
+    assert (plain["dtype"], fp8["dtype"]) == ("bfloat16", name)
+    assert fp8["kv_bytes_per_token"] * 2 == plain["kv_bytes_per_token"] == BYTES_PER_TOKEN
+    assert fp8["pool_pages"] // 2 == plain["pool_pages"] == (64 << 20) // (128 * BYTES_PER_TOKEN)
+
+
+def test_a_checkpoint_that_asks_for_fp8(tmp_path: Path) -> None:
+    """Proves bytes counted right where only the checkpoint says, to the worker, that the cache is in FP8."""
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    quantisation = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {},
+        "kv_cache_scheme": scheme,
+    }
+    model = make_config(tmp_path, "llama", {"quantization_config": quantisation})
+    words = ("--skip-tokenizer-init", "--num-gpu-blocks-override=400")
+    with patch("torch.cpu._is_avx512_supported", lambda: True):
+        found = sizes(model, *words)
+    assert found["dtype"] == "fp8" and found["kv_bytes_per_token"] == 256
+    assert sizes(model, *words, "--kv-cache-dtype=bfloat16")["kv_bytes_per_token"] == 512
+
+
+def test_a_cpu_that_cannot_keep_fp8(model: Path) -> None:
+    """Proves that what vLLM finds out in its worker is said before one is started."""
+    neither = {"_is_avx512_supported": lambda: False, "_is_amx_tile_supported": lambda: False}
+    with patch.multiple("torch.cpu", **neither):
+        result = doctor(model, "--kv-cache-dtype=fp8", "--max-model-len=1024")
+    assert result.exit_code == 1
+    assert "--kv-cache-dtype fp8: FP8 KV cache on CPU requires x86 with AVX-512 or AMX" in result.stdout
 
 
 def test_tables_say_the_same(model: Path) -> None:
@@ -124,11 +163,11 @@ def test_the_pool_is_the_one_that_the_server_takes(model: Path) -> None:
 def test_everything_that_is_refused_is_listed(model: Path) -> None:
     """Proves that each refused feature is named, with exit code 1 for scripts."""
     speculation = json.dumps({"method": "ngram", "num_speculative_tokens": 3})
-    result = doctor(model, "--kv-cache-dtype=fp8", "--speculative-config", speculation)
+    result = doctor(model, "--kv-cache-dtype=fp8_per_token_head", "--speculative-config", speculation)
     assert result.exit_code == 1
     assert "R-KV refuses this configuration" in result.stdout
     assert "speculative decoding is not supported" in result.stdout
-    assert "quantised KV cache is not supported" in result.stdout
+    assert "KV cache quantised in another way is not supported" in result.stdout
 
 
 @pytest.mark.parametrize(

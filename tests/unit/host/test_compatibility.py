@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import operator
+from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from vllm.config.cache import CacheDType
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
     CompressedTensorsConfig,
 )
+from vllm.platforms import current_platform
 
+from rkv_vllm.host.cache_dtype import cache_dtype, device_problem
 from rkv_vllm.host.compatibility import (
     FEATURES,
     markdown_table,
@@ -30,7 +35,9 @@ def configuration(**changes: Any) -> Any:
         speculative_config=None,
         quant_config=None,
         kv_transfer_config=None,
-        cache_config=SimpleNamespace(kv_offloading_size=None, cache_dtype="auto"),
+        cache_config=SimpleNamespace(
+            kv_offloading_size=None, cache_dtype="auto", kv_cache_dtype_skip_layers=[]
+        ),
         parallel_config=SimpleNamespace(
             decode_context_parallel_size=1,
             prefill_context_parallel_size=1,
@@ -69,6 +76,9 @@ def checkpoint(kv_cache_scheme: dict[str, Any] | None) -> CompressedTensorsConfi
 
 FP8 = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 
+#: vLLM's names of caches that can be read; all others are refused.
+READ = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
+
 REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("speculative decoding", {"speculative_config": object()}),
     ("KV connectors and offloading", {"kv_transfer_config": object()}),
@@ -76,8 +86,12 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("context parallelism", {"parallel_config__decode_context_parallel_size": 2}),
     ("context parallelism", {"parallel_config__prefill_context_parallel_size": 2}),
     ("micro-batching (dual batch overlap)", {"parallel_config__use_ubatching": True}),
-    ("quantised KV cache", {"cache_config__cache_dtype": "fp8"}),
-    ("quantised KV cache", {"quant_config": checkpoint(FP8)}),
+    *(
+        ("KV cache quantised in another way", {"cache_config__cache_dtype": dtype})
+        for dtype in get_args(CacheDType)
+        if dtype not in READ
+    ),
+    ("KV cache with layers of different types", {"cache_config__kv_cache_dtype_skip_layers": ["0"]}),
     ("multi-head latent attention", {"model_config__use_mla": True}),
     *(
         (
@@ -141,7 +155,7 @@ def test_what_a_config_names_without_using_it_passes(fields: dict[str, Any]) -> 
 
 def test_a_plain_configuration_passes() -> None:
     """Proves that nothing is refused on the installed vLLM where no refused feature is in use."""
-    for dtype in ("auto", "float16", "bfloat16"):
+    for dtype in READ:
         refuse_unsupported(configuration(cache_config__cache_dtype=dtype))
 
 
@@ -163,10 +177,19 @@ def test_several_ranks_are_refused_for_common_decisions_only() -> None:
         refuse_unsupported(configuration(additional_config={"rkv": settings}))
 
 
-def test_plain_keys_of_quantised_checkpoints_pass() -> None:
-    """Proves that FP8 weights pass, and an FP8 cache where the operator asks for a plain one instead."""
-    refuse_unsupported(configuration(quant_config=checkpoint(None)))
-    refuse_unsupported(configuration(quant_config=checkpoint(FP8), cache_config__cache_dtype="bfloat16"))
+def test_what_a_checkpoint_makes_of_the_cache() -> None:
+    """Proves that a checkpoint which turns FP8 on in the worker is recognised, and that the operator's word
+    goes before it."""
+    for asked, scheme, found in (
+        ("auto", None, "auto"),
+        ("auto", FP8, "fp8"),
+        ("auto", FP8 | {"strategy": "attn_head"}, "fp8"),
+        ("bfloat16", FP8, "bfloat16"),
+        ("fp8_e5m2", None, "fp8_e5m2"),
+    ):
+        config = configuration(quant_config=checkpoint(scheme), cache_config__cache_dtype=asked)
+        assert cache_dtype(config) == found
+        refuse_unsupported(config)
 
 
 def test_every_feature_that_can_be_seen_is_tested() -> None:
@@ -199,14 +222,41 @@ def layer(**changes: Any) -> Any:
         "num_heads": 8,
         "num_kv_heads": 2,
         "head_size": 64,
+        "backend": "FLASH_ATTN",
         **changes,
     }
-    return SimpleNamespace(impl=SimpleNamespace(alibi_slopes=fields.pop("alibi_slopes")), **fields)
+    return SimpleNamespace(
+        impl=SimpleNamespace(alibi_slopes=fields.pop("alibi_slopes")),
+        attn_backend=SimpleNamespace(get_name=partial(str, fields.pop("backend"))),
+        **fields,
+    )
 
 
 def test_plain_layers_pass() -> None:
     """Proves that full-attention decoder layers are accepted."""
     refuse_unsupported_layers({"0": layer(), "1": layer()})
+    for dtype in READ:
+        refuse_unsupported_layers({str(index): layer(kv_cache_dtype=dtype) for index in range(2)})
+
+
+def test_fp8_that_a_gpu_or_its_attention_cannot_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves that e4m3 is refused where no kernel can read it, and e5m2 where vLLM stores something else."""
+    e4m3, e5m2 = layer(kv_cache_dtype="fp8"), layer(kv_cache_dtype="fp8_e5m2", backend="TRITON_ATTN")
+    with pytest.raises(ValueError, match=r"which takes it for e4m3 .* is not supported \(layer 0\)"):
+        refuse_unsupported_layers({"0": e5m2})
+    refuse_unsupported_layers({"0": layer(kv_cache_dtype="fp8", backend="TRITON_ATTN")})
+    monkeypatch.setattr(current_platform, "is_cuda", lambda: True)
+    for capability, refused in ((80, True), (89, False), (90, False)):
+        monkeypatch.setattr(
+            current_platform, "has_device_capability", partial(operator.ge, capability), raising=False
+        )
+        assert bool(device_problem("fp8")) == bool(device_problem("fp8_e4m3")) == refused
+        assert not device_problem("fp8_e5m2") and not device_problem("auto")
+        if refused:
+            with pytest.raises(ValueError, match=r"before compute capability 8\.9"):
+                refuse_unsupported_layers({"0": e4m3})
+        else:
+            refuse_unsupported_layers({"0": e4m3})
 
 
 def test_all_problems_of_layers_in_one_error() -> None:
@@ -217,8 +267,9 @@ def test_all_problems_of_layers_in_one_error() -> None:
         "2": layer(alibi_slopes=[0.5], sliding_window=128),
         "3": layer(kv_sharing_target_layer_name="0"),
         "4": layer(attn_type="encoder"),
-        "5": layer(kv_cache_dtype="fp8"),
+        "5": layer(kv_cache_dtype="int8_per_token_head"),
         "6": layer(num_kv_heads=4),
+        "7": layer(kv_cache_dtype="fp8"),
     }
     with pytest.raises(ValueError) as refused:
         refuse_unsupported_layers(layers)
@@ -227,8 +278,9 @@ def test_all_problems_of_layers_in_one_error() -> None:
         "  - ALiBi is not supported (layer 2)",
         "  - cross-layer KV sharing is not supported (layer 3)",
         "  - attention of type encoder is not supported (layer 4)",
-        "  - a KV cache of type fp8 (--kv-cache-dtype bfloat16 keeps it plain) is not supported (layer 5)",
+        "  - a KV cache of type int8_per_token_head (--kv-cache-dtype fp8 works) is not supported (layer 5)",
         "  - attention whose heads differ from the first layer's is not supported (layer 6)",
+        "  - a KV cache of another type than the first layer's is not supported (layer 7)",
     ]
 
 

@@ -107,15 +107,15 @@ kvCache.{{ eq .granularity "page" | ternary "granularity" "scope" }}: one decisi
 {{/* The first list: what the server, or what it needs of vLLM, refuses. Options of the chart's own would undo what was checked. */}}
 {{- define "rkv-vllm.problems.extraArgs" -}}
 {{- $refused := list "scheduler-cls" "worker-cls" "grpc" "speculative-config" "sc" "spec-method" "spec-model" "spec-tokens"
-  "kv-transfer-config" "kv-offloading-size" "decode-context-parallel-size" "dcp" "prefill-context-parallel-size" "pcp"
+  "kv-transfer-config" "kv-offloading-size" "kv-cache-dtype-skip-layers" "decode-context-parallel-size" "dcp" "prefill-context-parallel-size" "pcp"
   "enable-dbo" "ubatch-size" }}
 {{- $chart := list "api-key" "model" "tp" }}
 {{- range include "rkv-vllm.options" . | fromJsonArray }}
 {{- $chart = append $chart (first .) }}
 {{- end }}
 {{- $words := join " " .Values.engine.extraArgs }}
-{{- if and (regexMatch "--kv[-_]cache[-_]dtype\\b[^-]" $words) (not (regexMatch "--kv[-_]cache[-_]dtype[= ](auto|float16|bfloat16)( |$)" $words)) }}
-engine.extraArgs: the server does not take --kv-cache-dtype of a quantised cache
+{{- if and (regexMatch "--kv[-_]cache[-_]dtype\\b[^-]" $words) (not (regexMatch "--kv[-_]cache[-_]dtype[= ](auto|float16|bfloat16|fp8|fp8_e4m3|fp8_e5m2)( |$)" $words)) }}
+engine.extraArgs: the server takes --kv-cache-dtype auto, float16, bfloat16, fp8, fp8_e4m3 or fp8_e5m2
 {{- end }}
 {{- range .Values.engine.extraArgs }}
 {{- $name := regexFind "^--?[a-zA-Z][-_a-zA-Z0-9]*" . | replace "_" "-" | trimPrefix "-" | trimPrefix "-" }}
