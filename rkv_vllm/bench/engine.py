@@ -21,9 +21,10 @@ from rkv_vllm.bench.engine_arguments import engine_arguments
 from rkv_vllm.bench.load import LoadRequest, prompt_ids
 from rkv_vllm.bench.results import EngineFacts
 from rkv_vllm.bench.roofline import ModelShape
-from rkv_vllm.bench.rows import Kind, Row
+from rkv_vllm.bench.rows import STOCK, Kind, Row
 from rkv_vllm.bench.window import Step
 from rkv_vllm.decisions.messages import take_tally
+from rkv_vllm.host.pool import kv_shape
 from rkv_vllm.host.preflight import engine_config, start_problems
 from rkv_vllm.observability.metric_table import COMPACTION_DURATION, COMPACTIONS, EVICTED_TOKENS
 from rkv_vllm.observability.tally import read
@@ -64,7 +65,7 @@ class BenchEngine:
         self.kind = kind
         engine_args = engine_arguments(kind, arguments, model, memory_gib, longest, trace_folder)
         config = engine_config(engine_args)
-        if kind != "stock" and (problems := start_problems(config)):
+        if kind not in STOCK and (problems := start_problems(config)):
             raise ValueError(one_line(problems))
         self._engine = LLMEngine.from_vllm_config(config, UsageContext.OPENAI_API_SERVER)
         self._core: Any = self._engine.engine_core
@@ -85,7 +86,7 @@ class BenchEngine:
 
         Raises: RefusedError where vLLM does not take it.
         """
-        extra = None if self.kind == "stock" else extra_args(row.budget_for(self.kind))
+        extra = None if self.kind in STOCK else extra_args(row.budget_for(self.kind))
         params = SamplingParams(
             temperature=0,
             max_tokens=load_request.output_tokens,
@@ -204,6 +205,7 @@ def _facts(config: Any, start_seconds: float) -> EngineFacts:
             vocabulary=model.get_vocab_size(),
             tied_embedding=text.tie_word_embeddings,
             element_bytes=model.dtype.itemsize,
+            cache_element_bytes=kv_shape(config).element_bytes,
         ),
         model=model.model,
         pool_pages=cache.num_gpu_blocks - 1,  # one is vLLM's null page

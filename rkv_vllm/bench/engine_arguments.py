@@ -9,7 +9,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from rkv_vllm.bench.rows import Group, Kind
+from rkv_vllm.bench.rows import STOCK, Group, Kind
 from rkv_vllm.settings.engine_args import rkv_engine_args
 
 
@@ -46,7 +46,7 @@ def engine_arguments(
     """
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(prog="rkv-vllm bench"))
     parser.add_argument("model_tag", nargs="?")
-    defaults: dict[str, Any] = {"max_model_len": longest, **({} if kind == "stock" else rkv_engine_args())}
+    defaults: dict[str, Any] = {"max_model_len": longest, **({} if kind in STOCK else rkv_engine_args())}
     if memory_gib is not None:
         defaults["gpu_memory_utilization"] = memory_gib * 2**30 / current_platform.get_device_total_memory()
     if trace_folder is not None:

@@ -12,8 +12,20 @@ from rkv_vllm.bench.results import Results
 from rkv_vllm.bench.rows import Kind, Row
 from rkv_vllm.bench.window import Point
 
-COLOURS: dict[Kind, str] = {"stock": "#7a7a7a", "off": "#3b6fb6", "rkv": "#c8501e"}
-LABELS: dict[Kind, str] = {"stock": "stock vLLM", "off": "R-KV in place, switched off", "rkv": "R-KV"}
+COLOURS: dict[Kind, str] = {
+    "stock": "#7a7a7a",
+    "stock-fp8": "#2b2b2b",
+    "off": "#3b6fb6",
+    "rkv": "#c8501e",
+    "rkv-fp8": "#7d5ba6",
+}
+LABELS: dict[Kind, str] = {
+    "stock": "stock vLLM",
+    "stock-fp8": "stock vLLM, FP8 cache",
+    "off": "R-KV in place, switched off",
+    "rkv": "R-KV",
+    "rkv-fp8": "R-KV, FP8 cache",
+}
 MARKERS = ("o", "^", "s", "D", "v")
 CLASS_COLOURS = (
     "#c8501e",

@@ -12,7 +12,7 @@ from rich.table import Table
 from rkv_vllm.bench.kernel_time import KernelTime
 from rkv_vllm.bench.results import EngineFacts, LoadResult, Results
 from rkv_vllm.bench.roofline import StepRoofline, row_roofline
-from rkv_vllm.bench.rows import Entry, Kind, Row
+from rkv_vllm.bench.rows import COMPACTING, Entry, Kind, Row
 from rkv_vllm.bench.window import Window
 
 
@@ -54,13 +54,14 @@ class Side(BaseModel):
 
 
 class Comparison(BaseModel):
-    """A row. `ratio`, `memory_ratio`, `floor_ratio`: R-KV over stock; None where one is missing."""
+    """A row. `ratio`, `memory_ratio`, `floor_ratio`: R-KV over stock, both with their caches in the model's
+    dtype; None where one is missing. `over_stock`: tokens/s of every other kind over those of stock."""
 
     group: str
     row: Row
     sides: dict[Kind, Side]
     ratio: float | None
-    off_ratio: float | None
+    over_stock: dict[Kind, float]
     memory_ratio: float | None
     floor_ratio: float | None
     failures: list[str]
@@ -107,12 +108,17 @@ def _compare(results: Results, row: Row, group: str) -> Comparison:
         failures += [f"{kind}: {trouble}" for trouble in troubles]
         if measured:
             sides[kind] = _side(results, row, kind, measured)
+    over_stock: dict[Kind, float] = {}
+    for kind in sides:
+        speed = _over(sides, kind, lambda side: side.tokens_per_second)
+        if kind != "stock" and speed is not None:
+            over_stock[kind] = speed
     return Comparison(
         group=group,
         row=row,
         sides=sides,
-        ratio=_over(sides, "rkv", lambda side: side.tokens_per_second),
-        off_ratio=_over(sides, "off", lambda side: side.tokens_per_second),
+        ratio=over_stock.get("rkv"),
+        over_stock=over_stock,
         memory_ratio=_over(sides, "rkv", lambda side: side.kv_bytes_per_request),
         floor_ratio=_over(
             sides, "rkv", lambda side: side.roofline.tokens_per_second if side.roofline else None
@@ -252,7 +258,7 @@ def _models(results: Results) -> str:
 
 def _cells(comparison: Comparison, side: Side) -> list[str]:
     is_rkv = side.kind == "rkv"
-    ratio = {"rkv": comparison.ratio, "off": comparison.off_ratio}.get(side.kind)
+    ratio = comparison.over_stock.get(side.kind)
     target = f"{comparison.row.target:g}" if is_rkv and comparison.row.target else ""
     if is_rkv and comparison.reached is not None:
         target += " reached" if comparison.reached else " missed"
@@ -267,7 +273,7 @@ def _cells(comparison: Comparison, side: Side) -> list[str]:
         "" if side.share_of_roofline is None else f"{side.share_of_roofline:.0%}",
         f"{side.pool_use:.0%}",
         f"{side.kv_bytes_per_request / 2**20:,.0f}",
-        f"{side.compaction_share:.1%}" if is_rkv else "",
+        f"{side.compaction_share:.1%}" if side.kind in COMPACTING else "",
         str(side.preemptions),
         "" if ratio is None else f"{ratio:.2f}",
         f"{comparison.floor_ratio:.2f}" if is_rkv and comparison.floor_ratio else "",

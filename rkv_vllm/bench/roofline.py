@@ -18,7 +18,12 @@ from rkv_vllm.settings.config import CompactionSettings
 
 
 class ModelShape(BaseModel):
-    """A dense decoder with gated feed-forward layers, on one device."""
+    """A dense decoder with gated feed-forward layers, on one device.
+
+    Attributes:
+        element_bytes: of a weight.
+        cache_element_bytes: of a key; None: as of a weight.
+    """
 
     layers: int
     hidden: int
@@ -29,6 +34,7 @@ class ModelShape(BaseModel):
     vocabulary: int
     tied_embedding: bool
     element_bytes: int
+    cache_element_bytes: int | None = None
 
     @property
     def multiplied_parameters(self) -> int:
@@ -45,7 +51,8 @@ class ModelShape(BaseModel):
 
     @property
     def kv(self) -> KvShape:
-        return KvShape(self.layers, self.kv_heads, self.head_size, self.element_bytes)
+        element_bytes = self.cache_element_bytes or self.element_bytes
+        return KvShape(self.layers, self.kv_heads, self.head_size, element_bytes)
 
 
 class HardwareLimits(BaseModel):
@@ -93,8 +100,8 @@ def compaction_seconds(shape: ModelShape, limits: HardwareLimits, settings: Comp
     the keys read for it and for the window's attention twice, the survivors moved. Other policies do without
     the first."""
     heads, length = shape.layers * shape.kv_heads, settings.threshold
-    key_bytes = heads * length * shape.head_size * shape.element_bytes
-    moved = 4 * heads * settings.budget * shape.head_size * shape.element_bytes
+    key_bytes = heads * length * shape.head_size * shape.kv.element_bytes
+    moved = 4 * heads * settings.budget * shape.head_size * shape.kv.element_bytes
     new_pairs = heads * (length**2 - settings.budget**2) * shape.head_size if settings.policy == "rkv" else 0
     return new_pairs / limits.operations_per_second + (2 * key_bytes + moved) / limits.bytes_per_second
 

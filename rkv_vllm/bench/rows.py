@@ -12,8 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from rkv_vllm.settings.config import BudgetTokens, BufferTokens, CompactionSettings, PolicyName
 from rkv_vllm.settings.error_text import explain
 
-#: An engine without R-KV, one whose requests have the row's budget, and one whose requests switch R-KV off.
-Kind = Literal["stock", "rkv", "off"]
+#: An engine without R-KV, one whose requests have the row's budget, and one whose requests switch R-KV off;
+#: the first two also with a KV cache in FP8.
+Kind = Literal["stock", "rkv", "off", "stock-fp8", "rkv-fp8"]
+STOCK: tuple[Kind, ...] = ("stock", "stock-fp8")
+COMPACTING: tuple[Kind, ...] = ("rkv", "rkv-fp8")
+IN_FP8: tuple[Kind, ...] = ("stock-fp8", "rkv-fp8")
 
 #: How a request of some age comes into being; `load.entry_tokens` says what each means.
 Entry = Literal["staggered", "compacted", "fresh"]
@@ -83,7 +87,7 @@ class Row(BaseModel):
 
     def is_like(self, other: Row, kind: Kind) -> bool:
         """Whether both are one load to an engine of this kind, which may know no budget."""
-        if kind == "rkv":
+        if kind in COMPACTING:
             return self == other
         return self.model_copy(update=_R_KV_ALONE) == other.model_copy(update=_R_KV_ALONE)
 
@@ -99,7 +103,7 @@ class Row(BaseModel):
 
     def budget_for(self, kind: Kind) -> CompactionSettings | None:
         """The budget that a request has in an engine of this kind; None: full cache."""
-        if kind != "rkv" or self.budget is None:
+        if kind not in COMPACTING or self.budget is None:
             return None
         return CompactionSettings(self.budget, self.buffer, self.policy)
 
@@ -155,8 +159,9 @@ class Group(BaseModel):
 
     def arguments(self, kind: Kind) -> list[str]:
         """Options of `vllm serve` for an engine of this kind, R-KV's own left out."""
-        extra = self.stock_engine if kind == "stock" else self.rkv_engine
-        return shlex.split(self.engine) + shlex.split(extra)
+        cache = ["--kv-cache-dtype=fp8"] if kind in IN_FP8 else []
+        extra = self.stock_engine if kind in STOCK else self.rkv_engine
+        return [*shlex.split(self.engine), *cache, *shlex.split(extra)]
 
 
 def read_groups(path: Path) -> dict[str, Group]:

@@ -51,7 +51,9 @@ def bench(
     memory_gib: Annotated[
         float | None, typer.Option(help="GPU memory of an engine in GiB, whatever the GPU has.")
     ] = None,
-    lives: Annotated[str | None, typer.Option(help="Kinds of engine in turn: stock, rkv, off.")] = None,
+    lives: Annotated[
+        str | None, typer.Option(help="Kinds of engine in turn: stock, rkv, off, stock-fp8, rkv-fp8.")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="How often the engines take turns.")] = 1,
     windows: Annotated[int, typer.Option(min=1, help="Measured windows of a load.")] = 3,
     window_seconds: Annotated[float, typer.Option(min=0.0, help="Length of a window.")] = 10.0,

@@ -65,6 +65,16 @@ def test_an_a100_s_memory() -> None:
     assert off == stock
 
 
+def test_a_cache_in_fp8_halves_what_is_read_of_it() -> None:
+    """Proves that attention and rounds read half, weights are read as they were, and operations stay."""
+    fp8 = LLAMA_8B.model_copy(update={"cache_element_bytes": 1})
+    assert fp8.kv.bytes_per_token * 2 == LLAMA_8B.kv.bytes_per_token
+    assert attention_seconds(fp8, H200, 1000) == pytest.approx(attention_seconds(LLAMA_8B, H200, 1000) / 2)
+    assert matmul_seconds(fp8, H200, 10) == matmul_seconds(LLAMA_8B, H200, 10)
+    settings = CompactionSettings(1024, 128, "recency")
+    assert compaction_seconds(fp8, H200, settings) == compaction_seconds(LLAMA_8B, H200, settings) / 2
+
+
 def test_a_step_s_floor_is_the_sum_of_its_phases() -> None:
     """Proves that phases add up, and that a request which is never due is not compacted."""
     roofline = step_roofline(LLAMA_8B, H200, ROW.model_copy(update={"ages": (0, 512)}), "rkv", 10)

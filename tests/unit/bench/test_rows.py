@@ -23,6 +23,7 @@ def test_the_published_groups_are_valid() -> None:
     targets = {row.name: row.target for group in groups.values() for row in group.rows if row.target}
     assert sorted(targets.values()) == [0.97, 1.0, 1.8, 3.0, 4.0, 4.5, 5.0, 6.0, 6.6]
     assert groups["overhead"].lives == ("stock", "off", "rkv")
+    assert groups["llama8b-fp8"].lives == ("stock", "stock-fp8", "rkv", "rkv-fp8")
 
 
 @pytest.mark.parametrize(
@@ -54,6 +55,19 @@ def test_budgets_are_rkv_s_alone() -> None:
         "staggered",
     ]
     assert Row(name="row", budget=None, rkv_entry="compacted").entry_for("rkv") == "staggered"
+
+
+def test_kinds_in_fp8_are_the_others_with_another_cache() -> None:
+    """Proves that they have the flags, budgets and loads of their like, and a cache in FP8."""
+    row = Row(name="row", budget=64, rkv_entry="compacted")
+    group = Group(engine="--seed 1", stock_engine="--stock", rkv_engine="--rkv", rows=(row,))
+    for kind, like in (("stock-fp8", "stock"), ("rkv-fp8", "rkv")):
+        assert row.budget_for(kind) == row.budget_for(like)
+        assert row.entry_for(kind) == row.entry_for(like)
+        first, second, own = group.arguments(like)
+        assert group.arguments(kind) == [first, second, "--kv-cache-dtype=fp8", own]
+        other = row.model_copy(update={"budget": 128})
+        assert row.is_like(other, kind) == row.is_like(other, like)
 
 
 def test_one_load_is_run_once() -> None:
