@@ -5,6 +5,8 @@
         --checks tensor_parallel,pipeline_parallel,data_parallel    # on two GPUs
     VLLM_ALLOW_INSECURE_SERIALIZATION=1 python benchmarks/gpu_checks.py --model PATH --out checks.json \
         --checks kv_head_copies                                     # which sends a function to the workers
+    python benchmarks/gpu_checks.py --model PATH --out checks.json \
+        --kv-cache-dtype fp8                                        # stock vLLM's and ours alike
 
 PATH is the checkpoint of the derivation reasoner. Each engine runs in vLLM's
 production configuration: Model Runner V2, async scheduling, FULL and PIECEWISE CUDA graphs, prefix caching.
@@ -311,9 +313,11 @@ def main() -> None:
     )
     parser.add_argument("--model", required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--kv-cache-dtype", default="auto", help="of every engine; default: the model's")
     checks = CHECKS | CHECKS_OF_TWO_GPUS
     parser.add_argument("--checks", default=",".join(CHECKS), help=f"some of {', '.join(checks)}")
     args = parser.parse_args()
+    ENGINE_ARGS["kv_cache_dtype"] = args.kv_cache_dtype
     results: dict[str, Any] = {"command": command_line("python", "benchmarks/gpu_checks.py")}
     for name in args.checks.split(","):
         started = time.monotonic()

@@ -94,6 +94,7 @@ def measure(
         "length": length,
         "keep": keep,
         "queries": arguments.queries,
+        "cache_dtype": arguments.cache_dtype,
         "tiles": None if tiles is None else vars(tiles),
         "milliseconds_per_request": times,
         "call_milliseconds_per_request": whole / arguments.requests,

@@ -14,6 +14,8 @@ The floor of a stage is what it must compute over the rate of the tensor cores, 
 read and write once over the bandwidth, both as a matrix product and a copy reach them on the same device; a
 round's floor is the sum of its stages' floors. For the matches it is half of all pairs, since the matrix is
 symmetric, and for whatever keys: where the search ends early it can take less.
+
+With ``--cache-dtype fp8_e4m3`` or ``fp8_e5m2`` keys and values take a byte each, and floors count them so.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from rkv_vllm.bench.hardware_limits import measure_device
 from rkv_vllm.bench.roofline import HardwareLimits
 from rkv_vllm.kernels import tiled
 from rkv_vllm.kernels.batch import CompactionBatch, QueryWindow
-from rkv_vllm.kernels.cache_layout import PagedKV
+from rkv_vllm.kernels.cache_layout import FP8, PagedKV
 from rkv_vllm.kernels.compaction_round import CompactionRound
 from rkv_vllm.kernels.importance import window_statistics
 from rkv_vllm.kernels.joint_scores import combine
@@ -45,6 +47,7 @@ from rkv_vllm.kernels.window_sums import attention_and_link_sums
 from rkv_vllm.provenance import command_line
 
 STAGES = ("survey", "matches", "sums", "combine", "select", "move")
+CACHES = {"bfloat16": torch.bfloat16, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 SHIFTS = {"independent": 0.0, "some matches": 0.75, "alike": 2.0}
 WINDOW, THRESHOLD, POOL, LAM = 8, 0.5, 7, 0.1
 
@@ -75,7 +78,7 @@ class Setup:
         common = torch.randn((layers, 1, heads, 1, size), device="cuda", generator=generator)
         for layer in range(layers):
             buffer[layer, ..., :size] += (shift * common[layer]).bfloat16()
-        self.kv = PagedKV(list(buffer.unbind()))
+        self.kv = PagedKV(list(buffer.to(CACHES[arguments.cache_dtype]).unbind()))
         order = torch.randperm(pages, generator=torch.Generator().manual_seed(0)).tolist()
         self.batch = CompactionBatch.build(
             lengths=[length] * requests,
@@ -111,9 +114,9 @@ class Setup:
         """Milliseconds a request below which no implementation of a stage can be."""
         arguments = self.arguments
         heads = arguments.layers * arguments.kv_heads
-        key_bytes = heads * self.length * arguments.head_size * 2
+        key_bytes = heads * self.length * arguments.head_size * self.kv.dtype.itemsize
         products = heads * self.length**2 * arguments.head_size  # symmetric: half of 2 N^2 D
-        moved = 2 * heads * self.keep * 2 * arguments.head_size * 2
+        moved = 2 * heads * self.keep * 2 * arguments.head_size * self.kv.dtype.itemsize
         bandwidth = self.limits.bytes_per_second / 1000  # a millisecond
         rate = self.limits.operations_per_second / 1000
         return {
@@ -128,13 +131,16 @@ class Setup:
     def torch_round(self, request: int) -> None:
         """The same round for one request in plain torch, on gathered keys."""
         size, page_size = self.arguments.head_size, self.arguments.page_size
+        is_fp8 = self.kv.dtype in FP8  # which torch gathers as bytes alone
         source = self.batch.source_pages[request].long()
         target = self.batch.target_pages[request].long()
-        gathered = torch.stack([layer[source] for layer in self.kv.layers])  # [L, pages, H, page size, 2 D]
+        layers = [layer.view(torch.uint8) if is_fp8 else layer for layer in self.kv.layers]
+        gathered = torch.stack([layer[source] for layer in layers])  # [L, pages, H, page size, 2 D]
         tokens = gathered.transpose(1, 2).flatten(2, 3)[:, :, : self.length]
+        keys = tokens[..., :size]
         scores = tiled.rkv_scores(
             self.queries[:, request].transpose(1, 2),
-            tokens[..., :size],
+            keys.view(self.kv.dtype).half() if is_fp8 else keys,
             window=WINDOW,
             lam=LAM,
             threshold=THRESHOLD,
@@ -146,7 +152,7 @@ class Setup:
         )
         kept = torch.cat([chosen, tail], dim=-1).unsqueeze(-1).expand(-1, -1, -1, 2 * size)
         moved = tokens.gather(2, kept).unflatten(2, (-1, page_size)).transpose(1, 2)
-        for layer, data in zip(self.kv.layers, moved, strict=True):
+        for layer, data in zip(layers, moved, strict=True):
             layer[target] = data
 
 
@@ -245,13 +251,16 @@ def show(row: dict[str, object]) -> None:
 
 
 def add_shape(parser: argparse.ArgumentParser) -> None:
-    """Options for the model and the batch; those of Llama-3.1-8B and eight requests by default."""
+    """Options for the model and the batch; Llama-3.1-8B's in bfloat16 and eight requests by default."""
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--query-heads", type=int, default=32)
     parser.add_argument("--head-size", type=int, default=128)
     parser.add_argument("--page-size", type=int, default=16)
     parser.add_argument("--requests", type=int, default=8)
+    parser.add_argument(
+        "--cache-dtype", choices=CACHES, default="bfloat16", help="what the cache holds; queries are bfloat16"
+    )
 
 
 def main() -> None:
