@@ -39,7 +39,7 @@ from rkv_vllm.kernels.cache_layout import FP8, PagedKV
 from rkv_vllm.kernels.compaction_round import CompactionRound
 from rkv_vllm.kernels.importance import window_statistics
 from rkv_vllm.kernels.joint_scores import combine
-from rkv_vllm.kernels.matches import newest_matches
+from rkv_vllm.kernels.matches import MatchTiles, newest_matches
 from rkv_vllm.kernels.move import compact
 from rkv_vllm.kernels.rkv_scorer import RkvScorer
 from rkv_vllm.kernels.select import select
@@ -66,7 +66,9 @@ class Setup:
         keep: int,
         shift: float,
         looked_at: int = WINDOW,
+        match_tiles: MatchTiles | None = None,
     ) -> None:
+        self.match_tiles = match_tiles
         self.arguments, self.limits, self.length, self.keep = arguments, limits, length, keep
         layers, heads, size = arguments.layers, arguments.kv_heads, arguments.head_size
         page_size, requests = arguments.page_size, arguments.requests
@@ -103,7 +105,9 @@ class Setup:
         for work in self.round.slices(self.batch):
             scores = work.scores_by_head
             calls["survey"].append(partial(window_statistics, work, *queries, window=WINDOW))
-            calls["matches"].append(partial(newest_matches, work, self.lam, threshold=THRESHOLD))
+            calls["matches"].append(
+                partial(newest_matches, work, self.lam, threshold=THRESHOLD, tiles=self.match_tiles)
+            )
             calls["sums"].append(partial(attention_and_link_sums, work, *queries, self.lam, window=WINDOW))
             calls["combine"].append(partial(combine, work, self.lam, scores, window=WINDOW, pool_kernel=POOL))
             calls["select"].append(partial(select, work, scores, window=WINDOW))
@@ -204,7 +208,7 @@ def measure(
     """One row a kind of keys for one length."""
     rows: list[dict[str, object]] = []
     for keys, shift in SHIFTS.items():
-        setup = Setup(arguments, limits, length, keep, shift)
+        setup = Setup(arguments, limits, length, keep, shift, match_tiles=arguments.match_tiles)
         setup.round.warm_up([RkvScorer(setup.queries, setup.factors, setup.lam[:1])])
         setup.round.run(setup.scorer, setup.batch)
         torch.cuda.synchronize()
@@ -263,6 +267,10 @@ def add_shape(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def match_tiles_of(text: str) -> MatchTiles:
+    return MatchTiles(*map(int, text.split(":")))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -270,6 +278,12 @@ def main() -> None:
     add_shape(parser)
     parser.add_argument(
         "--lengths", default="1152:1024,2176:2048,4224:4096", help="length:keep, comma separated"
+    )
+    parser.add_argument(
+        "--match-tiles",
+        type=match_tiles_of,
+        metavar="ROWS:COLUMNS:SPAN:WARPS:STAGES[:REGISTERS]",
+        help="launch shape of the search for matches; the package's own by default",
     )
     parser.add_argument("--repetitions", type=int, default=20)
     parser.add_argument("--json", type=Path, help="where to write the raw numbers")
@@ -291,7 +305,9 @@ def main() -> None:
             "torch": torch.__version__,
             "triton": triton.__version__,
             "settings": {
-                name: value for name, value in vars(arguments).items() if name not in ("json", "lengths")
+                name: vars(value) if isinstance(value, MatchTiles) else value
+                for name, value in vars(arguments).items()
+                if name not in ("json", "lengths")
             },
             "rows": rows,
         }

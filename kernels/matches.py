@@ -52,11 +52,14 @@ class MatchTiles:
 
 
 def match_tiles(head_size: int, dtype: torch.dtype) -> MatchTiles:
-    """Launch shape for a cache: measured on an H100 for 16-bit keys of 128, else sized for shared memory."""
+    """Launch shape for a cache: measured on an H100 for 16-bit keys of 128, else sized for shared memory and
+    registers."""
     if dtype.itemsize == 4:
         return MatchTiles(rows=32, columns=32, span=2, warps=4, stages=2)
     if head_size <= 128:
         # With 168 registers three programs fit a multiprocessor.
+        if dtype.itemsize == 1:  # the rows lie in registers, beside which products of 64 columns do not fit
+            return MatchTiles(rows=128, columns=32, span=32, warps=4, stages=2, registers=168)
         return MatchTiles(rows=128, columns=64, span=16, warps=4, stages=2, registers=168)
     return MatchTiles(rows=64, columns=64, span=4, warps=4, stages=2)
 
