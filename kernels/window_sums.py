@@ -99,7 +99,7 @@ def _sums_kernel(
         HEAD_SIZE,
         BLOCK_D,
     )
-    factor = tl.load(factors + layer * HEADS + head)
+    factor = factors + layer * HEADS + head
     logits = window_logits(window, keys, factor, GROUP_PAD, WINDOW_PAD, BLOCK)  # [WINDOW_PAD, BLOCK]
     row = tl.arange(0, WINDOW_PAD)
     statistics = owner * blocks * WINDOW + row
