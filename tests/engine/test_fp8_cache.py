@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import identity_scheduler
 import pytest
 import texts
 import torch
 from engine_process import ABOVE_ANY_LENGTH, PAGE_SIZE, Ask, Engine, Run, Settings
+from safetensors.torch import save_file
 from support.identical import assert_bit_identical
 
 from rkv_vllm.settings.config import POLICY_NAMES
@@ -83,3 +86,42 @@ def test_pages_leave_alike(start_engine: Callable[[Settings], Engine], prompts: 
     assert_bit_identical(run.answers, again.answers[::-1])
     for answer in run.answers:
         assert answer.result["evicted_tokens"] >= PAGE_SIZE
+
+
+@pytest.fixture
+def with_scales(model: Path, tmp_path: Path) -> Path:
+    """The model's folder as one of compressed-tensors, with scales that differ by layer."""
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {},
+        "kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True},
+    }
+    scales = {
+        f"model.layers.{layer}.self_attn.{kind}_scale": torch.tensor([0.02 * (layer + 1)])
+        for layer in range(config["num_hidden_layers"])
+        for kind in "kvq"
+    }
+    for file in model.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(scales, tmp_path / "scales.safetensors")
+    return tmp_path
+
+
+def test_a_checkpoint_turns_fp8_on_in_the_worker(with_scales: Path, prompts: list[list[int]]) -> None:
+    """Where only the checkpoint says so, R-KV runs on the cache of stock vLLM, its scales and all: a budget
+    above the length changes no bit, and one below compacts."""
+    stock, ours = (Engine(with_scales, Settings(rkv=rkv)) for rkv in (False, True))
+    expected = stock.run([Ask(prompt, 40) for prompt in prompts]).answers
+    found = ours.run([Ask(prompt, 40, {"rkv_budget": ABOVE_ANY_LENGTH}) for prompt in prompts]).answers
+    compacted = ours.run([Ask(prompt, 40, {"rkv_budget": 32, "rkv_buffer": 8}) for prompt in prompts]).answers
+    stored = ours.first_layer_keys(1).dtype
+    for engine in (stock, ours):
+        engine.close()
+
+    assert stored == torch.uint8
+    assert_bit_identical(found, expected)
+    assert all(answer.result["compactions"] >= 2 for answer in compacted)
