@@ -25,8 +25,11 @@ from rkv_vllm.decisions.messages import TokenCompaction
 from rkv_vllm.execution.cpu.compactor import CpuTokenCompactor
 from rkv_vllm.execution.cpu.layer_cache import CpuLayerCache
 from rkv_vllm.execution.cpu.query_ring import CpuQueryRing
+from rkv_vllm.host.cache_dtype import FP8
+from rkv_vllm.kernels.rotary_pairs import RotaryPairs
 from rkv_vllm.policies import make_policies
-from rkv_vllm.settings.config import POLICY_NAMES, WINDOW, PolicyName, RkvConfig
+from rkv_vllm.settings.config import POLICY_NAMES, PolicyName, RkvConfig
+from rkv_vllm.settings.policy_table import NUM_QUERIES, RING_SIZE
 
 LENGTHS = ((640, 512), (1152, 1024), (2176, 2048))  # before and after: buffer 128
 
@@ -34,12 +37,14 @@ LENGTHS = ((640, 512), (1152, 1024), (2176, 2048))  # before and after: buffer 1
 def layer(arguments: argparse.Namespace, pages: int) -> Any:
     """What `CpuLayerCache` takes from an attention layer; its cache is noise."""
     shape = (pages, arguments.kv_heads, arguments.page_size, 2 * arguments.head_size)
+    name, noise = arguments.cache_dtype, torch.randn(shape, dtype=torch.bfloat16)
     return SimpleNamespace(
-        kv_cache=torch.randn(shape, dtype=torch.bfloat16),
-        isa=_get_attn_isa(torch.bfloat16, arguments.page_size, arguments.head_size),
+        kv_cache=noise.to(FP8[name]).view(torch.uint8) if name in FP8 else noise,
+        isa=_get_attn_isa(torch.bfloat16, arguments.page_size, arguments.head_size, name),
         head_size=arguments.head_size,
         dtype=torch.bfloat16,
-        kv_cache_dtype="auto",
+        kv_cache_dtype=name,
+        _k_scale_float=1.0,
         impl=SimpleNamespace(scale=arguments.head_size**-0.5),
     )
 
@@ -48,10 +53,11 @@ class Queries(CpuQueryRing):
     """A window that no attention layer wrote."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self._window = torch.randn(arguments.query_heads, WINDOW, arguments.head_size, dtype=torch.bfloat16)
+        shape = (arguments.query_heads, RING_SIZE, arguments.head_size)
+        self._queries = torch.randn(shape, dtype=torch.bfloat16)
 
-    def of(self, layer: int, row: int) -> torch.Tensor:
-        return self._window
+    def newest(self, layer: int, row: int, end: int, count: int) -> torch.Tensor:
+        return self._queries[:, :count]
 
 
 class NoTables:
@@ -68,7 +74,8 @@ def milliseconds(arguments: argparse.Namespace, policy: PolicyName, length: int,
     source, target = -(-length // arguments.page_size), -(-keep // arguments.page_size)
     cache = CpuLayerCache(layer(arguments, source + target))
     config = RkvConfig()
-    compactor = CpuTokenCompactor([cache], Queries(arguments), config, make_policies(config))
+    pairs = RotaryPairs(arguments.head_size)
+    compactor = CpuTokenCompactor([cache], Queries(arguments), config, make_policies(config), pairs)
     compaction = TokenCompaction(
         request_id="",
         source_pages=tuple(range(source)),
@@ -78,6 +85,7 @@ def milliseconds(arguments: argparse.Namespace, policy: PolicyName, length: int,
         evicted=length - keep,
         policy=policy,
         query_row=0,
+        num_queries=NUM_QUERIES[policy],
     )
     compactor.run([compaction], NoTables())  # warm-up
     times = []
@@ -96,6 +104,7 @@ def main() -> None:
     parser.add_argument("--query-heads", type=int, default=9)
     parser.add_argument("--head-size", type=int, default=64)
     parser.add_argument("--page-size", type=int, default=128)
+    parser.add_argument("--cache-dtype", choices=("auto", *FP8), default="auto", help="auto: bfloat16")
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--json", type=Path, help="where to write the raw numbers")
     arguments = parser.parse_args()
