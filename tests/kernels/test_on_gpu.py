@@ -6,17 +6,18 @@ import pytest
 import torch
 
 from rkv_vllm.kernels.batch import CompactionBatch, QueryWindow
-from rkv_vllm.kernels.cache_layout import PagedKV
+from rkv_vllm.kernels.cache_layout import FP8, PagedKV
 from rkv_vllm.kernels.compaction_round import CompactionRound
 from rkv_vllm.kernels.options import Order, Scope
 from rkv_vllm.kernels.rkv_scorer import RkvScorer
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *FP8], ids=str)
 @pytest.mark.parametrize("order", ["temporal", "score"])
 @pytest.mark.parametrize("scope", ["head", "layer", "global"])
-def test_no_slow_growth_and_no_waiting(scope: Scope, order: Order) -> None:
+def test_no_slow_growth_and_no_waiting(scope: Scope, order: Order, dtype: torch.dtype) -> None:
     """Proves that rounds leave allocated memory as it was and never wait for the device."""
-    layer = torch.randn(200, 2, 16, 128, dtype=torch.bfloat16, device="cuda")
+    layer = torch.randn(200, 2, 16, 128, device="cuda").to(dtype)
     queries = torch.randn(1, 2, 8, 4, 64, dtype=torch.bfloat16, device="cuda")
     kv = PagedKV([layer])
     rounds, factors = CompactionRound(kv, scope=scope), kv.equal_factors(0.125)
