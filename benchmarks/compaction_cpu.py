@@ -25,7 +25,7 @@ from rkv_vllm.decisions.messages import TokenCompaction
 from rkv_vllm.execution.cpu.compactor import CpuTokenCompactor
 from rkv_vllm.execution.cpu.layer_cache import CpuLayerCache
 from rkv_vllm.execution.cpu.query_ring import CpuQueryRing
-from rkv_vllm.host.cache_dtype import FP8
+from rkv_vllm.execution.stored_types import FP8_TYPES
 from rkv_vllm.kernels.rotary_pairs import RotaryPairs
 from rkv_vllm.policies import make_policies
 from rkv_vllm.settings.config import POLICY_NAMES, PolicyName, RkvConfig
@@ -39,7 +39,7 @@ def layer(arguments: argparse.Namespace, pages: int) -> Any:
     shape = (pages, arguments.kv_heads, arguments.page_size, 2 * arguments.head_size)
     name, noise = arguments.cache_dtype, torch.randn(shape, dtype=torch.bfloat16)
     return SimpleNamespace(
-        kv_cache=noise.to(FP8[name]).view(torch.uint8) if name in FP8 else noise,
+        kv_cache=noise.to(FP8_TYPES[name]).view(torch.uint8) if name in FP8_TYPES else noise,
         isa=_get_attn_isa(torch.bfloat16, arguments.page_size, arguments.head_size, name),
         head_size=arguments.head_size,
         dtype=torch.bfloat16,
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--query-heads", type=int, default=9)
     parser.add_argument("--head-size", type=int, default=64)
     parser.add_argument("--page-size", type=int, default=128)
-    parser.add_argument("--cache-dtype", choices=("auto", *FP8), default="auto", help="auto: bfloat16")
+    parser.add_argument("--cache-dtype", choices=("auto", *FP8_TYPES), default="auto", help="auto: bfloat16")
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--json", type=Path, help="where to write the raw numbers")
     arguments = parser.parse_args()

@@ -87,8 +87,9 @@ def test_torch_falls_back_to_pytorchs_cpu_index(
 
 
 def test_importing_the_package_is_cheap() -> None:
-    """vLLM loads the plugin in each of its processes: that imports neither vLLM nor torch by itself."""
-    imports = "import sys, rkv_vllm, rkv_vllm.settings.config"
+    """vLLM loads the plugin in each of its processes: that imports neither vLLM nor torch by itself. Nor does
+    the doctor, who is to say that they are not installed."""
+    imports = "import sys, rkv_vllm, rkv_vllm.settings.config, rkv_vllm.cli.diagnosis"
     program = f"{imports}; print({{'vllm', 'torch', 'fastapi'}} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from vllm.model_executor.layers.attention import Attention
 
-from rkv_vllm.host.cache_dtype import FP8
+from rkv_vllm.execution.stored_types import FP8_TYPES
 
 
 class LogitFactors:
@@ -21,7 +21,7 @@ class LogitFactors:
         first = layers[0]
         scales = torch.tensor([[layer.impl.scale] for layer in layers], dtype=torch.float32)
         self._plain = scales.to(device).repeat(1, first.num_kv_heads)
-        self._with_key_scale = layers if first.kv_cache_dtype in FP8 else ()
+        self._with_key_scale = layers if first.kv_cache_dtype in FP8_TYPES else ()
         self._with_query_scale = layers if first.query_quant is not None else ()
 
     def __call__(self) -> torch.Tensor:

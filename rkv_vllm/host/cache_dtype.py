@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.model_executor.layers.attention import Attention
 
 #: Caches that hold keys and values as they are.
 PLAIN = ("auto", "float16", "bfloat16")
-#: Caches that hold them in FP8, over a scale of the layer or of the KV head. vLLM keeps them as bytes.
-FP8 = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+#: Caches that hold them in FP8 with four bits of exponent.
+E4M3 = ("fp8", "fp8_e4m3")
+#: Caches that hold them in FP8, over a scale of the layer or of the KV head.
+FP8 = (*E4M3, "fp8_e5m2")
 
 
 def cache_dtype(vllm_config: VllmConfig) -> str:
@@ -35,16 +34,10 @@ def device_problem(dtype: str) -> str | None:
     """Why kernels cannot read a cache of this type on this GPU, one line; None where they can."""
     from vllm.platforms import current_platform
 
-    if FP8.get(dtype) != torch.float8_e4m3fn or not current_platform.is_cuda():
+    if dtype not in E4M3 or not current_platform.is_cuda():
         return None
     if current_platform.has_device_capability(89):
         return None
     return (
         "an FP8 KV cache is not supported on a GPU before compute capability 8.9; --kv-cache-dtype bfloat16"
     )
-
-
-def typed_cache(layer: Attention) -> torch.Tensor:
-    """A layer's cache, [pages, H, page size, 2 D], in the type of the numbers in it."""
-    cache: torch.Tensor = layer.kv_cache
-    return cache.view(FP8[layer.kv_cache_dtype]) if layer.kv_cache_dtype in FP8 else cache

@@ -12,7 +12,7 @@ import torch
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers.attention import Attention
 
-from rkv_vllm.host.cache_dtype import FP8
+from rkv_vllm.execution.stored_types import FP8_TYPES
 
 #: Digits of an element's number are written one at a time, small enough to be exact in every type: e5m2 has
 #: three significant bits.
@@ -53,8 +53,8 @@ class CpuPageLayout:
         while place <= 2 * elements:
             digits = (numbers // place % _BASE).to(dtype)
             key, value = digits.view(2, page_size, 1, head_size)
-            page = torch.full((1, 1, page_size, 2 * head_size), -1.0).to(FP8.get(cache_dtype, dtype))
-            stored = page.view(torch.uint8) if cache_dtype in FP8 else page
+            page = torch.full((1, 1, page_size, 2 * head_size), -1.0).to(FP8_TYPES.get(cache_dtype, dtype))
+            stored = page.view(torch.uint8) if cache_dtype in FP8_TYPES else page
             _write(stored, key.contiguous(), value.contiguous(), torch.arange(page_size), isa, cache_dtype)
             found += page.flatten().float().to(torch.int64) * place
             place *= _BASE
@@ -85,12 +85,12 @@ class CpuLayerCache:
     def scale(self) -> float:
         """What makes attention logits of products of queries and `numbers` of keys; weights may change it."""
         factor: float = self._layer.impl.scale
-        return factor * self._layer._k_scale_float if self._layer.kv_cache_dtype in FP8 else factor
+        return factor * self._layer._k_scale_float if self._layer.kv_cache_dtype in FP8_TYPES else factor
 
     def numbers(self, stored: torch.Tensor) -> torch.Tensor:
         """What `read` gave as numbers: bytes in FP8 as float16, which holds each exactly."""
         name = self._layer.kv_cache_dtype
-        return stored.view(FP8[name]).to(torch.float16) if name in FP8 else stored
+        return stored.view(FP8_TYPES[name]).to(torch.float16) if name in FP8_TYPES else stored
 
     def read(self, pages: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies the tokens of a request out.

@@ -33,7 +33,7 @@ from rkv_vllm.execution.gpu.query_ring import GpuQueryRing
 from rkv_vllm.execution.kv_head_copies import ranks_per_kv_head
 from rkv_vllm.execution.logit_factors import LogitFactors
 from rkv_vllm.execution.rotary import rotary_pairs
-from rkv_vllm.host.cache_dtype import typed_cache
+from rkv_vllm.execution.stored_types import typed_cache
 from rkv_vllm.kernels.rotary_pairs import RotaryPairs
 from rkv_vllm.kernels.step_inputs import prepare_physical
 from rkv_vllm.policies import make_policies

@@ -12,7 +12,7 @@ from rkv_vllm.decisions.messages import PageCompaction, PageReport, TokenCompact
 from rkv_vllm.execution.cpu import layer_cache
 from rkv_vllm.execution.cpu.compactor import make_cpu_compactor
 from rkv_vllm.execution.cpu.layer_cache import CpuLayerCache
-from rkv_vllm.host.cache_dtype import FP8
+from rkv_vllm.execution.stored_types import FP8_TYPES
 from rkv_vllm.kernels.rotary_pairs import RotaryPairs
 from rkv_vllm.policies import make_policies
 from rkv_vllm.settings.config import POLICY_NAMES, Granularity, RkvConfig
@@ -25,7 +25,7 @@ LENGTH, KEY_SCALE = 7 * PAGE + 5, 0.02
 def operator(keys: Any, values: Any, key_cache: Any, value_cache: Any, *args: Any, **kwargs: Any) -> None:
     """Stands for vLLM's: keys of a page, then its values, in the order of their slots."""
     for cache, part in ((key_cache, keys), (value_cache, values)):
-        numbers = cache.view(FP8.get(kwargs["kv_cache_dtype"], cache.dtype))
+        numbers = cache.view(FP8_TYPES.get(kwargs["kv_cache_dtype"], cache.dtype))
         numbers.copy_(part.transpose(0, 1).reshape(numbers.shape))
 
 
@@ -55,7 +55,7 @@ class Tables:
 
 
 @pytest.mark.parametrize("granularity", ["token", "page"])
-@pytest.mark.parametrize("cache_dtype", FP8)
+@pytest.mark.parametrize("cache_dtype", FP8_TYPES)
 def test_rounds_over_bytes_are_rounds_over_numbers(
     cache_dtype: str, granularity: Granularity, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,8 +68,8 @@ def test_rounds_over_bytes_are_rounds_over_numbers(
     queries: Any = SimpleNamespace(newest=lambda layer, row, end, count: ring[layer, :, :count])
     for policy in POLICY_NAMES:
         keys_and_values = torch.randn(LAYERS, PAGES, HEADS, PAGE, 2 * SIZE, generator=generator)
-        bytes_ = (keys_and_values / KEY_SCALE).to(FP8[cache_dtype]).view(torch.uint8)
-        numbers = bytes_.view(FP8[cache_dtype]).float()
+        bytes_ = (keys_and_values / KEY_SCALE).to(FP8_TYPES[cache_dtype]).view(torch.uint8)
+        numbers = bytes_.view(FP8_TYPES[cache_dtype]).float()
         found: list[tuple[Tables, list[PageReport], torch.Tensor]] = []
         for cache, name, scale in ((bytes_, cache_dtype, 0.2), (numbers, "auto", 0.2 * KEY_SCALE)):
             caches = [CpuLayerCache(layer(each, name, scale)) for each in cache]

@@ -11,7 +11,7 @@ import torch
 
 from rkv_vllm.execution.cpu import layer_cache as cpu_cache
 from rkv_vllm.execution.cpu.layer_cache import CpuLayerCache, CpuPageLayout
-from rkv_vllm.host.cache_dtype import FP8
+from rkv_vllm.execution.stored_types import FP8_TYPES
 
 HAS_FP8 = torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()
 LAYOUTS = pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def tokens(count: int, head_size: int, dtype: torch.dtype) -> tuple[torch.Tensor
     return keys, values
 
 
-def fp8_tokens(count: int, head_size: int, cache_dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+def fp8_tokens(count: int, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Bytes of every value, NaN and both zeros among them."""
     keys, values = torch.randint(0, 256, (2, HEADS, count, head_size), dtype=torch.uint8)
     return keys, values
@@ -120,7 +120,7 @@ def test_fp8_that_the_operator_writes_is_read_and_moved(
     numbers = [
         torch.nan_to_num(cache.numbers(part), nan=1.5, posinf=2.0, neginf=0.0)
         + 0.0  # the operator knows no -0
-        for part in fp8_tokens(length, head_size, cache_dtype)
+        for part in fp8_tokens(length, head_size)
     ]
     slots = torch.cat((torch.arange(3 * page_size, 4 * page_size), torch.arange(5)))
     by_token = [part.to(dtype).transpose(0, 1).contiguous() for part in numbers]
@@ -129,7 +129,7 @@ def test_fp8_that_the_operator_writes_is_read_and_moved(
         torch.testing.assert_close(cache.numbers(read), written, rtol=0, atol=0)
     assert cache.scale == 3.0 * head_size**-0.5
     for count in (page_size + 3, 3, page_size):
-        check_moved(cache, *fp8_tokens(count, head_size, cache_dtype))
+        check_moved(cache, *fp8_tokens(count, head_size))
 
 
 def test_a_scale_of_keys_counts_for_fp8_alone() -> None:
@@ -186,7 +186,7 @@ def test_an_unknown_way_to_keep_tokens_is_refused(
         CpuPageLayout.probe("avx1024", dtype, 32, 64)
 
 
-@pytest.mark.parametrize("cache_dtype", ["auto", *FP8])
+@pytest.mark.parametrize("cache_dtype", ["auto", *FP8_TYPES])
 def test_any_fixed_permutation_is_understood(cache_dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Proves that the layout is found by looking, not known: a page in a random fixed order is read right,
     and every byte of one in FP8 is moved as it is."""
@@ -196,18 +196,18 @@ def test_any_fixed_permutation_is_understood(cache_dtype: str, monkeypatch: pyte
         assert kwargs == {"k_scale": 1.0, "v_scale": 1.0, "kv_cache_dtype": cache_dtype}
         numbers = torch.cat([keys.flatten(), values.flatten()])
         base = key_cache._base if key_cache._base is not None else key_cache
-        page = base.view(FP8.get(cache_dtype, base.dtype)).view(-1)
+        page = base.view(FP8_TYPES.get(cache_dtype, base.dtype)).view(-1)
         page[order] = numbers.to(page.dtype)
 
     monkeypatch.setattr(cpu_cache.ops, "cpu_attn_reshape_and_cache", operator)
     layout = CpuPageLayout.probe("other", torch.bfloat16, 32, 64, cache_dtype)
     assert torch.equal(torch.cat([layout.key_offsets, layout.value_offsets]), order)
-    if cache_dtype in FP8:
+    if cache_dtype in FP8_TYPES:
         cache = CpuLayerCache(layer("other", torch.bfloat16, 32, 64, pages=5, cache_dtype=cache_dtype))
         for count in (35, 3, 32):
-            check_moved(cache, *fp8_tokens(count, 64, cache_dtype))
+            check_moved(cache, *fp8_tokens(count, 64))
         every_byte = torch.arange(256).to(torch.uint8)
-        expected = every_byte.view(FP8[cache_dtype]).float()
+        expected = every_byte.view(FP8_TYPES[cache_dtype]).float()
         torch.testing.assert_close(
             cache.numbers(every_byte).float(), expected, rtol=0, atol=0, equal_nan=True
         )
