@@ -61,7 +61,7 @@ def test_moved_pages_are_stock(
 def test_compacted_requests_get_the_same_again(fp8: Engine, prompts: list[list[int]], stock_run: Run) -> None:
     """Requests of every policy within a budget of 32 get the same tokens and logprobs to the bit when they
     come in another order, and other ones than with their full cache. (In a batch of another size vLLM rounds
-    differently, and a number at the border between two of FP8 falls to its other side, in stock vLLM too.)"""
+    differently, and a number at the border between two of FP8 falls to its other side,.)"""
     asks = [
         Ask(prompts[index % len(prompts)], TOKENS, {"rkv_budget": 32, "rkv_buffer": 16, "rkv_policy": policy})
         for index, policy in enumerate(POLICY_NAMES)
