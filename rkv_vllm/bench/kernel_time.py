@@ -18,7 +18,8 @@ CLASSES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     for name, pattern in (
         (
             "compaction",
-            r"^_(survey|merge|matches|sums|combine|scores|page_sums|select|rank|layer|global|move|stage)_kernel",
+            r"^_(survey|merge|matches|sums|combine|statistics|attention|redundancy|standard"
+            r"|page_sums|select|rank|layer|global|move|stage)_kernel",
         ),
         ("extension per step", r"^_(physical|record)_kernel"),
         ("attention", r"flash|fmha|attention|attn|unified"),
