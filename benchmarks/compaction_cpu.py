@@ -28,8 +28,8 @@ from rkv_vllm.execution.cpu.query_ring import CpuQueryRing
 from rkv_vllm.execution.stored_types import FP8_TYPES
 from rkv_vllm.kernels.rotary_pairs import RotaryPairs
 from rkv_vllm.policies import make_policies
-from rkv_vllm.settings.config import POLICY_NAMES, PolicyName, RkvConfig
-from rkv_vllm.settings.policy_table import NUM_QUERIES, RING_SIZE
+from rkv_vllm.settings.config import PolicyName, RkvConfig
+from rkv_vllm.settings.policy_table import NUM_QUERIES, POLICY_NAMES, RING_SIZE
 
 LENGTHS = ((640, 512), (1152, 1024), (2176, 2048))  # before and after: buffer 128
 

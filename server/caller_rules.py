@@ -19,25 +19,21 @@ from rkv_vllm.server.protocol import (
     PolicyChoice,
     ProtectDefault,
 )
-from rkv_vllm.server.request import FULL, KvCacheError, KvCacheRequest
+from rkv_vllm.server.request import FULL, KvCacheError, KvCacheRequest, XargsRequest
 from rkv_vllm.settings.config import (
     OFF,
-    POLICY_NAMES,
     WINDOW,
-    BudgetTokens,
-    BufferTokens,
-    DoesNotFit,
     EngineSettings,
     PolicyName,
-    Protected,
-    RequestedSettings,
     RkvConfig,
+    check_max_budget,
     check_protected,
-    is_budget,
-    number,
 )
 from rkv_vllm.settings.error_text import explain, shown
+from rkv_vllm.settings.policy_table import POLICY_NAMES
 from rkv_vllm.settings.request_size import RequestSize
+from rkv_vllm.settings.requested import CannotBeServed, RequestedSettings
+from rkv_vllm.settings.values import AUTO, BudgetTokens, BufferTokens, Protected, is_budget, number
 
 #: The environment variable of a setting is this and its name in capitals, as in RKV_KV_BUDGET_MAX.
 ENVIRONMENT_PREFIX = "RKV_KV_"
@@ -50,7 +46,7 @@ def _names(value: Any) -> Any:
 def _default_budget(value: Any) -> Any:
     budget = number(value)
     if budget != FULL and not is_budget(budget):
-        allowed = f'an integer above {WINDOW}, a share as in "25%", or "{FULL}"'
+        allowed = f'an integer above {WINDOW}, a share as in "25%", "{AUTO}" or "{FULL}"'
         raise ValueError(f"takes {allowed}, not {shown(value)}")
     return budget
 
@@ -71,13 +67,22 @@ class CallerRules(BaseModel):
         default=FULL,
         description=(
             "Budget of a request that names none: tokens, a share as in 25% of the longest that it may "
-            "become, or `full`."
+            "become, `auto`: all tokens until memory is short, or `full`."
         ),
+    )
+    min_budget: Budget = Field(
+        default=1024, description="Budget of a request with budget `auto` from when memory is short."
+    )
+    max_budget: Budget | None = Field(
+        default=None,
+        description="Tokens at which a request with budget `auto` goes down to its min_budget at the latest.",
     )
     budget_min: Budget | None = Field(default=None, description="Smallest budget a request may name.")
     budget_max: Budget | None = Field(
         default=None,
-        description="Largest budget a request may name; refuses `full`, and buffers above the default.",
+        description=(
+            "Largest budget a request may name; refuses `full` and `auto`, and buffers above the default."
+        ),
     )
     buffer: Buffer = Field(default=128, description="Tokens collected between two compactions.")
     policy: PolicyName = Field(default="rkv", description="What scores tokens where a request does not say.")
@@ -96,13 +101,15 @@ class CallerRules(BaseModel):
             raise ValueError(f"budget_min: {smallest} is above budget_max, {largest}")
         if self.policy not in self.policies:
             raise ValueError(f"policy: {self.policy} is not one of policies, {', '.join(self.policies)}")
-        check_protected(self.protect, self.budget)
+        if self.max_budget is not None and self.max_budget <= self.min_budget:
+            raise ValueError(f"max_budget: {self.max_budget} is not above min_budget, {self.min_budget}")
+        check_protected(self.protect, self.min_budget if self.budget == AUTO else self.budget)
         if self.require_budget:
             return self  # the default is never used
         if isinstance(self.budget, int) and self.budget < smallest:
             raise ValueError(f"budget: the default, {self.budget}, is below budget_min, {smallest}")
         above = isinstance(self.budget, int) and largest is not None and self.budget > largest
-        if above or (self.budget == FULL and largest is not None):
+        if above or (self.budget in (AUTO, FULL) and largest is not None):
             raise ValueError(
                 f"budget: the default, {self.budget}, is above budget_max, {largest}: "
                 "set a default within the bounds, or require_budget"
@@ -124,6 +131,8 @@ class CallerRules(BaseModel):
                 min=smallest,
                 max=largest,
                 full=largest is None,
+                auto=largest is None,
+                min_budget=max(self.min_budget, smallest),
             ),
             buffer=BufferBounds(
                 default=self.buffer, min=WINDOW, max=None if largest is None else self.buffer
@@ -140,14 +149,14 @@ class CallerRules(BaseModel):
         budget = asked.budget
         smallest, largest = self.budgets
         upwards = f"{smallest} to {largest}" if largest else f"at least {smallest}"
-        allowed = f"{upwards} tokens" if largest else f'{upwards} tokens, or "{FULL}"'
+        allowed = f"{upwards} tokens" if largest else f'{upwards} tokens, "{AUTO}" or "{FULL}"'
         if budget is None:
             if self.require_budget:
                 raise KvCacheError("budget", f"is required here: {allowed}")
             budget = self.budget
-        elif budget == FULL:
+        elif budget in (AUTO, FULL):
             if largest is not None:
-                raise KvCacheError("budget", f'may not be "{FULL}" here: {allowed}')
+                raise KvCacheError("budget", f'may not be "{budget}" here: {allowed}')
         elif isinstance(budget, int) and (budget < smallest or (largest is not None and budget > largest)):
             raise KvCacheError("budget", f"is {budget}, which is not allowed here: {allowed}")
         if asked.buffer is not None and largest is not None and asked.buffer > self.buffer:
@@ -159,11 +168,36 @@ class CallerRules(BaseModel):
                 "policy", f'is "{asked.policy}", which is not allowed here: {", ".join(self.policies)}'
             )
         return RequestedSettings(
+            **self._auto(asked, budget),
             rkv_budget=OFF if budget == FULL else budget,
             rkv_buffer=asked.buffer or self.buffer,
             rkv_policy=asked.policy or self.policy,
             rkv_protect=self.protect if asked.protect is None else asked.protect,
         )
+
+    def _auto(self, asked: KvCacheRequest, budget: int | str) -> dict[str, int]:
+        """What the engine is told of a request with budget `auto` beside that.
+
+        Raises: KvCacheError that names a member which is out of bounds, or is only for budget `auto`.
+        """
+        switch_at = asked.switch_at if isinstance(asked, XargsRequest) else None
+        given = {"min_budget": asked.min_budget, "max_budget": asked.max_budget, "switch_at": switch_at}
+        if budget != AUTO:
+            for field, value in given.items():
+                if value is not None:
+                    raise KvCacheError(field, f'goes with budget "{AUTO}", and the budget is {shown(budget)}')
+            return {}
+        smallest, _ = self.budgets
+        min_budget = max(self.min_budget, smallest) if asked.min_budget is None else asked.min_budget
+        max_budget = self.max_budget if asked.max_budget is None else asked.max_budget
+        if min_budget < smallest:
+            raise KvCacheError("min_budget", f"is {min_budget}, and the least here is {smallest}")
+        try:
+            check_max_budget(max_budget, min_budget)
+        except CannotBeServed as error:
+            raise KvCacheError("max_budget", str(error)) from None
+        told = {"rkv_min_budget": min_budget, "rkv_max_budget": max_budget, "rkv_switch_at": switch_at}
+        return {name: value for name, value in told.items() if value is not None}
 
     def settle(self, settings: RequestedSettings, size: RequestSize) -> RequestedSettings:
         """`settings` in tokens: a share is brought within the bounds, a protected prompt is counted.
@@ -171,7 +205,7 @@ class CallerRules(BaseModel):
         Raises: KvCacheError where what is protected does not fit into the budget.
         """
         budget = settings.rkv_budget
-        if isinstance(budget, str):
+        if isinstance(budget, str) and budget != AUTO:
             smallest, largest = self.budgets
             budget = max(size.tokens_of(budget), smallest)
             budget = budget if largest is None else min(budget, largest)
@@ -179,8 +213,8 @@ class CallerRules(BaseModel):
         if budget == OFF:
             protect = 0
         try:
-            check_protected(protect or 0, budget)
-        except DoesNotFit as error:
+            check_protected(protect or 0, settings.rkv_min_budget if budget == AUTO else budget)
+        except CannotBeServed as error:
             raise KvCacheError("protect", f"cannot be {shown(settings.rkv_protect)}: {error}") from None
         return settings.model_copy(update={"rkv_budget": budget, "rkv_protect": protect})
 

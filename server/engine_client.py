@@ -20,8 +20,8 @@ from rkv_vllm.decisions.result_sum import combined
 from rkv_vllm.server.caller_rules import CallerRules
 from rkv_vllm.server.protocol import KvCacheReport
 from rkv_vllm.server.request import KvCacheError, read_xargs
-from rkv_vllm.settings.config import XARGS_PREFIX, RequestedSettings
 from rkv_vllm.settings.request_size import RequestSize
+from rkv_vllm.settings.requested import XARGS_PREFIX, RequestedSettings
 
 
 class RequestContext:
@@ -49,7 +49,7 @@ class RequestContext:
         given = sampling_params.extra_args or {}
         settings = settle(self.rules, self.settings, given, size)
         others = {key: value for key, value in given.items() if not key.startswith(XARGS_PREFIX)}
-        sampling_params.extra_args = {**others, **settings.model_dump()}
+        sampling_params.extra_args = {**others, **settings.model_dump(exclude_none=True)}
 
     def keep(self, params: Mapping[str, Any] | None) -> None:
         """Remember the result in a finished output's `kv_transfer_params`, if it has one."""

@@ -22,8 +22,9 @@ from rkv_vllm.server.near_misses import near_miss
 from rkv_vllm.server.openapi import with_kv_cache
 from rkv_vllm.server.protocol import FIELD
 from rkv_vllm.server.request import FULL, XARGS, KvCacheError, read_kv_cache, read_xargs
-from rkv_vllm.settings.config import OFF, XARGS_PREFIX, RequestedSettings
+from rkv_vllm.settings.config import OFF
 from rkv_vllm.settings.error_text import shown_name
+from rkv_vllm.settings.requested import XARGS_PREFIX, RequestedSettings
 
 #: Routes whose bodies take a `kv_cache` object, and whose answers have one.
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")

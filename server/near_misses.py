@@ -11,7 +11,7 @@ from typing import Any
 
 from rkv_vllm.server.protocol import FIELD
 from rkv_vllm.server.request import XARGS, KvCacheRequest
-from rkv_vllm.settings.config import XARGS_PREFIX
+from rkv_vllm.settings.requested import XARGS_PREFIX
 
 #: The keyword of OpenAI's Python client whose members it puts at the top level of a body.
 EXTRA_BODY = "extra_body"

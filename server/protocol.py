@@ -38,8 +38,22 @@ class KvCacheReport(BaseModel):
         },
     )
 
-    budget: int | Literal["full"] = Field(
-        description="Tokens kept per layer and KV head after each compaction; `full`: never compacted."
+    budget: int | Literal["auto", "full"] = Field(
+        description=(
+            "Tokens kept per layer and KV head after each compaction; `auto`: all of them until memory was "
+            "short; `full`: never compacted."
+        )
+    )
+    min_budget: int | None = Field(
+        default=None, description="Budget from when memory was short; with budget `auto`."
+    )
+    full_cache_tokens: int | None = Field(
+        default=None,
+        description=(
+            "Length, in tokens, up to which nothing was evicted, and which alone decides the answer: as "
+            "`rkv_switch_at` in `vllm_xargs` it gives the same one again. With budget `auto`, where "
+            "something was evicted; of several sequences the shortest."
+        ),
     )
     policy: str | None = Field(default=None, description="What scored tokens; absent with budget `full`.")
     buffer: int | None = Field(
@@ -80,13 +94,15 @@ class BudgetBounds(BaseModel):
     default: int | str | None = Field(
         description=(
             "Budget of a request that names none: tokens, a share of the longest that it may become as in "
-            "`25%`, or `full`; null where one is required."
+            "`25%`, `auto` or `full`; null where one is required."
         )
     )
     required: bool = Field(description="Whether a request without a budget is refused.")
     min: int = Field(description="Smallest budget, in tokens.")
     max: int | None = Field(description="Largest budget, in tokens; null: no bound.")
     full: bool = Field(description="Whether `full` is allowed.")
+    auto: bool = Field(description="Whether `auto` is allowed.")
+    min_budget: int = Field(description="`min_budget` of a request that names none, in tokens.")
 
 
 class BufferBounds(BaseModel):

@@ -8,17 +8,12 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from rkv_vllm.server.protocol import FIELD
-from rkv_vllm.settings.config import (
-    OFF,
-    POLICY_NAMES,
-    PROTECT_TAKES,
-    WINDOW,
-    XARGS_PREFIX,
-    PolicyName,
-    RequestedSettings,
-)
+from rkv_vllm.settings.config import OFF, WINDOW, PolicyName
 from rkv_vllm.settings.error_text import shown, shown_name
+from rkv_vllm.settings.policy_table import POLICY_NAMES
 from rkv_vllm.settings.request_size import is_share
+from rkv_vllm.settings.requested import XARGS_PREFIX, RequestedSettings
+from rkv_vllm.settings.values import AUTO, PROTECT_TAKES
 
 #: Budget of a request that keeps its full cache.
 FULL: Literal["full"] = "full"
@@ -26,7 +21,8 @@ XARGS = "vllm_xargs"
 #: No context is longer; it keeps what goes to the engine within its integers.
 MOST_TOKENS = 2**31 - 1
 
-_BUDGET = f'takes an integer from {WINDOW + 1} to {MOST_TOKENS}, a share as in "25%", or "{FULL}"'
+_TOKENS = f"takes an integer from {WINDOW + 1} to {MOST_TOKENS}"
+_BUDGET = f'{_TOKENS}, a share as in "25%", "{AUTO}" or "{FULL}"'
 _BUFFER = f"takes an integer from {WINDOW} to {MOST_TOKENS}"
 _POLICY = f"takes one of {', '.join(POLICY_NAMES)}"
 
@@ -57,6 +53,9 @@ Share = Annotated[
 ]
 
 
+Tokens = Annotated[int, Field(gt=WINDOW, le=MOST_TOKENS)]
+
+
 class KvCacheRequest(BaseModel):
     """How much of its KV cache a request keeps while it decodes. What is left out is the server's default."""
 
@@ -68,20 +67,33 @@ class KvCacheRequest(BaseModel):
             "examples": [
                 {"budget": 1024},
                 {"budget": 512, "policy": "rkv"},
+                {"budget": AUTO, "min_budget": 1024},
                 {"budget": "25%", "protect": "prompt"},
                 {"budget": FULL},
             ]
         },
     )
 
-    budget: Annotated[int, Field(gt=WINDOW, le=MOST_TOKENS)] | Literal["full"] | Share | None = Field(
+    budget: Tokens | Literal["auto", "full"] | Share | None = Field(
         default=None,
         description=(
             "Tokens kept per layer and KV head after a compaction; or a share of prompt and `max_tokens` "
-            "together, rounded up and brought within the allowed budgets; or `full`: never compact. "
-            "`GET /v1/kv_cache` says which budgets are allowed."
+            "together, rounded up and brought within the allowed budgets; or `auto`: all of them until "
+            "memory is short, and then `min_budget`; or `full`: never compact. `GET /v1/kv_cache` says which "
+            "budgets are allowed."
         ),
-        examples=[1024, "25%", FULL],
+        examples=[1024, "25%", AUTO, FULL],
+    )
+    min_budget: Tokens | None = Field(
+        default=None, description="Budget from when memory is short; with budget `auto`.", examples=[1024]
+    )
+    max_budget: Tokens | None = Field(
+        default=None,
+        description=(
+            "Length, in tokens, at which the request goes down to `min_budget` though memory is not short; "
+            "with budget `auto`."
+        ),
+        examples=[16384],
     )
     buffer: Annotated[int, Field(ge=WINDOW, le=MOST_TOKENS)] | None = Field(
         default=None,
@@ -101,7 +113,24 @@ class KvCacheRequest(BaseModel):
     )
 
 
-_TAKES = {"budget": _BUDGET, "buffer": _BUFFER, "policy": _POLICY, "protect": PROTECT_TAKES}
+class XargsRequest(KvCacheRequest):
+    """The same in `vllm_xargs`, where an answer can be had once more.
+
+    `switch_at` is the `full_cache_tokens` of its report.
+    """
+
+    switch_at: Annotated[int, Field(gt=0, le=MOST_TOKENS)] | None = None
+
+
+_TAKES = {
+    "budget": _BUDGET,
+    "buffer": _BUFFER,
+    "policy": _POLICY,
+    "protect": PROTECT_TAKES,
+    "min_budget": _TOKENS,
+    "max_budget": _TOKENS,
+}
+_XARGS_TAKE = {**_TAKES, "switch_at": f"takes an integer from 1 to {MOST_TOKENS}"}
 
 
 def read_kv_cache(value: Any) -> KvCacheRequest:
@@ -116,11 +145,15 @@ def read_kv_cache(value: Any) -> KvCacheRequest:
     for name in value:
         if name not in _TAKES:
             raise KvCacheError(shown_name(name), f"is unknown (known: {', '.join(_TAKES)})")
+    return _read(KvCacheRequest, value, _TAKES)
+
+
+def _read(model: type[KvCacheRequest], value: dict[str, Any], takes: Mapping[str, str]) -> KvCacheRequest:
     try:
-        return KvCacheRequest.model_validate(value)
+        return model.model_validate(value)
     except ValidationError as error:
         field = str(error.errors()[0]["loc"][0])
-        raise KvCacheError(field, f"{_TAKES[field]}, not {shown(value[field])}") from None
+        raise KvCacheError(field, f"{takes[field]}, not {shown(value[field])}") from None
 
 
 def read_xargs(xargs: Mapping[str, Any] | None) -> KvCacheRequest:
@@ -138,4 +171,4 @@ def read_xargs(xargs: Mapping[str, Any] | None) -> KvCacheRequest:
     named = {key.removeprefix(XARGS_PREFIX): value for key, value in ours.items()}
     if named.get("budget") == OFF:
         named["budget"] = FULL
-    return read_kv_cache(named)
+    return _read(XargsRequest if "switch_at" in named else KvCacheRequest, named, _XARGS_TAKE)

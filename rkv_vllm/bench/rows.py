@@ -9,8 +9,9 @@ from typing import Annotated, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from rkv_vllm.settings.config import BudgetTokens, BufferTokens, CompactionSettings, PolicyName
+from rkv_vllm.settings.config import CompactionSettings, PolicyName
 from rkv_vllm.settings.error_text import explain
+from rkv_vllm.settings.values import BudgetTokens, BufferTokens
 
 #: An engine without R-KV, one whose requests have the row's budget, and one whose requests switch R-KV off;
 #: the first two also with a KV cache in FP8.

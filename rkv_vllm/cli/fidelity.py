@@ -10,7 +10,8 @@ import typer
 from rkv_vllm.cli import options
 from rkv_vllm.cli.options import OptionGroup
 from rkv_vllm.provenance import command_line
-from rkv_vllm.settings.config import POLICY_NAMES, RkvConfig
+from rkv_vllm.settings.config import RkvConfig
+from rkv_vllm.settings.policy_table import POLICY_NAMES
 from rkv_vllm.settings.request_size import RequestSize
 
 

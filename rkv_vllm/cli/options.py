@@ -17,11 +17,14 @@ import typer
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from rkv_vllm.settings.config import EngineSettings, RkvConfig, number
+from rkv_vllm.settings.config import EngineSettings, RkvConfig
 from rkv_vllm.settings.error_text import explain
+from rkv_vllm.settings.values import number
 
-#: Settings of `RkvConfig` that no request can override; without a default budget one of them is refused.
-SHARED_SETTINGS = tuple(name for name in EngineSettings.model_fields if name != "beyond_pool")
+#: Settings of `RkvConfig` that no request can override, but for those that are about a default budget.
+SHARED_SETTINGS = tuple(
+    name for name in EngineSettings.model_fields if name not in ("beyond_pool", "auto_usage")
+)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
 
 from rkv_vllm.settings.config import PolicyName
 
@@ -35,6 +35,7 @@ REFUSAL_KEY = "rkv_refusal"
 #: Why nothing of a request was compacted, in its result and in metrics.
 KEPT_FULL_CACHE = "full cache"
 TOO_SHORT = "shorter than budget + buffer"
+NEVER_SHORT = "memory was never short"
 
 
 # -- scheduler to workers: what to do in a step ------------------------------------------------------------
@@ -206,9 +207,12 @@ class CompactionResult(TypedDict):
     `pages_without_compaction` is what the request's logical length would fill; `page_size` is in tokens;
     `reason` says why nothing was compacted, and is None where something was; `sequences` is there where the
     numbers are sums over several.
+
+    With budget "auto", `min_budget` is what it goes down to, and `full_cache_tokens` the length at which it
+    did: it is there where something was compacted, and alone decides the answer.
     """
 
-    budget: int | None
+    budget: int | Literal["auto"] | None
     buffer: int | None
     policy: str | None
     protect: int | None
@@ -219,3 +223,5 @@ class CompactionResult(TypedDict):
     page_size: int
     reason: str | None
     sequences: NotRequired[int]
+    min_budget: NotRequired[int]
+    full_cache_tokens: NotRequired[int]

@@ -51,13 +51,14 @@ class Pool:
 
 
 def peak_slots(length: int, lengths: RequestLengths | None) -> int:
-    """Slots that a request holds at most, in tokens.
+    """Slots that the pool has to have for a request, in tokens.
 
     By token that is budget + buffer: a compaction comes first in the step after they are full, and moves
-    within the request's own pages. A prompt that is longer is held whole until decoding begins.
+    within the request's own pages. A prompt that is longer is held whole until decoding begins. A request
+    that keeps its full cache until memory is short can be brought down to that.
 
     Args:
         length: tokens of the request when it ends, the prompt included.
         lengths: its counts when it is new; None: full cache.
     """
-    return length if lengths is None else min(length, lengths.max_slots)
+    return length if lengths is None else min(length, lengths.needed_slots)

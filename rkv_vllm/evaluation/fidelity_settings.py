@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rkv_vllm.settings.config import CompactionSettings, RequestedSettings, RkvConfig
+from rkv_vllm.settings.config import CompactionSettings, RkvConfig
 from rkv_vllm.settings.request_size import RequestSize
+from rkv_vllm.settings.requested import RequestedSettings
 
 #: How one request keeps its cache; None is the full cache, the control.
 Setting = CompactionSettings | None

@@ -145,7 +145,8 @@ def judge(job: Job, generation: Generation, task: Task) -> Answer:
         right = job.problem.is_right(generation.output)
     else:
         right = answer is not None and not generation.truncated and job.problem.is_right(answer)
-    report: dict[str, Any] = generation.report.model_dump(exclude={"page_size", "sequences", "reason"})
+    left_out = {"page_size", "sequences", "reason", "min_budget", "full_cache_tokens"}
+    report: dict[str, Any] = generation.report.model_dump(exclude=left_out)
     return Answer(
         setting=job.setting.name,
         problem=job.problem.name,

@@ -65,7 +65,7 @@ def slots_beyond_pool(config: RkvConfig, max_model_len: int, page_size: int) -> 
     default = config.resolve_default(max_model_len) if config.beyond_pool else None
     if default is None:
         return None
-    return make_request_lengths(config.granularity, 0, default, page_size).max_slots
+    return make_request_lengths(config.granularity, 0, default, page_size).needed_slots
 
 
 def pool_problems(vllm_config: VllmConfig) -> list[str]:

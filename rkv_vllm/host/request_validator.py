@@ -14,7 +14,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV1
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV2
 
-from rkv_vllm.settings.config import RequestedSettings
+from rkv_vllm.settings.requested import RequestedSettings
 
 
 class BudgetValidator(LogitsProcessorV2, LogitsProcessorV1):

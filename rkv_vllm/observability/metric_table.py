@@ -8,7 +8,8 @@ from itertools import product
 from typing import Literal
 
 from rkv_vllm.decisions.messages import KEPT_FULL_CACHE, TOO_SHORT
-from rkv_vllm.settings.config import POLICY_NAMES, CompactionSettings
+from rkv_vllm.settings.config import CompactionSettings
+from rkv_vllm.settings.policy_table import POLICY_NAMES
 
 #: Worth of an integer in a tally of durations, in seconds, or of ratios.
 MILLIONTH = 1e-6

@@ -12,6 +12,7 @@ from vllm.v1.request import Request, RequestStatus
 from rkv_vllm.decisions.pages import num_pages
 from rkv_vllm.decisions.pool_forecast import EarlyStopRate, PoolForecast, RequestForecast
 from rkv_vllm.decisions.sizing import peak_slots
+from rkv_vllm.scheduling.auto_budgets import AutoBudgets
 from rkv_vllm.scheduling.block_manager import CompactingManager
 from rkv_vllm.scheduling.tracked_request import TrackedRequest
 
@@ -51,7 +52,8 @@ class AdmissionControl:
 
     A request with its full cache is admitted as in stock vLLM. One with a budget leaves room for the growth
     of all that run with a budget, for as long as it will be there itself; under vLLM's policy `priority` for
-    the growth of those that would not be preempted for it.
+    the growth of those that would not be preempted for it. One with budget "auto" counts as one with its
+    min_budget: who has more can be made to give it back.
 
     Reads the tracked requests and their pages, and writes `watermark_blocks` of vLLM's KV cache manager.
     """
@@ -65,6 +67,7 @@ class AdmissionControl:
         max_model_len: int,
         max_num_batched_tokens: int,
         by_priority: bool,
+        auto_usage: float,
     ) -> None:
         """
         Args:
@@ -74,6 +77,7 @@ class AdmissionControl:
             max_model_len: tokens of the longest request.
             max_num_batched_tokens: tokens of the largest step.
             by_priority: whether vLLM preempts those of lower priority first, and not the newest.
+            auto_usage: share of the pool that is filled before requests with budget "auto" switch.
         """
         self._kv_cache_manager = kv_cache_manager
         self._manager = manager
@@ -83,11 +87,22 @@ class AdmissionControl:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._by_priority = by_priority
         self._operators_watermark: int = kv_cache_manager.watermark_blocks
-        self._usable_pages = kv_cache_manager.block_pool.num_gpu_blocks - 1  # one is vLLM's null page
+        self._pool = kv_cache_manager.block_pool
+        self._usable_pages = self._pool.num_gpu_blocks - 1  # one is vLLM's null page
+        self.autos = AutoBudgets(
+            manager,
+            self._pool,
+            tracked,
+            usage=auto_usage,
+            by_priority=by_priority,
+            final_length=self.final_length,
+        )
         self.early_stop_rate = EarlyStopRate()
         self._running: Sequence[Request] = ()
         self._outlooks: dict[int, _Outlook] = {}  # by the newcomer's priority; 0 for all where it is ignored
-        self._asked: tuple[Request, int, RequestForecast] | None = None  # in this step, with its priority
+        self._asked: tuple[Request, int, RequestForecast | None] | None = (
+            None  # in this step, with its priority
+        )
         self._steps_to_forecast = 0
 
     def refusal(self, request: Request) -> str | None:
@@ -157,13 +172,27 @@ class AdmissionControl:
             num_computed_tokens: that it would start with, from the prefix cache.
         """
         self._count_if_admitted()
-        self._kv_cache_manager.watermark_blocks = self._operators_watermark
         tracked = self._tracked.get(request.request_id)
+        priority, to_come = self._priority(request), 0
         if tracked is None:
-            return
+            self._asked = request, priority, None
+        else:
+            to_come = self._to_come(request, tracked, priority, num_computed_tokens)
+        watermark = max(to_come, 0)
+        if self.autos:
+            to_come -= self.autos.surplus(self._running, priority)
+            watermark = max(to_come, self.autos.growth)
+            needed = self.autos.missing_pages(request, request.num_tokens)
+            if needed + to_come <= self._pool.get_num_free_blocks():
+                self.autos.wanted(request, needed)
+        self._kv_cache_manager.watermark_blocks = self._operators_watermark + watermark
+
+    def _to_come(
+        self, request: Request, tracked: TrackedRequest, priority: int, num_computed_tokens: int
+    ) -> int:
+        """Pages that a newcomer, and those with a fixed budget that it leaves room for, have yet to take."""
         shared = tracked.hit_pages_of_one + tracked.hit_pages_of_several
         newcomer = self._forecast(request, tracked, num_computed_tokens, shared)
-        priority = self._priority(request)
         self._asked = request, priority, newcomer
         outlook = self._outlooks.get(priority)
         if outlook is None:
@@ -174,8 +203,7 @@ class AdmissionControl:
         # Hit pages that one request holds will no longer be its own.
         own_pages = outlook.held_pages - outlook.shared_pages - tracked.hit_pages_of_one
         own_pages += self._pages(newcomer.slots_now) - newcomer.shared_pages
-        to_come = outlook.forecast.peak_pages(newcomer) - own_pages
-        self._kv_cache_manager.watermark_blocks += max(to_come, 0)
+        return outlook.forecast.peak_pages(newcomer) - own_pages
 
     def _count_if_admitted(self) -> None:
         """Counts the newcomer of whom vLLM asked before, if it runs now, among those that run."""
@@ -184,6 +212,9 @@ class AdmissionControl:
         request, its_priority, forecast = self._asked
         self._asked = None
         if request.status != RequestStatus.RUNNING:
+            return
+        self.autos.admitted(request)
+        if forecast is None or request.request_id in self.autos:
             return
         for priority, outlook in self._outlooks.items():
             if its_priority <= priority:
@@ -198,7 +229,7 @@ class AdmissionControl:
         forecasts, generated = {}, 0
         for request in rivals:
             tracked = self._tracked.get(request.request_id)
-            if tracked is not None:
+            if tracked is not None and request.request_id not in self.autos:
                 shared = 0 if tracked.rounds else self._manager.num_shared_pages(request.request_id)
                 forecasts[request.request_id] = self._forecast(
                     request, tracked, request.num_computed_tokens, shared
@@ -232,7 +263,10 @@ class AdmissionControl:
                 cycle_steps=lengths.due_slots - lengths.kept_slots,
                 steps_remaining=steps_remaining,
             )
-        peak = peak_slots(final_length, lengths)
+        if request.request_id in self.autos:
+            peak = self.autos.reserved_slots(request, num_computed_tokens)
+        else:
+            peak = peak_slots(final_length, lengths)
         return RequestForecast(
             slots_now=min(max(num_computed_tokens, request.num_tokens), peak),
             peak_slots=peak,

@@ -65,7 +65,10 @@ class CompactingManager(FullAttentionManager):
         They are its first ones: who shares a page of a prefix shares all pages before it, until a round
         replaces them. (Where whole pages are evicted some may stay behind: then it is an estimate.)
         """
-        return bisect_left(self.req_to_blocks[request_id], True, key=lambda page: page.ref_cnt == 1)
+        pages = self.req_to_blocks[request_id]
+        if not pages or pages[0].ref_cnt == 1:
+            return 0
+        return bisect_left(pages, True, key=lambda page: page.ref_cnt == 1)
 
     def num_to_copy(self, request_id: str, keep: int) -> int:
         """Pages that a compaction to `keep` tokens takes from the pool at least: instead of shared ones."""

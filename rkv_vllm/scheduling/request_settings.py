@@ -5,8 +5,9 @@ from __future__ import annotations
 from vllm.logger import init_logger
 from vllm.v1.request import Request
 
-from rkv_vllm.settings.config import CompactionSettings, RequestedSettings, RkvConfig
+from rkv_vllm.settings.config import CompactionSettings, RkvConfig
 from rkv_vllm.settings.request_size import RequestSize
+from rkv_vllm.settings.requested import RequestedSettings
 
 logger = init_logger(__name__)
 
@@ -19,7 +20,7 @@ def settings_of(request: Request, config: RkvConfig, final_length: int) -> Compa
         config: the server's settings.
         final_length: tokens that the request has when it ends at the latest.
 
-    Raises: DoesNotFit where what it protects leaves no room in its budget.
+    Raises: CannotBeServed where what it protects leaves no room in its budget.
     """
     # A streaming-input session edits its own past, which a compacted cache cannot follow.
     if request.resumable:

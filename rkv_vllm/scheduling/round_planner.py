@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from itertools import count
 from typing import Protocol
@@ -157,6 +157,22 @@ class RoundPlanner:
         if num_computed_tokens + num_new_tokens >= lengths.next_due:
             self._may_be_due.append(request)
         return num_new_tokens
+
+    def order_switches(self, orders: Iterable[tuple[Request, int]]) -> None:
+        """Has requests with budget "auto" switch at a logical length, as long as there are query rows.
+
+        A row is held from the order on, so that nobody waits for one on the way to a switch.
+        """
+        for request, switch_at in orders:
+            tracked = self._tracked[request.request_id]
+            if tracked.settings.num_queries and not self._query_rows.hold(
+                request.request_id, gets_in_line=False
+            ):
+                return
+            tracked.order_switch(switch_at)
+            self._manager.set_max_slots(request.request_id, tracked.lengths.max_slots)
+            if request.num_computed_tokens >= switch_at:
+                self._may_be_due.append(request)
 
     def _is_due(self, request: Request, tracked: TrackedRequest) -> bool:
         # Logical; the steps that compute these tokens are all enqueued, whether their output is known or not.

@@ -39,7 +39,8 @@ from rkv_vllm.scheduling.block_manager import CompactingManager, register_compac
 from rkv_vllm.scheduling.request_settings import settings_of
 from rkv_vllm.scheduling.round_planner import RoundPlanner
 from rkv_vllm.scheduling.tracked_request import TrackedRequest, full_cache_result
-from rkv_vllm.settings.config import DoesNotFit, RkvConfig
+from rkv_vllm.settings.config import RkvConfig
+from rkv_vllm.settings.requested import CannotBeServed
 
 # The mixin is put before either of vLLM's schedulers; the type checker is told of what they share.
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class CompactingSchedulerMixin(_Scheduler):
             max_model_len=self.max_model_len,
             max_num_batched_tokens=self.max_num_scheduled_tokens,
             by_priority=self.policy == SchedulingPolicy.PRIORITY,
+            auto_usage=self._rkv_config.auto_usage,
         )
         self._planner = RoundPlanner(
             granularity=self._rkv_config.granularity,
@@ -113,7 +115,7 @@ class CompactingSchedulerMixin(_Scheduler):
         reason, settings = None, None
         try:
             settings = settings_of(request, self._rkv_config, self._admission.final_length(request))
-        except DoesNotFit as error:
+        except CannotBeServed as error:
             reason = f"cannot be served: {error}"
         self._tally.arrived(settings)
         if settings is not None:
@@ -122,6 +124,7 @@ class CompactingSchedulerMixin(_Scheduler):
             )
             self._tracked[request.request_id] = TrackedRequest(lengths)
             self._manager.set_max_slots(request.request_id, lengths.max_slots)
+            self._admission.autos.arrived(request, lengths)
         reason = reason or self._admission.refusal(request)
         if reason is not None:
             self._refuse(request, reason)
@@ -141,6 +144,7 @@ class CompactingSchedulerMixin(_Scheduler):
         if tracked is not None:
             tracked.update_peak_pages(self._manager.num_pages(request.request_id))
             tracked.restart()
+            self._manager.set_max_slots(request.request_id, tracked.lengths.max_slots)
             self._admission.running_requests_changed()
             self._planner.forget(request.request_id)
         self._tally.preempted(request.request_id, request.num_computed_tokens)
@@ -165,6 +169,7 @@ class CompactingSchedulerMixin(_Scheduler):
         tracked = self._tracked.pop(request.request_id, None)
         if tracked is not None:
             self._admission.request_ended(request)
+            self._admission.autos.ended(request.request_id)
         settings = tracked.settings if tracked else None
         self._tally.ended(request.request_id, settings, result, request.num_tokens)
         self._manager.forget_max_slots(request.request_id)
@@ -185,6 +190,7 @@ class CompactingSchedulerMixin(_Scheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         self._tally.step_begins(time.perf_counter())
+        self._planner.order_switches(self._admission.autos.orders(self.running))
         rounds = self._planner.plan_rounds()
         self._planner.release_pages()
         self._admission.begin_step(self.running)
@@ -206,6 +212,7 @@ class CompactingSchedulerMixin(_Scheduler):
         """vLLM's hook for where a chunk ends, asked for running and for waiting requests."""
         if request.status != RequestStatus.RUNNING:
             self._admission.set_watermark(request, num_computed_tokens)
+            self._admission.autos.order_on_arrival(request)
         tracked = self._tracked.get(request.request_id)
         # Asked for every request in every step, most of which are far from the request's next round.
         if tracked is not None and num_computed_tokens + num_new_tokens > tracked.unconstrained_until:
@@ -216,9 +223,7 @@ class CompactingSchedulerMixin(_Scheduler):
         blocks, num_hit_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
         tracked = self._tracked.get(request.request_id)
         if tracked is not None:
-            # The window's tokens are computed here, for their queries, and one or more before them: with
-            # nothing to compute until it finds a query row, it would stop vLLM's scan of those behind it.
-            most = (tracked.lengths.capture_from - 1) // self._page_size * self._page_size
+            most = tracked.lengths.cacheable(request.num_tokens) // self._page_size * self._page_size
             if num_hit_tokens > most:
                 blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, most)
                 num_hit_tokens = most

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rkv_vllm.decisions.lengths import RequestLengths
-from rkv_vllm.decisions.messages import KEPT_FULL_CACHE, TOO_SHORT, Compaction, CompactionResult
+from rkv_vllm.decisions.lengths import AutoLengths, RequestLengths
+from rkv_vllm.decisions.messages import KEPT_FULL_CACHE, NEVER_SHORT, TOO_SHORT, Compaction, CompactionResult
 from rkv_vllm.decisions.pages import num_pages
 from rkv_vllm.settings.config import CompactionSettings
+from rkv_vllm.settings.values import AUTO
 
 
 @dataclass(slots=True)
@@ -45,6 +46,12 @@ class TrackedRequest:
         self.compactions = max(self.compactions, self.rounds)
         self.evicted_tokens = max(self.evicted_tokens, compaction.evicted)
 
+    def order_switch(self, switch_at: int) -> None:
+        """Records that the request, whose budget is "auto", has to switch at this logical length."""
+        assert isinstance(self.lengths, AutoLengths)
+        self.lengths.order(switch_at)
+        self.unconstrained_until = 0
+
     def found_in_cache(self, holders: list[int]) -> None:
         """Records how many requests hold each page of its prefix, when vLLM looks it up."""
         self.hit_pages_of_one = holders.count(1)
@@ -63,7 +70,7 @@ class TrackedRequest:
 
     def result(self, num_tokens: int, page_size: int) -> CompactionResult:
         """What compaction did to the request, which has `num_tokens` by now."""
-        return CompactionResult(
+        result = CompactionResult(
             budget=self.settings.budget,
             buffer=self.settings.buffer,
             policy=self.settings.policy,
@@ -76,6 +83,13 @@ class TrackedRequest:
             page_size=page_size,
             reason=None if self.compactions else TOO_SHORT,
         )
+        if isinstance(self.lengths, AutoLengths):
+            result["budget"], result["min_budget"] = AUTO, self.settings.budget
+            if not self.compactions:
+                result["reason"] = NEVER_SHORT
+            elif self.lengths.switched_at is not None:
+                result["full_cache_tokens"] = self.lengths.switched_at
+        return result
 
 
 def full_cache_result(num_tokens: int, page_size: int) -> CompactionResult:

@@ -4,77 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from rkv_vllm.kernels.options import Order, Scope
-from rkv_vllm.settings.error_text import one_line, shown, shown_name
-from rkv_vllm.settings.policy_table import NUM_QUERIES, POLICY_NAMES, PolicyName
-from rkv_vllm.settings.request_size import RequestSize, is_share
+from rkv_vllm.settings.policy_table import NUM_QUERIES, PolicyName
+from rkv_vllm.settings.request_size import RequestSize
+from rkv_vllm.settings.requested import NOTHING_ASKED, CannotBeServed, RequestedSettings
+from rkv_vllm.settings.values import AUTO, OFF, WINDOW, Budget, BudgetTokens, BufferTokens, Protected
 
-#: Newest tokens, which are always kept; their queries give R-KV's importance (the paper's alpha).
-WINDOW = 8
 #: Width of the max-pool over candidates' importance.
 POOL_KERNEL = 7
 #: Cosine similarity above which two keys count as redundant (T in rkv_spec 1.3).
 SIMILARITY_THRESHOLD = 0.5
 
 Granularity = Literal["token", "page"]
-
-#: `rkv_budget` of a request that keeps its full cache.
-OFF = 0
-#: Prefix of our keys in a request's `vllm_xargs`.
-XARGS_PREFIX = "rkv_"
-
-BudgetTokens = Annotated[int, Field(gt=WINDOW, strict=True)]
-BufferTokens = Annotated[int, Field(ge=WINDOW, strict=True)]
+#: Why whole pages and budget "auto" exclude each other, behind what names either.
+AUTO_NEEDS_TOKENS = "needs granularity token: which pages leave is known too late to make room in time"
 
 
-def is_budget(value: Any) -> bool:
-    """Whether this is a number of tokens that leaves some to choose, or a share as in "25%"."""
-    is_tokens = isinstance(value, int) and not isinstance(value, bool) and value > WINDOW
-    return is_tokens or is_share(value)
+@dataclass(frozen=True, slots=True)
+class AutoBudget:
+    """How long a request keeps its full cache where that is not for the scheduler alone to decide.
 
+    Attributes:
+        max_budget: length at which it switches to its budget at the latest; None: no bound.
+        switch_at: length at which it switches, whatever memory there is; None: the scheduler decides.
+    """
 
-def _budget_or_share(value: Any) -> Any:
-    if not is_budget(value):
-        raise ValueError(f'takes an integer above {WINDOW} or a share as in "25%", not {shown(value)}')
-    return value
-
-
-#: What `protect` takes, behind its name in an error.
-PROTECT_TAKES = 'takes a number of tokens from 0 on, or "prompt"'
-
-
-def _tokens_or_prompt(value: Any) -> Any:
-    is_tokens = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    if not is_tokens and value != "prompt":
-        raise ValueError(f"{PROTECT_TAKES}, not {shown(value)}")
-    return value
-
-
-BudgetOrShare = Annotated[int | str, BeforeValidator(_budget_or_share)]
-#: First tokens of a request that never leave.
-Protected = Annotated[int | Literal["prompt"], BeforeValidator(_tokens_or_prompt)]
-
-
-def number(value: Any) -> Any:
-    """Digits as the integer they are: command lines and environments hold only text."""
-    return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
-
-
-def _off_or_budget(value: Any) -> Any:
-    is_off = isinstance(value, int) and not isinstance(value, bool) and value == OFF
-    return value if is_off else _budget_or_share(value)
+    max_budget: int | None = None
+    switch_at: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +43,15 @@ class CompactionSettings:
 
     `budget` tokens stay per layer and KV head after a compaction, the window included; `buffer` tokens are
     collected between two compactions; `policy` chooses which tokens stay, but for the first `protect`
-    tokens, which always do.
+    tokens, which always do. With `auto` all this begins once memory is short: `budget` is the `min_budget`
+    that was asked for.
     """
 
     budget: int
     buffer: int
     policy: PolicyName
     protect: int = 0
+    auto: AutoBudget | None = None
 
     @property
     def threshold(self) -> int:
@@ -109,28 +71,34 @@ def extra_args(settings: CompactionSettings | None) -> dict[str, int | str]:
     """
     if settings is None:
         return {"rkv_budget": OFF}
-    return {
-        "rkv_budget": settings.budget,
+    common: dict[str, int | str] = {
         "rkv_buffer": settings.buffer,
         "rkv_policy": settings.policy,
         "rkv_protect": settings.protect,
     }
-
-
-class DoesNotFit(ValueError):
-    """What a request protects leaves no room in its budget."""
+    if settings.auto is None:
+        return {"rkv_budget": settings.budget, **common}
+    bounds = {"rkv_max_budget": settings.auto.max_budget, "rkv_switch_at": settings.auto.switch_at}
+    given = {key: value for key, value in bounds.items() if value is not None}
+    return {"rkv_budget": AUTO, "rkv_min_budget": settings.budget, **given, **common}
 
 
 def check_protected(protect: int | str, budget: int | str | None) -> None:
-    """Raises: DoesNotFit where the first `protect` tokens leave no token of `budget` to choose.
+    """Raises: CannotBeServed where the first `protect` tokens leave no token of `budget` to choose.
 
     Where one of them is not a number yet, it is checked with each request.
     """
     if isinstance(protect, int) and isinstance(budget, int) and protect and budget <= protect + WINDOW:
-        raise DoesNotFit(
+        raise CannotBeServed(
             f"{protect} protected tokens and the window of {WINDOW} do not fit into a budget of {budget}: "
             f"it takes at least {protect + WINDOW + 1}"
         )
+
+
+def check_max_budget(max_budget: int | None, min_budget: int) -> None:
+    """Raises: CannotBeServed where a request would have to switch before it has more than its budget."""
+    if max_budget is not None and max_budget <= min_budget:
+        raise CannotBeServed(f"{max_budget} is not above min_budget, {min_budget}")
 
 
 class RequestDefaults(BaseModel):
@@ -138,12 +106,19 @@ class RequestDefaults(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    budget: BudgetOrShare | None = Field(
+    budget: Budget | None = Field(
         default=None,
         description=(
             "Tokens kept per layer and KV head where a request names no budget, or a share as in 25% of the "
-            "longest that it may become; none: full cache."
+            "longest that it may become, or `auto`: all of them until memory is short; none: full cache."
         ),
+    )
+    min_budget: BudgetTokens = Field(
+        default=1024, description="Budget of a request with budget `auto` from when memory is short."
+    )
+    max_budget: BudgetTokens | None = Field(
+        default=None,
+        description="Tokens at which a request with budget `auto` goes down to its min_budget at the latest.",
     )
     buffer: BufferTokens = Field(default=128, description="Tokens collected between two compactions.")
     policy: PolicyName = Field(default="rkv", description="What scores tokens.")
@@ -163,6 +138,12 @@ class EngineSettings(BaseModel):
     beyond_pool: bool = Field(
         default=False,
         description="Let max_model_len exceed what the pool holds; a request that cannot fit is refused.",
+    )
+    auto_usage: float = Field(
+        default=0.9,
+        gt=0.0,
+        le=1.0,
+        description="Share of the pool that is filled before requests with budget `auto` lose any token.",
     )
     granularity: Granularity = Field(
         default="token",
@@ -202,11 +183,26 @@ class RkvConfig(EngineSettings, RequestDefaults):
             raise ValueError("needs a default budget: without one, long requests would keep their full cache")
         return beyond
 
+    @field_validator("max_budget")
+    @classmethod
+    def _above_min_budget(cls, max_budget: int | None, info: ValidationInfo) -> int | None:
+        if "min_budget" in info.data:
+            check_max_budget(max_budget, info.data["min_budget"])
+        return max_budget
+
     @field_validator("protect")
     @classmethod
     def _fits_into_budget(cls, protect: int | str, info: ValidationInfo) -> int | str:
-        check_protected(protect, info.data.get("budget"))
+        budget = info.data.get("budget")
+        check_protected(protect, info.data.get("min_budget") if budget == AUTO else budget)
         return protect
+
+    @field_validator("granularity")
+    @classmethod
+    def _auto_is_by_token(cls, granularity: Granularity, info: ValidationInfo) -> Granularity:
+        if granularity == "page" and info.data.get("budget") == AUTO:
+            raise ValueError(AUTO_NEEDS_TOKENS)
+        return granularity
 
     @classmethod
     def from_additional_config(cls, additional_config: Mapping[str, Any]) -> RkvConfig:
@@ -225,17 +221,28 @@ class RkvConfig(EngineSettings, RequestDefaults):
     def resolve(self, request: RequestedSettings, size: RequestSize) -> CompactionSettings | None:
         """The settings in force for a request, or None where it keeps its full cache.
 
-        Raises: DoesNotFit where what it protects leaves no room in its budget.
+        Raises: CannotBeServed where what it asks for contradicts itself or the server's settings.
         """
         budget = self.budget if request.rkv_budget is None else request.rkv_budget
+        if budget != AUTO:
+            request.refuse_what_auto_takes()
         if budget is None or budget == OFF:
             return None
+        auto = None
+        if budget == AUTO:
+            if self.granularity == "page":
+                raise CannotBeServed(f'budget "{AUTO}" {AUTO_NEEDS_TOKENS}')
+            budget = self.min_budget if request.rkv_min_budget is None else request.rkv_min_budget
+            max_budget = self.max_budget if request.rkv_max_budget is None else request.rkv_max_budget
+            check_max_budget(max_budget, budget)
+            auto = AutoBudget(max_budget, request.rkv_switch_at)
         protect = self.protect if request.rkv_protect is None else request.rkv_protect
         settings = CompactionSettings(
             budget=max(size.tokens_of(budget), WINDOW + 1) if isinstance(budget, str) else budget,
             buffer=self.buffer if request.rkv_buffer is None else request.rkv_buffer,
             policy=self.policy if request.rkv_policy is None else request.rkv_policy,
             protect=size.prompt if isinstance(protect, str) else protect,
+            auto=auto,
         )
         check_protected(settings.protect, settings.budget)
         return settings
@@ -243,54 +250,6 @@ class RkvConfig(EngineSettings, RequestDefaults):
     def resolve_default(self, longest: int) -> CompactionSettings | None:
         """The settings of a request that names none, of up to `longest` tokens; its prompt is not counted.
 
-        Raises: DoesNotFit as `resolve`.
+        Raises: CannotBeServed as `resolve`.
         """
-        return self.resolve(_NOTHING_ASKED, RequestSize(prompt=0, longest=longest))
-
-
-class RequestedSettings(BaseModel):
-    """What one request asks for in `SamplingParams.extra_args` (`vllm_xargs` over HTTP).
-
-    None is the server's default.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    rkv_budget: Annotated[int | str, BeforeValidator(_off_or_budget)] | None = None
-    rkv_buffer: BufferTokens | None = None
-    rkv_policy: PolicyName | None = None
-    rkv_protect: Protected | None = None
-
-    @classmethod
-    def from_extra_args(cls, extra_args: Mapping[str, Any] | None) -> RequestedSettings:
-        """Reads our keys, all those that begin with `rkv_`, and leaves the others alone.
-
-        Raises: ValueError, one line that names each wrong field and says what it takes; of what was given no
-        more than fits into a line of a log.
-        """
-        if not extra_args:
-            return _NOTHING_ASKED
-        ours = {key: value for key, value in extra_args.items() if key.startswith(XARGS_PREFIX)}
-        if not ours:
-            return _NOTHING_ASKED
-        try:
-            return cls.model_validate(ours)
-        except ValidationError as error:
-            wrong = [str(part) for problem in error.errors() for part in problem["loc"][:1]]
-            unknown = [key for key in ours if key not in cls.model_fields]  # pydantic cannot name all of them
-            raise ValueError(one_line([_explain(key, ours[key]) for key in [*wrong, *unknown]])) from None
-
-
-_NOTHING_ASKED = RequestedSettings()
-
-
-def _explain(field: str, value: Any) -> str:
-    takes = {
-        "rkv_budget": f'takes {OFF} (full cache), an integer above {WINDOW} or a share as in "25%"',
-        "rkv_buffer": f"takes an integer of at least {WINDOW}",
-        "rkv_policy": f"takes one of {', '.join(POLICY_NAMES)}",
-        "rkv_protect": PROTECT_TAKES,
-    }
-    if field not in takes:
-        return f"{shown_name(field)} is unknown (known: {', '.join(takes)})"
-    return f"{field} {takes[field]}, not {shown(value)}"
+        return self.resolve(NOTHING_ASKED, RequestSize(prompt=0, longest=longest))

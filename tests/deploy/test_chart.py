@@ -33,7 +33,7 @@ from rkv_vllm import __version__
 from rkv_vllm.cli import app
 from rkv_vllm.server.caller_rules import KvSettings, RulesByApiKey
 from rkv_vllm.server.operations import OperationSettings
-from rkv_vllm.settings.config import POLICY_NAMES
+from rkv_vllm.settings.policy_table import POLICY_NAMES
 
 SCHEMA = json.loads((CHART / "values.schema.json").read_text())
 VALUES = yaml.safe_load((CHART / "values.yaml").read_text())
@@ -47,6 +47,7 @@ VALUE_SETS: dict[str, dict[str, Any]] = {
 EVERY_ARGUMENT = """
 --host=0.0.0.0 --port=8000 --served-model-name=reasoner --tensor-parallel-size=4 --block-size 16
 --kv-budget=1024 --kv-budget-min=512 --kv-budget-max=4096 --kv-require-budget --kv-buffer=128
+--kv-min-budget=256 --kv-max-budget=16384 --kv-auto-usage=0.8
 --kv-policy=rkv --kv-policies=rkv,snapkv --kv-protect=0 --kv-mix-lambda=0.25 --kv-granularity=token
 --kv-scope=head --kv-order=temporal --kv-beyond-pool
 --kv-key-policies=/etc/rkv-vllm/policies/key-policies.yaml

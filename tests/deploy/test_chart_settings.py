@@ -18,7 +18,7 @@ from rkv_vllm.settings.command_line import TAKEN
 
 #: Rules for budgets, as values below `kvCache`: every combination is tried.
 BUDGETS: dict[str, list[Any]] = {
-    "budget": ["full", 8, 512, 1024],
+    "budget": ["full", "auto", 8, 512, 1024],
     "budgetMin": [None, 512, 2048],
     "budgetMax": [None, 512, 1024],
     "requireBudget": [False, True],
@@ -39,6 +39,10 @@ OVERRIDES: list[Values] = [
     {"protect": "prompt"},
     {"protect": 1000},
     {"budget": "10%", "protect": 4000},
+    {"budget": "auto", "min_budget": 600},
+    {"budget": "auto", "protect": 1020},
+    {"max_budget": 1024},
+    {"max_budget": 1024, "min_budget": 512},
 ]
 #: Values that would reach the server beside those that are checked.
 BESIDE: list[tuple[Values, str]] = [
@@ -97,6 +101,16 @@ def combinations(choices: dict[str, list[Any]]) -> list[Values]:
                 "requireBudget": [False, True],
             }
         ),
+        combinations(
+            {
+                "budget": ["auto"],
+                "minBudget": [None, 8, 64],
+                "maxBudget": [None, 64, 2048],
+                "protect": [0, 60],
+                "granularity": ["token", "page"],
+                "autoUsage": [None, 1.5],
+            }
+        ),
         combinations({"policy": ["rkv", "random"], "policies": [[], ["rkv"], ["snapkv", "random"]]}),
         combinations(
             {
@@ -113,7 +127,7 @@ def combinations(choices: dict[str, list[Any]]) -> list[Values]:
             for own in OVERRIDES
         ],
     ],
-    ids=["budgets", "shares", "policies", "engine", "keys"],
+    ids=["budgets", "shares", "auto", "policies", "engine", "keys"],
 )
 def test_the_chart_refuses_the_settings_that_the_server_refuses(cases: list[Values], tmp_path: Path) -> None:
     """Proves that both refuse the same settings of the KV cache: no pod ends for one, and none is lost."""

@@ -14,7 +14,7 @@ from engine_process import Ask, Engine, Settings
 from support.identical import assert_alike
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rkv_vllm.settings.config import POLICY_NAMES
+from rkv_vllm.settings.policy_table import POLICY_NAMES
 
 #: SmolLM2 has three KV heads.
 RANKS = 3

@@ -23,8 +23,8 @@ from rkv_vllm.execution.stopwatch import CpuStopwatch
 from rkv_vllm.kernels import naive
 from rkv_vllm.kernels.rotary_pairs import RotaryPairs
 from rkv_vllm.policies import ScoreInputs, make_policies
-from rkv_vllm.settings.config import POLICY_NAMES, Order, PolicyName, RkvConfig, Scope
-from rkv_vllm.settings.policy_table import NUM_QUERIES, RING_SIZE
+from rkv_vllm.settings.config import Order, PolicyName, RkvConfig, Scope
+from rkv_vllm.settings.policy_table import NUM_QUERIES, POLICY_NAMES, RING_SIZE
 
 PAGE, LAYERS, HEADS, GROUP, SIZE = 16, 3, 2, 2, 32
 SCALE = SIZE**-0.5

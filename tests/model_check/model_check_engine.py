@@ -21,6 +21,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from rkv_vllm.bench import modelless
+from rkv_vllm.decisions.lengths import AutoLengths
 from rkv_vllm.decisions.messages import (
     REFUSAL_KEY,
     RESULT_KEY,
@@ -34,8 +35,9 @@ from rkv_vllm.decisions.query_rows import num_query_rows
 from rkv_vllm.observability.tally import read
 from rkv_vllm.scheduling import scheduler as scheduler_module
 from rkv_vllm.scheduling.scheduler import CompactingAsyncScheduler, CompactingScheduler
-from rkv_vllm.settings.config import CompactionSettings, RequestedSettings, RkvConfig
+from rkv_vllm.settings.config import CompactionSettings, RkvConfig
 from rkv_vllm.settings.request_size import RequestSize
+from rkv_vllm.settings.requested import RequestedSettings
 
 MAX_MODEL_LEN = 1024
 
@@ -67,7 +69,8 @@ class Arrival:
         page_size = setup.evicted_page_size
         most = RequestModel(len(self.prompt), settings, page_size).max_slots_by_page
         if most is None:
-            most = max(len(self.prompt), settings.threshold)
+            told = settings.auto.switch_at if settings.auto else None
+            most = max(len(self.prompt), settings.threshold, told or 0)
         return min(most, len(self.prompt) + self.max_tokens)
 
 
@@ -242,8 +245,12 @@ class Engine:
             self._update(*self._in_flight.popleft())
 
     def schedule(self) -> SchedulerOutput:
-        due = [request.request_id for request in self.scheduler.running if self._is_due(request)]
+        running = [
+            (each, each.num_computed_tokens) for each in self.scheduler.running if not self._is_complete(each)
+        ]
         output = self.scheduler.schedule(self.setup.restless and self._operator.random() < 0.3)
+        self._hear_orders()
+        due = [request.request_id for request, logical in running if self._is_due(request, logical)]
         plan = plan_of(output)
         preempted = output.preempted_req_ids or set()
         planned = {round_.request_id for round_ in plan.rounds}
@@ -269,11 +276,19 @@ class Engine:
             output = pickle.loads(pickle.dumps(output))
         return output
 
-    def _is_due(self, request: Request) -> bool:
-        """Whether the definition says that the request is compacted in the coming step."""
+    def _hear_orders(self) -> None:
+        """Tells the models where requests with budget "auto" were ordered to switch, the one thing that does
+        not follow from their counts; that it can be carried out is for the worker to find out."""
+        for request_id, tracked in self.scheduler._tracked.items():
+            model, lengths = self.models[request_id], tracked.lengths
+            if isinstance(lengths, AutoLengths) and model.switched is None:
+                model.ordered = lengths._ordered_at
+
+    def _is_due(self, request: Request, logical: int) -> bool:
+        """Whether the definition says that the request is compacted in the step, before which it was running
+        with `logical` tokens."""
         model = self.models[request.request_id]
-        due_now = model.due is not None and request.num_computed_tokens >= model.due
-        due_now &= not self._is_complete(request)
+        due_now = model.due is not None and logical >= model.due
         self.counts["compactions that wait"] += due_now and model.awaited is not None
         return due_now and model.awaited is None
 
@@ -408,7 +423,13 @@ class Engine:
         model = self.models[request_id]
         points = model.reached()
         settings = model.settings
-        assert result["budget"] == (settings.budget if settings else None)
+        if settings and settings.auto:
+            assert (result["budget"], result["min_budget"]) == ("auto", settings.budget)
+            assert result.get("full_cache_tokens") == (points[0] if points else None)
+            self.counts["switches"] += bool(points)
+            self.counts["full caches kept"] += not points
+        else:
+            assert result["budget"] == (settings.budget if settings else None)
         assert result["protect"] == ((settings.protect or None) if settings else None)
         assert result["compactions"] == len(points)
         assert result["evicted_tokens"] == model.most_evicted

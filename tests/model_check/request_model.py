@@ -95,7 +95,8 @@ class RequestModel:
     `page_size` is that of an engine which evicts whole pages, and None of one which evicts tokens. `symbols`
     are the slots in order; `points` the logical lengths at which it was compacted since it last started from
     nothing, the last of its `lives`; `awaited` the sequence of the page eviction whose report has not come
-    back, if any; `most_evicted` tokens over all lives.
+    back, if any; `most_evicted` tokens over all lives. With budget "auto", `ordered` is where the scheduler
+    says that it has to switch, and `switched` where it first did.
     """
 
     num_prompt_tokens: int
@@ -108,6 +109,8 @@ class RequestModel:
     lives: list[list[int]] = field(default_factory=list)
     awaited: int | None = None
     most_evicted: int = 0
+    ordered: int | None = None
+    switched: int | None = None
 
     @property
     def due(self) -> int | None:
@@ -115,7 +118,12 @@ class RequestModel:
         if self.settings is None:
             return None
         evicted = self.logical - len(self.symbols)
-        return max(self.num_prompt_tokens, evicted + due_slots(self.settings, self.page_size))
+        due = max(self.num_prompt_tokens, evicted + due_slots(self.settings, self.page_size))
+        if self.settings.auto is None or evicted:
+            return due
+        told, bound = self.settings.auto.switch_at, self.settings.auto.max_budget
+        switch = next((at for at in (self.switched, told, self.ordered, bound) if at is not None), None)
+        return None if switch is None else max(due, switch)
 
     @property
     def max_slots_by_page(self) -> int | None:
@@ -149,6 +157,8 @@ class RequestModel:
         assert self.settings is not None
         assert self.logical == self.due, f"compacted at {self.logical}, but it was due at {self.due}"
         self.points.append(self.logical)
+        if self.switched is None:
+            self.switched = self.logical
         queries = self.newest_queries()
         if self.page_size is None:
             kept = survivors(self.symbols, queries, self.settings.budget, self.settings.protect)

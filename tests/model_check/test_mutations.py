@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import pytest
 import symbolic_worker
@@ -13,19 +13,27 @@ from model_check_engine import Engine
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-from workload import by_page, random_arrivals, random_setup
+from workload import by_page, random_arrivals, random_setup, with_auto
 
-from rkv_vllm.decisions.lengths import PageLengths, RequestLengths
+from rkv_vllm.decisions.lengths import AutoLengths, PageLengths, RequestLengths
 from rkv_vllm.decisions.query_rows import QueryRows
+from rkv_vllm.scheduling.auto_budgets import AutoBudgets
 from rkv_vllm.scheduling.block_manager import CompactingManager
 from rkv_vllm.scheduling.round_planner import RoundPlanner
 from rkv_vllm.scheduling.scheduler import CompactingSchedulerMixin
 from rkv_vllm.scheduling.tracked_request import TrackedRequest
 
 Break = Callable[[pytest.MonkeyPatch], None]
-MOST_RUNS = 60
-#: More, for few runs have pages that leave while the request goes on fast enough.
-MOST_RUNS_BY_PAGE = 120
+#: What the runs are like: single tokens leave, or whole pages, or tokens where memory is short.
+Workload = Literal["by token", "by page", "auto"]
+#: Seeds of the runs.
+RUNS: dict[Workload, range] = {
+    "by token": range(60),
+    # More, for few runs have pages that leave while the request goes on fast enough.
+    "by page": range(120),
+    # In some of these a prompt fills the pool, or finds most of itself in the cache.
+    "auto": range(130, 190),
+}
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,7 @@ class Mutation:
     """One rule of the protocol, broken by `breaks`, and the error by which the check notices."""
 
     breaks: Break
-    by_page: bool
+    workload: Workload
     raises: type[Exception]
     message: str | None
 
@@ -45,18 +53,21 @@ MUTATIONS: list[Mutation] = []
 
 
 def mutation(
-    *, by_page: bool = False, raises: type[Exception] = AssertionError, message: str | None = None
+    *,
+    workload: Workload = "by token",
+    raises: type[Exception] = AssertionError,
+    message: str | None = None,
 ) -> Callable[[Break], Break]:
     """Registers a function that breaks one rule.
 
     Args:
-        by_page: in the runs where whole pages leave, not single tokens.
+        workload: in which runs.
         raises: what stops the run, where it is not an assertion of the check itself.
         message: a regular expression that the error's text must contain.
     """
 
     def register(breaks: Break) -> Break:
-        MUTATIONS.append(Mutation(breaks, by_page, raises, message))
+        MUTATIONS.append(Mutation(breaks, workload, raises, message))
         return breaks
 
     return register
@@ -232,7 +243,7 @@ def compact_after_the_pages_were_given_away(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(symbolic_worker.SymbolicRunner, "execute", execute_late)
 
 
-@mutation(by_page=True)
+@mutation(workload="by page")
 def guess_which_pages_left(patch: pytest.MonkeyPatch) -> None:
     remove = CompactingManager.remove_pages
 
@@ -243,22 +254,22 @@ def guess_which_pages_left(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(CompactingManager, "remove_pages", remove_oldest)
 
 
-@mutation(by_page=True)
+@mutation(workload="by page")
 def forget_reports(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(RoundPlanner, "apply_page_report", lambda planner, report: 0)
 
 
-@mutation(by_page=True)
+@mutation(workload="by page")
 def keep_the_pages_that_left(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(CompactingManager, "remove_pages", lambda manager, request_id, page_ids: None)
 
 
-@mutation(by_page=True)
+@mutation(workload="by page")
 def go_on_caching(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(CompactingManager, "cache_blocks", FullAttentionManager.cache_blocks)
 
 
-@mutation(by_page=True)
+@mutation(workload="by page")
 def keep_leaving_pages_of_a_preempted_request(patch: pytest.MonkeyPatch) -> None:
     def restart(lengths: PageLengths) -> None:
         lengths.evicted = 0
@@ -266,22 +277,22 @@ def keep_leaving_pages_of_a_preempted_request(patch: pytest.MonkeyPatch) -> None
     patch.setattr(PageLengths, "restart", restart)
 
 
-@mutation(by_page=True)
+@mutation(workload="by page")
 def take_pages_while_others_are_leaving(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PageLengths, "end_of_chunk", RequestLengths.end_of_chunk)
 
 
-@mutation(by_page=True)
+@mutation(workload="by page")
 def forget_that_others_are_leaving(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PageLengths, "unconstrained_until", RequestLengths.unconstrained_until)
 
 
-@mutation(by_page=True)
+@mutation(workload="by page")
 def plan_again_before_the_report(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PageLengths, "is_due", RequestLengths.is_due)
 
 
-@mutation(by_page=True)
+@mutation(workload="by page")
 def drop_a_page_of_the_window(patch: pytest.MonkeyPatch) -> None:
     leaving = symbolic_worker.leaving_pages
 
@@ -292,7 +303,7 @@ def drop_a_page_of_the_window(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(symbolic_worker, "leaving_pages", newest)
 
 
-@mutation(by_page=True)
+@mutation(workload="by page")
 def leave_evicted_pages_in_the_batch_row(patch: pytest.MonkeyPatch) -> None:
     def replace_pages(runner: Any, request_id: str, pages: Any) -> None:
         runner.requests[request_id].block_ids[0][:] = pages
@@ -311,7 +322,7 @@ def protect_nothing(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(RoundPlanner, "_begin_round", begin_unprotected)
 
 
-@mutation(by_page=True)
+@mutation(workload="by page")
 def protect_the_pages_that_are_filled(patch: pytest.MonkeyPatch) -> None:
     """A page with some protected tokens in it counts as none."""
     leaving = symbolic_worker.leaving_pages
@@ -322,24 +333,77 @@ def protect_the_pages_that_are_filled(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(symbolic_worker, "leaving_pages", leave)
 
 
-@mutation(by_page=True, raises=ValueError, message="larger than population")
+@mutation(workload="by page", raises=ValueError, message="larger than population")
 def keep_no_room_beside_protected_pages(patch: pytest.MonkeyPatch) -> None:
     budget = property(lambda lengths: max(lengths._pages(lengths.settings.budget), 1 + lengths._pages(7)))
     patch.setattr(PageLengths, "kept_pages", budget)
 
 
-def run_random_engines(pages: bool) -> None:
-    for seed in range(MOST_RUNS_BY_PAGE if pages else MOST_RUNS):
+@mutation(workload="auto")
+def order_a_switch_one_token_late(patch: pytest.MonkeyPatch) -> None:
+    """With one query too few captured."""
+    earliest = AutoLengths.earliest_switch
+    patch.setattr(AutoLengths, "earliest_switch", lambda lengths, logical: earliest(lengths, logical) - 1)
+
+
+@mutation(workload="auto")
+def go_on_past_an_order(patch: pytest.MonkeyPatch) -> None:
+    """What is known of where chunks have to end is that before the order."""
+
+    def order_switch(tracked: TrackedRequest, switch_at: int) -> None:
+        assert isinstance(tracked.lengths, AutoLengths)
+        tracked.lengths.order(switch_at)
+
+    patch.setattr(TrackedRequest, "order_switch", order_switch)
+
+
+@mutation(workload="auto", message="does not come to an end")
+def order_nobody_on_arrival(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(AutoBudgets, "order_on_arrival", lambda autos, request: None)
+
+
+@mutation(workload="auto")
+def adopt_any_prefix_before_a_switch(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(AutoLengths, "cacheable", lambda lengths, num_tokens: num_tokens - 1)
+
+
+@mutation(workload="auto")
+def forget_where_a_preempted_request_has_switched(patch: pytest.MonkeyPatch) -> None:
+    def restart(lengths: AutoLengths) -> None:
+        lengths.evicted = 0
+        lengths._ordered_at = lengths._switched_at = None
+
+    patch.setattr(AutoLengths, "restart", restart)
+
+
+@mutation(workload="auto")
+def overlook_an_order_that_is_due_at_once(patch: pytest.MonkeyPatch) -> None:
+    order_switches = RoundPlanner.order_switches
+
+    def order(planner: RoundPlanner, orders: Any) -> None:
+        before = list(planner._may_be_due)
+        order_switches(planner, orders)
+        planner._may_be_due[:] = before
+
+    patch.setattr(RoundPlanner, "order_switches", order)
+
+
+def run_random_engines(workload: Workload) -> None:
+    for seed in RUNS[workload]:
         chance = random.Random(seed)
         arrivals = random_arrivals(chance, count=8)
+        if workload == "auto":
+            arrivals = with_auto(chance, arrivals)
         setup = replace(random_setup(chance, arrivals), depth=1 + seed % 3)
-        Engine(by_page(setup, arrivals) if pages else setup, arrivals).run(most_steps=2_000)
+        if workload == "by page":
+            setup = by_page(setup, arrivals)
+        Engine(setup, arrivals).run(most_steps=2_000)
 
 
-@pytest.mark.parametrize("pages", [False, True], ids=["by token", "by page"])
-def test_unbroken_rules_pass(pages: bool) -> None:
+@pytest.mark.parametrize("workload", get_args(Workload))
+def test_unbroken_rules_pass(workload: Workload) -> None:
     """Proves that the same runs pass with nothing broken: what fails below fails for its mutation alone."""
-    run_random_engines(pages)
+    run_random_engines(workload)
 
 
 @pytest.mark.parametrize("broken", MUTATIONS, ids=str)
@@ -347,4 +411,4 @@ def test_a_broken_rule_is_noticed(broken: Mutation, monkeypatch: pytest.MonkeyPa
     """Proves that the check fails when the protocol is broken in this way, within a few random runs."""
     broken.breaks(monkeypatch)
     with pytest.raises(broken.raises, match=broken.message):
-        run_random_engines(broken.by_page)
+        run_random_engines(broken.workload)

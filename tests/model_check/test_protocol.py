@@ -11,7 +11,7 @@ from model_check_engine import Arrival, Engine, Outcome, Setup, make_scheduler
 from request_model import VOCABULARY
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
-from workload import by_page, random_arrivals, random_setup, smallest_pool
+from workload import by_page, random_arrivals, random_setup, smallest_pool, with_auto
 
 from rkv_vllm.decisions.messages import PageReport, plan_of
 from rkv_vllm.settings.config import Granularity, RkvConfig
@@ -26,18 +26,22 @@ PAGE_RUNS_PER_TEST = 16
     [
         *((seed, "token") for seed in range(0, 96, RUNS_PER_TEST)),
         *((seed, "page") for seed in range(0, 48, PAGE_RUNS_PER_TEST)),
+        *((seed, "auto") for seed in range(0, 96, PAGE_RUNS_PER_TEST)),
     ],
 )
 def test_every_slot_holds_what_it_should(first_seed: int, granularity: str, totals: Counter[str]) -> None:
     """Proves on random small engines of depth 1 to 3 that no step reads wrong KV, queries or cached pages.
 
-    Where whole pages leave, the scheduler learns which one to three steps late.
+    Where whole pages leave, the scheduler learns which one to three steps late. With budget "auto" it decides
+    when a request is first compacted.
     """
     seen: Counter[str] = Counter()
     runs = RUNS_PER_TEST if granularity == "token" else PAGE_RUNS_PER_TEST
     for seed in range(first_seed, first_seed + runs):
         chance = random.Random(seed)
         arrivals = random_arrivals(chance, count=chance.randrange(4, 14), by_step=True)
+        if granularity == "auto":
+            arrivals = with_auto(chance, arrivals)
         setup = random_setup(chance, arrivals)
         if granularity == "page":
             setup = by_page(setup, arrivals)
@@ -48,7 +52,7 @@ def test_every_slot_holds_what_it_should(first_seed: int, granularity: str, tota
         )
         seen += Engine(setup, arrivals).run().counts
     totals.update(seen, runs=runs)
-    own = "copied pages" if granularity == "token" else "late reports"
+    own = {"token": "copied pages", "page": "late reports", "auto": "switches"}[granularity]
     assert all(seen[what] for what in ("compactions", own, "preemptions", "replayed compactions"))
 
 
@@ -294,3 +298,74 @@ def test_a_client_that_leaves_says_nothing_of_how_long_answers_are(leaves: bool)
     outcome = engine.run()
     assert all(len(said) < 400 for said in outcome.tokens.values())
     assert (engine.scheduler._admission.early_stop_rate.per_token(running_tokens=0) == 0.0) is leaves
+
+
+@pytest.mark.parametrize("seed", [0, 5, 8, 9, 10, 12])  # in which pressure decides for several
+def test_an_answer_of_auto_follows_from_its_switch(seed: int, totals: Counter[str]) -> None:
+    """Proves that the length at which a request has switched, which its result tells, is all that pressure
+    decides: alone, and told to switch there, it says the same and is compacted at the same lengths."""
+    chance = random.Random(2000 + seed)
+    arrivals = with_auto(chance, random_arrivals(chance, count=12))
+    setup = random_setup(chance, arrivals)
+    setup = replace(setup, num_pages=smallest_pool(setup, arrivals) + 2)
+    for depth in (1, 2, 3):
+        engine = Engine(replace(setup, depth=depth), arrivals)
+        outcome = engine.run()
+        totals.update(outcome.counts, runs=1)
+        assert outcome.counts["switches"]
+        for arrival in arrivals:
+            name, result = arrival.request_id, engine.results.get(arrival.request_id)
+            if result is None or result["budget"] != "auto":
+                continue
+            assert arrival.extra_args is not None
+            told = dict(arrival.extra_args)
+            if result["compactions"]:
+                told["rkv_switch_at"] = result["full_cache_tokens"]
+            else:
+                told = {"rkv_budget": 0}
+            again = alone(setup, replace(arrival, extra_args=told))
+            assert again.tokens[name] == outcome.tokens[name]
+            assert again.points[name] == outcome.points[name]
+
+
+@pytest.mark.parametrize("policy", ["invariant", "rkv", "recency"])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_full_pool_of_auto_preempts_nobody(depth: int, policy: str) -> None:
+    """Proves that requests are made to switch in time, and that those which need not keep everything."""
+    auto = {"rkv_budget": "auto", "rkv_min_budget": 40, "rkv_buffer": 24, "rkv_policy": policy}
+    arrivals = [
+        Arrival(f"{i}", prompt(20, i), 90 + 50 * (i % 4), auto, at_step=3 * i, stops_early=False)
+        for i in range(30)
+    ]
+    setup = Setup(num_pages=90, depth=depth, max_num_seqs=30, prefix_caching=False)
+    outcome = Engine(setup, arrivals).run()
+    assert outcome.counts["preemptions"] == 0
+    assert outcome.counts["switches"] >= 5 and outcome.counts["full caches kept"] >= 5
+
+
+@pytest.mark.parametrize("policy", ["invariant", "rkv", "recency"])
+@pytest.mark.parametrize("hit", [False, True])
+def test_a_prompt_that_fills_the_pool_switches_behind_it(hit: bool, policy: str) -> None:
+    """Proves that a request which finds no room for the notice of a switch is ordered to as it arrives, with
+    a cached prefix too, and is not preempted for ever."""
+    auto = {"rkv_budget": "auto", "rkv_min_budget": 24, "rkv_buffer": 8, "rkv_policy": policy}
+    arrivals = [Arrival(f"{i}", prompt(95), 60, auto, at_step=300 * i) for i in range(1 + hit)]
+    outcome = Engine(Setup(num_pages=13, page_size=8), arrivals).run(most_steps=1000)
+    assert outcome.counts["preemptions"] == 0
+    assert all(points[0] == 95 for points in outcome.points.values())
+
+
+def test_auto_gives_way_by_priority() -> None:
+    """Proves that the less urgent requests are cut first, and that an urgent newcomer is let in."""
+    auto = {"rkv_budget": "auto", "rkv_min_budget": 24, "rkv_buffer": 8, "rkv_policy": "rkv"}
+    patient, urgent = (
+        [
+            Arrival(name, prompt(20, index), 150, auto, priority=priority, at_step=step, stops_early=False)
+            for index, (name, step) in enumerate(steps.items(), start=priority)
+        ]
+        for priority, steps in ((9, {"a": 0, "b": 0, "c": 0}), (1, {"d": 0, "e": 60, "f": 120}))
+    )
+    outcome = Engine(Setup(num_pages=44, priorities=True, prefix_caching=False), patient + urgent).run()
+    assert outcome.counts["preemptions"] == 0
+    assert all(outcome.points[each.request_id] for each in patient)
+    assert not any(outcome.points[each.request_id] for each in urgent)

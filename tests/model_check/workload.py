@@ -10,7 +10,8 @@ from model_check_engine import Arrival, Setup
 from request_model import VOCABULARY
 from vllm.utils.math_utils import cdiv
 
-from rkv_vllm.settings.config import POLICY_NAMES, WINDOW, RkvConfig
+from rkv_vllm.settings.config import WINDOW, RkvConfig
+from rkv_vllm.settings.policy_table import POLICY_NAMES
 
 
 def random_arrivals(chance: random.Random, count: int, by_step: bool = False) -> list[Arrival]:
@@ -70,6 +71,25 @@ def random_setup(chance: random.Random, arrivals: list[Arrival]) -> Setup:
     spare = chance.choice((0, 0, 1, 2, 4, 8))
     keeps_room = chance.random() < 0.5
     return replace(setup, num_pages=smallest_pool(setup, arrivals) + spare, keeps_room=keeps_room)
+
+
+def with_auto(chance: random.Random, arrivals: list[Arrival]) -> list[Arrival]:
+    """The same requests, but of those with a budget most go down to it only where memory is short."""
+    return [_auto(chance, each) if chance.random() < 0.75 else each for each in arrivals]
+
+
+def _auto(chance: random.Random, arrival: Arrival) -> Arrival:
+    asked = dict(arrival.extra_args or {})
+    budget = asked.get("rkv_budget")
+    if not isinstance(budget, int) or not budget:
+        return arrival
+    asked |= {"rkv_budget": "auto", "rkv_min_budget": budget}
+    kind = chance.random()
+    if kind < 0.15:
+        asked["rkv_max_budget"] = budget + chance.choice((1, 30, 100))
+    elif kind < 0.25:
+        asked["rkv_switch_at"] = chance.randrange(1, 200)
+    return replace(arrival, extra_args=asked)
 
 
 def by_page(setup: Setup, arrivals: list[Arrival]) -> Setup:

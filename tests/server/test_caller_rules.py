@@ -12,9 +12,11 @@ from pydantic import ValidationError
 
 from rkv_vllm.server.caller_rules import CallerRules, KvSettings, RulesByApiKey
 from rkv_vllm.server.request import KvCacheError, KvCacheRequest, read_kv_cache, read_xargs
-from rkv_vllm.settings.config import POLICY_NAMES, WINDOW, XARGS_PREFIX, RequestedSettings
+from rkv_vllm.settings.config import WINDOW
 from rkv_vllm.settings.error_text import explain
+from rkv_vllm.settings.policy_table import POLICY_NAMES
 from rkv_vllm.settings.request_size import RequestSize
+from rkv_vllm.settings.requested import XARGS_PREFIX, RequestedSettings
 
 KEY = "the key of a caller"
 DIGEST = hashlib.sha256(KEY.encode()).hexdigest()
@@ -43,6 +45,10 @@ def test_a_request_gets_what_it_asks_for_and_defaults_for_the_rest() -> None:
         ({"budget": "full"}, "budget"),
         ({"buffer": 129}, "buffer"),
         ({"policy": "keydiff"}, "policy"),
+        ({"budget": "auto"}, "budget"),
+        ({"min_budget": 256}, "min_budget"),
+        ({"max_budget": 4096}, "max_budget"),
+        ({"budget": 512, "min_budget": 256}, "min_budget"),
     ],
 )
 def test_what_is_out_of_bounds_is_refused_by_name(asked: dict[str, Any], field: str) -> None:
@@ -84,6 +90,34 @@ def test_a_protected_prompt_is_counted_and_has_to_fit() -> None:
         CallerRules(budget=64, protect=60)
 
 
+def test_auto_is_told_to_the_engine_with_its_bounds() -> None:
+    """Proves whose word counts, that a default is brought within the bounds, and what is refused."""
+    rules = CallerRules(budget="auto", min_budget=128, budget_min=64)
+    told = rules.resolve(KvCacheRequest()).model_dump(exclude_none=True)
+    assert told["rkv_budget"] == "auto" and told["rkv_min_budget"] == 128
+    assert "rkv_max_budget" not in told and "rkv_switch_at" not in told
+    own = rules.resolve(KvCacheRequest(budget="auto", min_budget=64, max_budget=512))
+    assert (own.rkv_min_budget, own.rkv_max_budget) == (64, 512)
+    assert rules.settle(own, RequestSize(prompt=500, longest=900)) == own
+    flat = rules.resolve(read_xargs({"rkv_budget": "auto", "rkv_switch_at": 9216}))
+    assert (flat.rkv_switch_at, flat.rkv_min_budget) == (9216, 128)
+    assert CallerRules(budget_min=2048).resolve(KvCacheRequest(budget="auto")).rkv_min_budget == 2048
+    with pytest.raises(KvCacheError, match="the least here is 64") as low:
+        rules.resolve(KvCacheRequest(min_budget=63))
+    with pytest.raises(KvCacheError, match="128 is not above min_budget, 128") as high:
+        rules.resolve(KvCacheRequest(max_budget=128))
+    with pytest.raises(KvCacheError, match="do not fit into a budget of 64") as protected:
+        rules.settle(rules.resolve(KvCacheRequest(min_budget=64, protect=60)), RequestSize(70, 900))
+    with pytest.raises(KvCacheError, match="is unknown") as unknown:
+        read_kv_cache({"budget": "auto", "switch_at": 9216})
+    assert [no.value.field for no in (low, high, protected, unknown)] == [
+        "min_budget",
+        "max_budget",
+        "protect",
+        "switch_at",
+    ]
+
+
 def test_a_budget_may_be_required() -> None:
     """Proves that silence is refused then, and that `full` is an answer."""
     rules = CallerRules(require_budget=True)
@@ -107,6 +141,9 @@ def test_a_budget_may_be_required() -> None:
         ({"policies": "rkv,unknown"}, "policies"),
         ({"buffer": 7}, "buffer"),
         ({"budgets": 512}, "budgets"),
+        ({"budget": "auto", "budget_max": 4096}, "budget"),
+        ({"min_budget": 8}, "min_budget"),
+        ({"min_budget": 512, "max_budget": 512}, "max_budget"),
     ],
 )
 def test_settings_that_contradict_are_refused_by_name(settings: dict[str, Any], named: str) -> None:
@@ -137,7 +174,15 @@ def test_without_settings_everything_is_allowed_and_nothing_compacted() -> None:
     assert resolved(rules)[0] == 0
     assert rules.bounds().model_dump() == {
         "object": "kv_cache.bounds",
-        "budget": {"default": "full", "required": False, "min": 9, "max": None, "full": True},
+        "budget": {
+            "default": "full",
+            "required": False,
+            "min": 9,
+            "max": None,
+            "full": True,
+            "auto": True,
+            "min_budget": 1024,
+        },
         "buffer": {"default": 128, "min": 8, "max": None},
         "policy": {"default": "rkv", "allowed": list(POLICY_NAMES)},
         "protect": {"default": 0},

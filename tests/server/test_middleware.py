@@ -18,7 +18,7 @@ from vllm.exceptions import VLLMValidationError
 from rkv_vllm.server.caller_rules import CallerRules, RulesByApiKey
 from rkv_vllm.server.middleware import PATHS, KvCacheMiddleware, Refused, settings_of
 from rkv_vllm.server.request import KvCacheRequest
-from rkv_vllm.settings.config import POLICY_NAMES
+from rkv_vllm.settings.policy_table import POLICY_NAMES
 
 RULES = CallerRules(budget=512, budget_min=256, budget_max=1024)
 DEFAULT = {"rkv_budget": 512, "rkv_buffer": 128, "rkv_policy": "rkv", "rkv_protect": 0}
@@ -204,6 +204,8 @@ def test_the_route_of_its_own_says_what_is_allowed() -> None:
         "min": 256,
         "max": 1024,
         "full": False,
+        "auto": False,
+        "min_budget": 1024,
     }
     refused = client.post("/v1/kv_cache")
     assert (refused.status_code, refused.headers["allow"]) == (405, "GET, HEAD")

@@ -13,16 +13,8 @@ from rkv_vllm.kernels.rotary_pairs import RotaryPairs
 from rkv_vllm.policies import ScoreInputs, invariant, make_policies, weights
 from rkv_vllm.policies.recency import SINKS, Recency
 from rkv_vllm.policies.rkv import Rkv
-from rkv_vllm.settings.config import (
-    POLICY_NAMES,
-    POOL_KERNEL,
-    SIMILARITY_THRESHOLD,
-    WINDOW,
-    Order,
-    PolicyName,
-    RkvConfig,
-)
-from rkv_vllm.settings.policy_table import KERNELS, NUM_QUERIES
+from rkv_vllm.settings.config import POOL_KERNEL, SIMILARITY_THRESHOLD, WINDOW, Order, PolicyName, RkvConfig
+from rkv_vllm.settings.policy_table import KERNELS, NUM_QUERIES, POLICY_NAMES
 
 POLICIES = make_policies(RkvConfig(mix_lambda=0.3))
 HEADS, GROUP, SIZE = 2, 3, 16

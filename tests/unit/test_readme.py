@@ -9,7 +9,7 @@ import pytest
 
 from rkv_vllm.host import compatibility
 from rkv_vllm.settings import policy_table
-from rkv_vllm.settings.config import POLICY_NAMES
+from rkv_vllm.settings.policy_table import POLICY_NAMES
 
 ROOT = Path(__file__).parents[2]
 

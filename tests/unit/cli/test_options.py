@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from rkv_vllm.cli import app
 from rkv_vllm.cli.options import SHARED_SETTINGS, OptionGroup, takes
 from rkv_vllm.server.caller_rules import KvSettings
-from rkv_vllm.settings.config import RequestDefaults, RkvConfig
+from rkv_vllm.settings.config import RkvConfig
 
 README = Path(__file__).parents[3] / "README.md"
 
@@ -69,7 +69,8 @@ def test_help_says_what_a_field_says() -> None:
         ("serve", "--kv-", tuple(KvSettings.model_fields)),
         ("doctor", "--kv-", tuple(RkvConfig.model_fields)),
         ("args", "--kv-", tuple(RkvConfig.model_fields)),
-        ("eval", "--kv-", (*SHARED_SETTINGS, *RequestDefaults.model_fields)),
+        # What is compared has budgets of its own.
+        ("eval", "--kv-", (*SHARED_SETTINGS, "budget", "buffer", "policy", "protect")),
         # What protection brings is measured by answers.
         ("fidelity", "--kv-", (*SHARED_SETTINGS, "budget", "buffer", "policy")),
         ("bench", "--kv-", ("budget", "buffer", "policy")),

@@ -14,7 +14,7 @@ from rkv_vllm.evaluation.settings import (
     parse_policies,
     parse_protects,
 )
-from rkv_vllm.settings.config import RequestedSettings
+from rkv_vllm.settings.requested import RequestedSettings
 
 
 def test_the_grid_has_the_full_cache_first_and_each_setting_once() -> None:

@@ -8,16 +8,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from rkv_vllm.settings.config import (
-    POLICY_NAMES,
-    WINDOW,
-    CompactionSettings,
-    DoesNotFit,
-    RequestedSettings,
-    RkvConfig,
-    extra_args,
-)
+from rkv_vllm.settings.config import WINDOW, AutoBudget, CompactionSettings, RkvConfig, extra_args
+from rkv_vllm.settings.policy_table import POLICY_NAMES
 from rkv_vllm.settings.request_size import RequestSize
+from rkv_vllm.settings.requested import CannotBeServed, RequestedSettings
 
 
 @pytest.mark.parametrize(
@@ -47,6 +41,13 @@ from rkv_vllm.settings.request_size import RequestSize
         ("scope", None),
         ("order", "time"),
         ("colour", "red"),
+        ("budget", "automatic"),
+        ("min_budget", WINDOW),
+        ("min_budget", "auto"),
+        ("max_budget", 1024),
+        ("max_budget", "25%"),
+        ("auto_usage", 0.0),
+        ("auto_usage", 1.1),
     ],
 )
 def test_server_refuses(setting: str, value: Any) -> None:
@@ -109,7 +110,7 @@ def test_request_budget_refused(value: Any) -> None:
     with pytest.raises(ValueError) as refused:
         RequestedSettings.from_extra_args({"rkv_budget": value})
     assert str(refused.value) == (
-        f"rkv_budget takes 0 (full cache), an integer above {WINDOW} or a share as in "
+        f'rkv_budget takes 0 (full cache), an integer above {WINDOW}, "auto" or a share as in '
         f'"25%", not {json.dumps(value)}'
     )
 
@@ -226,7 +227,7 @@ def test_what_is_protected_leaves_a_token_to_choose(protect: int | str) -> None:
         if budget > 55 + WINDOW:
             assert RkvConfig(budget=budget).resolve(asked, size) is not None
             continue
-        with pytest.raises(DoesNotFit, match=rf"at least {55 + WINDOW + 1}"):
+        with pytest.raises(CannotBeServed, match=rf"at least {55 + WINDOW + 1}"):
             RkvConfig(budget=budget).resolve(asked, size)
     assert RkvConfig(budget=64).resolve(RequestedSettings(rkv_budget=0, rkv_protect=500), size) is None
 
@@ -252,3 +253,40 @@ def test_request_budget_derives(policy: Any) -> None:
     budget = CompactionSettings(64, 32, policy)
     assert budget.threshold == 96
     assert budget.num_queries == {"rkv": 8, "snapkv": 8, "invariant": min(16, budget.buffer)}.get(policy, 0)
+
+
+def test_auto_needs_tokens() -> None:
+    """Proves that whole pages refuse budget "auto", of the server by name and of a request alone."""
+    with pytest.raises(ValidationError, match="needs granularity token") as refused:
+        RkvConfig(budget="auto", granularity="page")
+    assert [problem["loc"][0] for problem in refused.value.errors()] == ["granularity"]
+    with pytest.raises(CannotBeServed, match='budget "auto" needs granularity token'):
+        RkvConfig(granularity="page").resolve(RequestedSettings(rkv_budget="auto"), SIZE)
+
+
+def test_auto_of_a_request() -> None:
+    """Proves whose word counts for a request with budget "auto", and that it sends what it was given."""
+    server = RkvConfig(budget="auto", min_budget=128, max_budget=4096)
+    settings = server.resolve(RequestedSettings(), SIZE)
+    assert settings is not None and (settings.budget, settings.auto) == (128, AutoBudget(4096, None))
+    asked = {"rkv_min_budget": 64, "rkv_max_budget": 100, "rkv_switch_at": 9216}
+    own = server.resolve(RequestedSettings.from_extra_args(asked), SIZE)
+    assert own is not None and (own.budget, own.auto) == (64, AutoBudget(100, 9216))
+    assert RkvConfig().resolve(RequestedSettings.from_extra_args(extra_args(own)), SIZE) == own
+    with pytest.raises(CannotBeServed, match="100 is not above min_budget, 128"):
+        server.resolve(RequestedSettings(rkv_max_budget=100), SIZE)
+    with pytest.raises(CannotBeServed, match="do not fit into a budget of 64"):
+        server.resolve(RequestedSettings(rkv_min_budget=64, rkv_protect=60), SIZE)
+    with pytest.raises(ValidationError, match="do not fit into a budget of 128"):
+        RkvConfig(budget="auto", min_budget=128, protect=120)
+
+
+@pytest.mark.parametrize("field", ["rkv_min_budget", "rkv_max_budget", "rkv_switch_at"])
+def test_what_is_for_auto_alone(field: str) -> None:
+    """Proves that a field which a fixed budget has no use for is refused by name, not overlooked."""
+    with pytest.raises(ValueError, match=f"{field}: only with budget"):
+        RequestedSettings.from_extra_args({"rkv_budget": 64, field: 512})
+    with pytest.raises(CannotBeServed, match=f"{field}: only with budget"):
+        RkvConfig(budget=64).resolve(RequestedSettings.from_extra_args({field: 512}), SIZE)
+    with pytest.raises(ValueError, match=f"{field} takes an integer"):
+        RequestedSettings.from_extra_args({"rkv_budget": "auto", field: "many"})

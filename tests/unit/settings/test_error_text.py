@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from rkv_vllm.settings.config import RequestedSettings
 from rkv_vllm.settings.error_text import (
     MOST_OF_MESSAGE,
     MOST_PROBLEMS,
@@ -19,6 +18,7 @@ from rkv_vllm.settings.error_text import (
     shown,
     shown_name,
 )
+from rkv_vllm.settings.requested import RequestedSettings
 
 DEEP: list[Any] = []
 for _ in range(100_000):

@@ -52,7 +52,8 @@ serviceMonitor.apiKeySecret: /metrics takes an API key; name the Secret of Prome
 {{/* As RkvConfig and KvSettings have it. */}}
 {{- define "rkv-vllm.problems.kvCache" -}}
 {{- with .Values.kvCache }}
-{{- $shared := dict "budget" .budget "budget_min" .budgetMin "budget_max" .budgetMax "require_budget" .requireBudget
+{{- $shared := dict "budget" .budget "budget_min" .budgetMin "budget_max" .budgetMax
+    "min_budget" .minBudget "max_budget" .maxBudget "require_budget" .requireBudget
     "policy" .policy "policies" .policies "protect" .protect }}
 {{- include "rkv-vllm.problems.rules" (list "kvCache" $shared) }}
 {{- range $digest, $own := .keyPolicies }}
@@ -64,6 +65,9 @@ serviceMonitor.apiKeySecret: /metrics takes an API key; name the Secret of Prome
 {{- end }}
 {{- if and .beyondPool (eq (toString .budget) "full") }}
 kvCache.beyondPool: needs a default kvCache.budget
+{{- end }}
+{{- if and (eq .granularity "page") (eq (toString .budget) "auto") }}
+kvCache.granularity: budget auto needs token
 {{- end }}
 {{- if and (eq .granularity "page") (ne .scope "head") }}
 kvCache.scope: {{ .scope }} needs kvCache.granularity token
@@ -84,19 +88,25 @@ kvCache.{{ eq .granularity "page" | ternary "granularity" "scope" }}: one decisi
 {{- with last . }}
 {{- $smallest := .budget_min | default 9 | int64 }}
 {{- $full := eq (toString .budget) "full" }}
+{{- $auto := eq (toString .budget) "auto" }}
 {{- $share := hasSuffix "%" (toString .budget) }}
+{{- $least := .min_budget | default 1024 | int64 }}
+{{- $tokens := $auto | ternary $least (int64 .budget) }}
 {{- $needed := eq (toString .protect) "prompt" | ternary 0 (int64 .protect) | add 9 }}
 {{- if and .budget_max (gt $smallest (int64 .budget_max)) }}
 {{ $name }}.{{ eq $name "kvCache" | ternary "budgetMin" "budget_min" }}: {{ $smallest }} is above the largest budget, {{ int64 .budget_max }}
 {{- else if not .require_budget }}
-{{- if and (not $full) (not $share) (lt (int64 .budget) $smallest) }}
+{{- if and (not $full) (not $auto) (not $share) (lt (int64 .budget) $smallest) }}
 {{ $name }}.budget: the default, {{ int64 .budget }}, is below the smallest budget, {{ $smallest }}
-{{- else if and .budget_max (or $full (and (not $share) (gt (int64 .budget) (int64 .budget_max)))) }}
-{{ $name }}.budget: the default, {{ $full | ternary "full" (int64 .budget) }}, is above the largest budget, {{ int64 .budget_max }}: give one within the bounds, or require one
+{{- else if and .budget_max (or $full $auto (and (not $share) (gt (int64 .budget) (int64 .budget_max)))) }}
+{{ $name }}.budget: the default, {{ .budget }}, is above the largest budget, {{ int64 .budget_max }}: give one within the bounds, or require one
 {{- end }}
 {{- end }}
-{{- if and (not $full) (not $share) (gt $needed 9) (lt (int64 .budget) $needed) }}
+{{- if and (not $full) (not $share) (gt $needed 9) (lt $tokens $needed) }}
 {{ $name }}.protect: with the window of 8 tokens it leaves no room in the budget: at least {{ $needed }}
+{{- end }}
+{{- if and .max_budget (le (int64 .max_budget) $least) }}
+{{ $name }}.{{ eq $name "kvCache" | ternary "maxBudget" "max_budget" }}: {{ int64 .max_budget }} is not above the least budget, {{ $least }}
 {{- end }}
 {{- if and .policies (not (has .policy .policies)) }}
 {{ $name }}.policy: {{ .policy }} is not one of the policies {{ join ", " .policies }}

@@ -1,0 +1,213 @@
+"""Requests with budget "auto": which of them switch in a step, and what is kept in the pool for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.request import Request, RequestStatus
+
+from rkv_vllm.decisions.lengths import AutoLengths, RequestLengths
+from rkv_vllm.decisions.pages import num_pages
+from rkv_vllm.decisions.pressure import NOTICE_MARGIN, Candidate, PoolState, to_switch
+from rkv_vllm.scheduling.block_manager import CompactingManager
+from rkv_vllm.scheduling.tracked_request import TrackedRequest
+
+
+class AutoBudgets:
+    """Finds out when memory is short, and who has to give some back.
+
+    Reads the running requests, their counts and pages; `decisions/pressure.py` decides. Where no request has
+    budget "auto" nothing is looked at.
+    """
+
+    def __init__(
+        self,
+        manager: CompactingManager,
+        pool: BlockPool,
+        tracked: Mapping[str, TrackedRequest],
+        *,
+        usage: float,
+        by_priority: bool,
+        final_length: Callable[[Request], int],
+    ) -> None:
+        """
+        Args:
+            manager: holds the requests' pages.
+            pool: vLLM's.
+            tracked: the requests with a budget by id, kept up to date by the scheduler.
+            usage: share of the pool that is filled before anybody has to switch.
+            by_priority: whether less urgent requests are to switch first.
+            final_length: tokens that a request has when it ends at the latest.
+        """
+        self._manager = manager
+        self._page_size: int = manager.block_size
+        self._pool = pool
+        self._usable_pages = pool.num_gpu_blocks - 1  # one is vLLM's null page
+        self._tracked = tracked
+        self._usage = usage
+        self._by_priority = by_priority
+        self._final_length = final_length
+        self._lengths: dict[str, AutoLengths] = {}
+        self._notice = 0
+        self._waiting: tuple[Request, int] | None = None  # the next in the queue, and pages that it wants
+        self._surplus: dict[int, int] = {}  # in this step, by a newcomer's priority
+        self.growth = 0
+
+    def __bool__(self) -> bool:
+        """Whether there is a request with budget "auto", running or waiting."""
+        return bool(self._lengths)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._lengths
+
+    # -- a request -----------------------------------------------------------------------------------------
+
+    def arrived(self, request: Request, lengths: RequestLengths) -> None:
+        """Keeps the request in mind if it has budget "auto"."""
+        if isinstance(lengths, AutoLengths):
+            self._lengths[request.request_id] = lengths
+            self._notice = max(self._notice, lengths.settings.num_queries + NOTICE_MARGIN)
+
+    def ended(self, request_id: str) -> None:
+        self._lengths.pop(request_id, None)
+
+    def order_on_arrival(self, request: Request) -> None:
+        """Has a request that waits switch once its tokens are computed, if the pool has no room for more.
+
+        It would have to be preempted before an order could take effect, and would come back to the same pool.
+        """
+        lengths = self._lengths.get(request.request_id)
+        if lengths is None:
+            return
+        lengths.withdraw_order()  # of a step in which it was not admitted
+        if lengths.is_undecided:
+            later = request.num_tokens + self._notice
+            switch = lengths.switch_on_arrival(request.num_tokens)
+            if switch <= later and self.missing_pages(request, later) > self._pool.get_num_free_blocks():
+                lengths.order(switch)
+        self._tracked[request.request_id].unconstrained_until = 0
+        self._manager.set_max_slots(request.request_id, lengths.max_slots)
+
+    def missing_pages(self, request: Request, num_tokens: int) -> int:
+        """Pages that a request which waits has to be given for so many tokens."""
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None:
+            return self._pages(num_tokens)
+        found = tracked.hit_pages_of_one + tracked.hit_pages_of_several
+        return self._pages(min(num_tokens, tracked.lengths.max_slots)) - found
+
+    def reserved_slots(self, request: Request, num_computed_tokens: int) -> int:
+        """Slots that are kept for a request with budget "auto", whatever others do."""
+        uncomputed_until = request.num_tokens if num_computed_tokens + 1 < request.num_tokens else 0
+        reserved = self._lengths[request.request_id].reserved_slots(uncomputed_until, self._notice)
+        return min(reserved, self._final_length(request))
+
+    # -- a step --------------------------------------------------------------------------------------------
+
+    def orders(self, running: Sequence[Request]) -> list[tuple[Request, int]]:
+        """Who has to switch, and at which logical length, before rounds are planned; the first first."""
+        self._surplus.clear()
+        self.growth = 0
+        waiting, self._waiting = self._waiting, None
+        if not self._lengths:
+            return []
+        net_growth = 0
+        for request in running:
+            growth, freed = self._growth(request)
+            self.growth += growth
+            net_growth += growth - freed
+        still_waits = waiting is not None and waiting[0].status in (
+            RequestStatus.WAITING,
+            RequestStatus.PREEMPTED,
+        )
+        state = PoolState(
+            usable=self._usable_pages,
+            free=self._pool.get_num_free_blocks(),
+            growth=net_growth,
+            wanted=waiting[1] if waiting is not None and still_waits else 0,
+        )
+        shortage = state.shortage(self._usage)
+        if not shortage:
+            return []
+        candidates = filter(None, (self._candidate(*each) for each in enumerate(running)))
+        chosen = to_switch(candidates, shortage, int(self._usable_pages * self._usage))
+        return [(running[each.arrival], each.length) for each in chosen]
+
+    def wanted(self, request: Request, pages: int) -> None:
+        """Records that the next in the queue is admitted once so many pages are free."""
+        self._waiting = request, pages
+
+    def admitted(self, request: Request) -> None:
+        """Counts a request that vLLM has admitted in this step among those that run."""
+        if self._lengths:
+            self.growth += self._growth(request)[0]
+            for priority in self._surplus:
+                self._surplus[priority] += self._surplus_of(request, priority)
+
+    def surplus(self, running: Sequence[Request], priority: int) -> int:
+        """Pages of running requests with budget "auto" beyond those that are kept for them.
+
+        Negative where they have less. For a newcomer of this priority nothing is kept for those that are less
+        urgent.
+        """
+        if not self._lengths:
+            return 0
+        if priority not in self._surplus:
+            self._surplus[priority] = sum(self._surplus_of(request, priority) for request in running)
+        return self._surplus[priority]
+
+    def _surplus_of(self, request: Request, priority: int) -> int:
+        if request.request_id not in self._lengths:
+            return 0
+        reserved = self._pages(self.reserved_slots(request, request.num_computed_tokens))
+        surplus = self._own_pages(request.request_id) - reserved
+        return max(surplus, 0) if self._by_priority and request.priority > priority else surplus
+
+    def _growth(self, request: Request) -> tuple[int, int]:
+        """Pages that a running request takes within the notice, and that a round frees meanwhile."""
+        request_id, logical = request.request_id, request.num_computed_tokens
+        held = self._manager.num_pages(request_id)
+        later = min(max(request.num_tokens, logical) + self._notice, self._final_length(request))
+        tracked = self._tracked.get(request_id)
+        if tracked is None:
+            return max(self._pages(later) - held, 0), 0
+        lengths = tracked.lengths
+        due = lengths.next_due
+        growth = max(self._pages(lengths.physical(min(later, due))) - held, 0)
+        # When a prompt will have been computed is not known.
+        if later <= due or logical + 1 < request.num_tokens:
+            return growth, 0
+        after = self._pages(lengths.kept_slots + later - due)
+        return growth, self._own_pages(request_id) + growth - after
+
+    def _candidate(self, arrival: int, request: Request) -> Candidate | None:
+        """A running request as `decisions/pressure.py` has to know it; None where it cannot be ordered."""
+        lengths = self._lengths.get(request.request_id)
+        logical = request.num_computed_tokens
+        if lengths is None or not lengths.is_undecided or logical + 1 < request.num_tokens:
+            return None
+        switch = lengths.earliest_switch(logical)
+        # Where the switch is further away, it has no more than what is kept for it. Nothing is read after its
+        # last but one token.
+        if switch > logical + lengths.settings.num_queries or switch + 1 >= self._final_length(request):
+            return None
+        later = self._pages(min(logical + self._notice, self._final_length(request)))
+        shared = self._manager.num_pages(request.request_id) - self._own_pages(request.request_id)
+        after = self._pages(lengths.kept_slots + logical + self._notice - switch)
+        return Candidate(
+            request_id=request.request_id,
+            priority=request.priority if self._by_priority else 0,
+            arrival=arrival,
+            length=switch,
+            saved_pages=later - shared - after,
+            tokens_left=self._final_length(request) - logical,
+        )
+
+    def _own_pages(self, request_id: str) -> int:
+        """Pages that no other request holds."""
+        held = self._manager.num_pages(request_id)
+        return held if self._tracked[request_id].rounds else held - self._manager.num_shared_pages(request_id)
+
+    def _pages(self, slots: int) -> int:
+        return num_pages(slots, self._page_size)
