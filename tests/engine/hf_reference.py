@@ -79,11 +79,12 @@ class HfReference:
         page_size: int | None = None,
         scope: Literal["head", "layer", "global"] = "head",
         order: Literal["temporal", "score"] = "temporal",
+        switch_at: int = 0,
     ) -> Teaching:
         """Feeds prompt and tokens, compacting whenever budget + buffer slots are full in decode.
 
         With a `page_size`, whole pages leave, of all layers and heads alike; the budget then fills two pages
-        at least, and the threshold is above it.
+        at least, and the threshold is above it. Below `switch_at` tokens nothing is compacted.
         """
         self._newest_queries.clear()
         self._buffer = buffer
@@ -95,14 +96,16 @@ class HfReference:
         logits = [self._feed(fed[:done], 0, cache)[-1:]]
         compacted_at = []
         while done < len(fed):
-            if done - evicted >= budget + buffer:
+            due = max(evicted + budget + buffer, switch_at)
+            if done >= due:
                 if page_size is None:
                     self._compact(cache, budget, policy, done, scope, order)
                 else:
                     self._drop_pages(cache, budget, policy, page_size)
                 evicted = done - cache.get_seq_length()
                 compacted_at.append(done)
-            end = min(len(fed), evicted + budget + buffer)
+                due = evicted + budget + buffer
+            end = min(len(fed), due)
             logits.append(self._feed(fed[done:end], done, cache))
             done = end
         return Teaching(torch.cat(logits).log_softmax(dim=-1), compacted_at)
