@@ -51,6 +51,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"rkv_budget": 128},
     {"rkv_budget": 300},
     {"rkv_policy": "keydiff"},
+    {"rkv_budget": "auto", "rkv_min_budget": 64},
 ]
 
 

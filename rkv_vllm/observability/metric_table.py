@@ -5,28 +5,35 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Literal
+from typing import Literal, get_args
 
-from rkv_vllm.decisions.messages import KEPT_FULL_CACHE, TOO_SHORT
+from rkv_vllm.decisions.messages import KEPT_FULL_CACHE, NEVER_SHORT, TOO_SHORT
 from rkv_vllm.settings.config import CompactionSettings
 from rkv_vllm.settings.policy_table import POLICY_NAMES
+from rkv_vllm.settings.values import AUTO
 
 #: Worth of an integer in a tally of durations, in seconds, or of ratios.
 MILLIONTH = 1e-6
 
 Outcome = Literal["executed", "cancelled"]
 DeferralReason = Literal["no_pages", "no_query_row"]
+#: Why a request with budget "auto" went down to its budget: those that ran grew, the next in the queue had no
+#: room, it had none itself when it came, or its length was named by the request or the server.
+SwitchCause = Literal["growth", "waiting", "arrival", "max_budget", "switch_at"]
+AutoState = Literal["full", "switched"]
 
 #: Upper bounds, in tokens, of the classes that requests are counted in; label values must be few.
 BUDGET_BOUNDS = (256, 512, 1024, 2048, 4096)
 FULL_CACHE = "full"
-BUDGET_CLASSES = (*(f"le_{bound}" for bound in BUDGET_BOUNDS), f"gt_{BUDGET_BOUNDS[-1]}", FULL_CACHE)
+BUDGET_CLASSES = (*(f"le_{bound}" for bound in BUDGET_BOUNDS), f"gt_{BUDGET_BOUNDS[-1]}", AUTO, FULL_CACHE)
 
 
 def budget_class(settings: CompactionSettings | None) -> str:
     """One of `BUDGET_CLASSES`; None is a request that keeps its full cache."""
     if settings is None:
         return FULL_CACHE
+    if settings.auto is not None:
+        return AUTO
     fitting = (f"le_{bound}" for bound in BUDGET_BOUNDS if settings.budget <= bound)
     return next(fitting, f"gt_{BUDGET_BOUNDS[-1]}")
 
@@ -104,9 +111,33 @@ REQUESTS = Metric(
 UNCOMPACTED = Metric(
     "counter",
     "rkv_uncompacted_requests_total",
-    "Requests that ended without a compaction: they kept their full cache, or stayed shorter than budget + "
-    "buffer.",
-    {"reason": (KEPT_FULL_CACHE, TOO_SHORT)},
+    "Requests that ended without a compaction: they kept their full cache, stayed shorter than budget + "
+    "buffer, or had budget auto and memory was never short.",
+    {"reason": (KEPT_FULL_CACHE, TOO_SHORT, NEVER_SHORT)},
+)
+AUTO_SWITCHES = Metric(
+    "counter",
+    "rkv_auto_switches_total",
+    "Requests with budget auto that went down to their min_budget, by what made them.",
+    {"cause": get_args(SwitchCause)},
+)
+FULL_CACHE_TOKENS = Metric(
+    "histogram",
+    "rkv_request_full_cache_tokens",
+    "Tokens up to which a request with budget auto kept its full cache, of those that went down to their "
+    "min_budget.",
+    buckets=(256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072),
+)
+AUTO_REQUESTS = Metric(
+    "gauge",
+    "rkv_auto_requests",
+    "Requests with budget auto in the engine, by whether they have gone down to their min_budget.",
+    {"state": get_args(AutoState)},
+)
+RESERVED_PAGES = Metric(
+    "gauge",
+    "rkv_reserved_pages",
+    "Pages that admission keeps for running requests with budget auto, of which they may hold more.",
 )
 STEP_SECONDS = Metric(
     "counter",
@@ -163,14 +194,18 @@ TALLIED = (
     REPLAYED_TOKENS,
     REQUESTS,
     UNCOMPACTED,
+    AUTO_SWITCHES,
     STEP_SECONDS,
     COMPACTION_DURATION,
     KEPT_TOKENS,
     KEPT_RATIO,
+    FULL_CACHE_TOKENS,
     POOL_PAGES,
     PAGES_HELD,
     PAGES_WITHOUT,
     UNFINISHED,
     COMPACTED_REQUESTS,
+    AUTO_REQUESTS,
+    RESERVED_PAGES,
 )
 BY_NAME = {metric.name: metric for metric in TALLIED}

@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, KeysView, Mapping
 from dataclasses import dataclass
 
-from rkv_vllm.decisions.messages import KEPT_FULL_CACHE, TOO_SHORT, Compaction, CompactionResult
+from rkv_vllm.decisions.messages import KEPT_FULL_CACHE, NEVER_SHORT, TOO_SHORT, Compaction, CompactionResult
 from rkv_vllm.decisions.pages import num_pages
 from rkv_vllm.observability.metric_table import (
+    AUTO_REQUESTS,
+    AUTO_SWITCHES,
     BY_NAME,
     COMPACTED_REQUESTS,
     COMPACTION_DURATION,
@@ -21,6 +23,7 @@ from rkv_vllm.observability.metric_table import (
     DEFERRED,
     EVICTED_TOKENS,
     FREED_PAGES,
+    FULL_CACHE_TOKENS,
     KEPT_RATIO,
     KEPT_TOKENS,
     MILLIONTH,
@@ -29,12 +32,15 @@ from rkv_vllm.observability.metric_table import (
     POOL_PAGES,
     REPLAYED_TOKENS,
     REQUESTS,
+    RESERVED_PAGES,
     ROOM_PREEMPTIONS,
     STEP_SECONDS,
     UNCOMPACTED,
     UNFINISHED,
+    AutoState,
     DeferralReason,
     Metric,
+    SwitchCause,
     budget_class,
 )
 from rkv_vllm.settings.config import CompactionSettings
@@ -92,6 +98,14 @@ class MetricTally:
 
     def arrived(self, settings: CompactionSettings | None) -> None:
         self._count_unfinished(settings, 1)
+        if settings is not None and settings.auto is not None:
+            self._count_auto("full", 1)
+
+    def switched(self, cause: SwitchCause) -> None:
+        """Records that a request with budget "auto" is compacted for the first time."""
+        self._grow(AUTO_SWITCHES, 1, cause)
+        self._count_auto("full", -1)
+        self._count_auto("switched", 1)
 
     def preempted(self, request_id: str, computed: int) -> None:
         """Records that a request lost all its pages after it had computed `computed` tokens."""
@@ -126,8 +140,12 @@ class MetricTally:
         if settings is None:
             self._grow(UNCOMPACTED, 1, KEPT_FULL_CACHE)
             return
+        if settings.auto is not None:
+            self._count_auto("switched" if result["compactions"] else "full", -1)
+            if "full_cache_tokens" in result:
+                self._grow(FULL_CACHE_TOKENS, 1, str(result["full_cache_tokens"]))
         if result["compactions"] == 0:
-            self._grow(UNCOMPACTED, 1, TOO_SHORT)
+            self._grow(UNCOMPACTED, 1, NEVER_SHORT if settings.auto else TOO_SHORT)
         kept = num_tokens - result["evicted_tokens"]
         self._grow(KEPT_TOKENS, 1, str(kept))
         self._grow(KEPT_RATIO, 1, str(round(kept / num_tokens / MILLIONTH)))
@@ -167,12 +185,20 @@ class MetricTally:
         if self._busy_since is None:
             self._busy_since = now
 
-    def step_ends(self, now: float, *, is_idle: bool, pages_held: int) -> None:
-        """Records the end of a step, when its tokens are known; `is_idle`: no request remains."""
+    def step_ends(self, now: float, *, is_idle: bool, pages_held: int, reserved_pages: int) -> None:
+        """Records the end of a step, when its tokens are known.
+
+        Args:
+            now: as at its start.
+            is_idle: whether no request remains.
+            pages_held: by all requests.
+            reserved_pages: that are kept for those with budget "auto".
+        """
         if self._busy_since is not None:
             self._grow(STEP_SECONDS, round((now - self._busy_since) / MILLIONTH))
             self._busy_since = None if is_idle else now
         self._set(PAGES_HELD.name, pages_held)
+        self._set(RESERVED_PAGES.name, reserved_pages)
         self._set(PAGES_WITHOUT.name, pages_held + self._total_saved_pages)
         self._set(COMPACTED_REQUESTS.name, len(self._saved_pages))
 
@@ -192,6 +218,10 @@ class MetricTally:
 
     def _count_unfinished(self, settings: CompactionSettings | None, change: int) -> None:
         key = _key(UNFINISHED, budget_class(settings))
+        self._set(key, self._gauges.get(key, 0) + change)
+
+    def _count_auto(self, state: AutoState, change: int) -> None:
+        key = _key(AUTO_REQUESTS, state)
         self._set(key, self._gauges.get(key, 0) + change)
 
     def _forget_saved(self, request_id: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.request import Request, RequestStatus
@@ -10,8 +12,20 @@ from vllm.v1.request import Request, RequestStatus
 from rkv_vllm.decisions.lengths import AutoLengths, RequestLengths
 from rkv_vllm.decisions.pages import num_pages
 from rkv_vllm.decisions.pressure import NOTICE_MARGIN, Candidate, PoolState, to_switch
+from rkv_vllm.observability.metric_table import SwitchCause
 from rkv_vllm.scheduling.block_manager import CompactingManager
 from rkv_vllm.scheduling.tracked_request import TrackedRequest
+
+#: Steps between two counts of the pages that are kept, which only a metric shows.
+_STEPS_PER_COUNT = 8
+
+
+class Order(NamedTuple):
+    """Has a request switch at a logical length, and says why."""
+
+    request: Request
+    switch_at: int
+    cause: SwitchCause
 
 
 class AutoBudgets:
@@ -52,7 +66,8 @@ class AutoBudgets:
         self._notice = 0
         self._waiting: tuple[Request, int] | None = None  # the next in the queue, and pages that it wants
         self._surplus: dict[int, int] = {}  # in this step, by a newcomer's priority
-        self.growth = 0
+        self._reserved_pages, self._steps_to_count = 0, 0
+        self.growth = 0  # pages that the running requests take within the notice, before any round
 
     def __bool__(self) -> bool:
         """Whether there is a request with budget "auto", running or waiting."""
@@ -80,13 +95,14 @@ class AutoBudgets:
         lengths = self._lengths.get(request.request_id)
         if lengths is None:
             return
+        tracked = self._tracked[request.request_id]
         lengths.withdraw_order()  # of a step in which it was not admitted
+        tracked.unconstrained_until = 0
         if lengths.is_undecided:
             later = request.num_tokens + self._notice
             switch = lengths.switch_on_arrival(request.num_tokens)
             if switch <= later and self.missing_pages(request, later) > self._pool.get_num_free_blocks():
-                lengths.order(switch)
-        self._tracked[request.request_id].unconstrained_until = 0
+                tracked.order_switch(switch, "arrival")
         self._manager.set_max_slots(request.request_id, lengths.max_slots)
 
     def missing_pages(self, request: Request, num_tokens: int) -> int:
@@ -103,36 +119,40 @@ class AutoBudgets:
         reserved = self._lengths[request.request_id].reserved_slots(uncomputed_until, self._notice)
         return min(reserved, self._final_length(request))
 
+    @property
+    def reserved_pages(self) -> int:
+        """Pages that are kept for running requests with budget "auto", counted now and then."""
+        return self._reserved_pages if self._lengths else 0
+
     # -- a step --------------------------------------------------------------------------------------------
 
-    def orders(self, running: Sequence[Request]) -> list[tuple[Request, int]]:
-        """Who has to switch, and at which logical length, before rounds are planned; the first first."""
+    def orders(self, running: Sequence[Request]) -> list[Order]:
+        """Who has to switch, before rounds are planned; the first first."""
         self._surplus.clear()
         self.growth = 0
         waiting, self._waiting = self._waiting, None
         if not self._lengths:
             return []
+        if not self._steps_to_count:
+            self._steps_to_count = _STEPS_PER_COUNT
+            autos = (each for each in running if each.request_id in self._lengths)
+            self._reserved_pages = sum(map(self._reserved, autos))
+        self._steps_to_count -= 1
         net_growth = 0
         for request in running:
             growth, freed = self._growth(request)
             self.growth += growth
             net_growth += growth - freed
-        still_waits = waiting is not None and waiting[0].status in (
-            RequestStatus.WAITING,
-            RequestStatus.PREEMPTED,
-        )
-        state = PoolState(
-            usable=self._usable_pages,
-            free=self._pool.get_num_free_blocks(),
-            growth=net_growth,
-            wanted=waiting[1] if waiting is not None and still_waits else 0,
-        )
+        state = PoolState(usable=self._usable_pages, free=self._pool.get_num_free_blocks(), growth=net_growth)
         shortage = state.shortage(self._usage)
+        cause: SwitchCause = "growth" if shortage else "waiting"
+        if waiting is not None and waiting[0].status in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
+            shortage = replace(state, wanted=waiting[1]).shortage(self._usage)
         if not shortage:
             return []
         candidates = filter(None, (self._candidate(*each) for each in enumerate(running)))
         chosen = to_switch(candidates, shortage, int(self._usable_pages * self._usage))
-        return [(running[each.arrival], each.length) for each in chosen]
+        return [Order(running[each.arrival], each.length, cause) for each in chosen]
 
     def wanted(self, request: Request, pages: int) -> None:
         """Records that the next in the queue is admitted once so many pages are free."""
@@ -160,9 +180,11 @@ class AutoBudgets:
     def _surplus_of(self, request: Request, priority: int) -> int:
         if request.request_id not in self._lengths:
             return 0
-        reserved = self._pages(self.reserved_slots(request, request.num_computed_tokens))
-        surplus = self._own_pages(request.request_id) - reserved
+        surplus = self._own_pages(request.request_id) - self._reserved(request)
         return max(surplus, 0) if self._by_priority and request.priority > priority else surplus
+
+    def _reserved(self, request: Request) -> int:
+        return self._pages(self.reserved_slots(request, request.num_computed_tokens))
 
     def _growth(self, request: Request) -> tuple[int, int]:
         """Pages that a running request takes within the notice, and that a round frees meanwhile."""

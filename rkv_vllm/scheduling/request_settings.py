@@ -20,7 +20,7 @@ def settings_of(request: Request, config: RkvConfig, final_length: int) -> Compa
         config: the server's settings.
         final_length: tokens that the request has when it ends at the latest.
 
-    Raises: CannotBeServed where what it protects leaves no room in its budget.
+    Raises: CannotBeServed where what it asks for contradicts itself or the server's settings.
     """
     # A streaming-input session edits its own past, which a compacted cache cannot follow.
     if request.resumable:

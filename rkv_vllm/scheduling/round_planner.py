@@ -13,6 +13,7 @@ from vllm.v1.request import Request, RequestStatus
 from rkv_vllm.decisions.messages import Compaction, PageCompaction, PageReport, TokenCompaction
 from rkv_vllm.decisions.query_rows import NO_QUERY_ROW, QueryRows
 from rkv_vllm.observability.tally import MetricTally
+from rkv_vllm.scheduling.auto_budgets import Order
 from rkv_vllm.scheduling.block_manager import CompactingManager, PageMove
 from rkv_vllm.scheduling.tracked_request import TrackedRequest
 from rkv_vllm.settings.config import Granularity
@@ -101,7 +102,10 @@ class RoundPlanner:
     def commit(self, rounds: list[Compaction]) -> None:
         """Records that the workers are told to run these rounds."""
         for planned in rounds:
-            self._tracked[planned.request_id].count(planned)
+            tracked = self._tracked[planned.request_id]
+            if not tracked.compactions and tracked.switch_cause is not None:
+                self._tally.switched(tracked.switch_cause)
+            tracked.count(planned)
             self._tally.executed(planned)
 
     def captures(self, output: SchedulerOutput) -> dict[str, int]:
@@ -158,18 +162,18 @@ class RoundPlanner:
             self._may_be_due.append(request)
         return num_new_tokens
 
-    def order_switches(self, orders: Iterable[tuple[Request, int]]) -> None:
+    def order_switches(self, orders: Iterable[Order]) -> None:
         """Has requests with budget "auto" switch at a logical length, as long as there are query rows.
 
         A row is held from the order on, so that nobody waits for one on the way to a switch.
         """
-        for request, switch_at in orders:
+        for request, switch_at, cause in orders:
             tracked = self._tracked[request.request_id]
             if tracked.settings.num_queries and not self._query_rows.hold(
                 request.request_id, gets_in_line=False
             ):
                 return
-            tracked.order_switch(switch_at)
+            tracked.order_switch(switch_at, cause)
             self._manager.set_max_slots(request.request_id, tracked.lengths.max_slots)
             if request.num_computed_tokens >= switch_at:
                 self._may_be_due.append(request)

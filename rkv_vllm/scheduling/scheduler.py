@@ -260,7 +260,8 @@ class CompactingSchedulerMixin(_Scheduler):
         """Called by vLLM at the end of each step, when finished requests have given their pages back."""
         pool = self.kv_cache_manager.block_pool
         pages_held = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
-        self._tally.step_ends(time.perf_counter(), is_idle=not self.requests, pages_held=pages_held)
+        now, idle, reserved = time.perf_counter(), not self.requests, self._admission.autos.reserved_pages
+        self._tally.step_ends(now, is_idle=idle, pages_held=pages_held, reserved_pages=reserved)
         tally = self._tally.take()  # also where nobody wants it: it must not grow
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:

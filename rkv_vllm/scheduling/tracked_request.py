@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from rkv_vllm.decisions.lengths import AutoLengths, RequestLengths
 from rkv_vllm.decisions.messages import KEPT_FULL_CACHE, NEVER_SHORT, TOO_SHORT, Compaction, CompactionResult
 from rkv_vllm.decisions.pages import num_pages
+from rkv_vllm.observability.metric_table import SwitchCause
 from rkv_vllm.settings.config import CompactionSettings
 from rkv_vllm.settings.values import AUTO
 
@@ -24,6 +25,7 @@ class TrackedRequest:
         eviction_id: names its last `PageCompaction` since then; -1: none.
         hit_pages_of_one, hit_pages_of_several: pages that it found in the prefix cache, held by one other
             request and by several, when vLLM last looked.
+        order_cause: why it was ordered to switch since it last started from nothing; None: it was not.
     """
 
     lengths: RequestLengths
@@ -35,6 +37,7 @@ class TrackedRequest:
     eviction_id: int = -1
     hit_pages_of_one: int = 0
     hit_pages_of_several: int = 0
+    order_cause: SwitchCause | None = None
 
     @property
     def settings(self) -> CompactionSettings:
@@ -46,11 +49,21 @@ class TrackedRequest:
         self.compactions = max(self.compactions, self.rounds)
         self.evicted_tokens = max(self.evicted_tokens, compaction.evicted)
 
-    def order_switch(self, switch_at: int) -> None:
+    def order_switch(self, switch_at: int, cause: SwitchCause) -> None:
         """Records that the request, whose budget is "auto", has to switch at this logical length."""
         assert isinstance(self.lengths, AutoLengths)
         self.lengths.order(switch_at)
+        self.order_cause = cause
         self.unconstrained_until = 0
+
+    @property
+    def switch_cause(self) -> SwitchCause | None:
+        """Why a request with budget "auto" switches where it does; None: its budget is fixed."""
+        if not isinstance(self.lengths, AutoLengths):
+            return None
+        if self.lengths.auto.switch_at is not None:
+            return "switch_at"
+        return self.order_cause or "max_budget"
 
     def found_in_cache(self, holders: list[int]) -> None:
         """Records how many requests hold each page of its prefix, when vLLM looks it up."""
@@ -67,6 +80,7 @@ class TrackedRequest:
         self.unconstrained_until = 0
         self.rounds = 0
         self.eviction_id = -1
+        self.order_cause = None
 
     def result(self, num_tokens: int, page_size: int) -> CompactionResult:
         """What compaction did to the request, which has `num_tokens` by now."""

@@ -413,6 +413,8 @@ class Engine:
         assert self.shown["rkv_requests_total"] == len(self.requests)
         budgets = sum(model.settings is not None for model in self.models.values())
         assert self.shown.get("rkv_request_kept_ratio", 0) == budgets
+        autos = [r for r in self.results.values() if r["budget"] == "auto" and "full_cache_tokens" in r]
+        assert self.shown.get("rkv_auto_switches_total", 0) >= len(autos)
         left = {key: value for key, value in self._gauges.items() if value and key[0] != "rkv_pool_pages"}
         assert not left, f"{left} when all requests are gone"
 

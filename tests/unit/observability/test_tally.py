@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from rkv_vllm.decisions.messages import CompactionResult, TokenCompaction
 from rkv_vllm.observability.metric_table import TALLIED, budget_class
 from rkv_vllm.observability.tally import MetricTally, read
-from rkv_vllm.settings.config import CompactionSettings
+from rkv_vllm.settings.config import AutoBudget, CompactionSettings
 
 PAGE = 32
 BUDGET = CompactionSettings(budget=64, buffer=32, policy="rkv")
@@ -78,7 +80,7 @@ def test_pages_return_to_what_is_held_when_requests_leave(tally: MetricTally) ->
     tally.arrived(BUDGET)
     for leave in ("preempt", "end"):
         tally.executed(compaction("a", sources=(1, 2, 3), targets=(1, 2)))
-        tally.step_ends(1.0, is_idle=False, pages_held=10)
+        tally.step_ends(1.0, is_idle=False, pages_held=10, reserved_pages=0)
         found = totals(tally)
         assert found["rkv_pages_without_compaction"] == 11
         assert found["rkv_compacted_requests"] == 1
@@ -86,7 +88,7 @@ def test_pages_return_to_what_is_held_when_requests_leave(tally: MetricTally) ->
             tally.preempted("a", 96)
         else:
             tally.ended("a", BUDGET, result(1, 32), 96)
-        tally.step_ends(2.0, is_idle=True, pages_held=0)
+        tally.step_ends(2.0, is_idle=True, pages_held=0, reserved_pages=0)
         found = totals(tally)
         assert found["rkv_pages_held"] == found["rkv_pages_without_compaction"] == 0
         assert found["rkv_compacted_requests"] == 0
@@ -128,13 +130,34 @@ def test_uncompacted_requests_say_why(
     assert totals(tally)[f"rkv_uncompacted_requests_total/{reason}"] == 1
 
 
+def test_auto_is_counted_before_and_after_its_switch(tally: MetricTally) -> None:
+    """One request switches for the next in the queue and ends, another ends with its full cache."""
+    auto = replace(BUDGET, auto=AutoBudget())
+    tally.arrived(auto)
+    tally.arrived(auto)
+    tally.switched("waiting")
+    tally.executed(compaction("a", sources=(1, 2, 3), targets=(1, 2)))
+    tally.step_ends(1.0, is_idle=False, pages_held=10, reserved_pages=7)
+    found = totals(tally)
+    assert found["rkv_auto_requests/full"] == found["rkv_auto_requests/switched"] == 1
+    assert found["rkv_auto_switches_total/waiting"] == 1
+    assert (found["rkv_reserved_pages"], found["rkv_unfinished_requests/auto"]) == (7, 2)
+    tally.ended("a", auto, {**result(1, 32), "full_cache_tokens": 96}, 120)
+    tally.ended("b", auto, result(), 80)
+    found = totals(tally)
+    assert found["rkv_request_full_cache_tokens"] == 96
+    assert found["rkv_uncompacted_requests_total/memory was never short"] == 1
+    assert found["rkv_auto_requests/full"] == found["rkv_auto_requests/switched"] == 0
+    assert found["rkv_requests_total/auto"] == 2
+
+
 def test_idle_time_is_no_step_time(tally: MetricTally) -> None:
     """Two seconds of steps, and an hour without requests between them."""
     tally.step_begins(10.0)
-    tally.step_ends(11.0, is_idle=True, pages_held=0)
+    tally.step_ends(11.0, is_idle=True, pages_held=0, reserved_pages=0)
     tally.step_begins(3611.0)
     tally.step_begins(3611.5)
-    tally.step_ends(3612.0, is_idle=True, pages_held=0)
+    tally.step_ends(3612.0, is_idle=True, pages_held=0, reserved_pages=0)
     assert totals(tally)["rkv_step_seconds_total"] == pytest.approx(2.0)
 
 
@@ -147,9 +170,9 @@ def test_durations_are_observed_one_by_one(tally: MetricTally) -> None:
 
 def test_a_step_without_news_sends_nothing(tally: MetricTally) -> None:
     """Gauges are sent when they change, tally when they grow."""
-    tally.step_ends(1.0, is_idle=True, pages_held=3)
+    tally.step_ends(1.0, is_idle=True, pages_held=3, reserved_pages=0)
     assert tally.take()
-    tally.step_ends(2.0, is_idle=True, pages_held=3)
+    tally.step_ends(2.0, is_idle=True, pages_held=3, reserved_pages=0)
     assert tally.take() == {}
 
 
