@@ -24,9 +24,13 @@ GIB = 1 << 30
 
 
 class Row(BaseModel):
-    """Requests of one kind in the pool; `requests` 0: not one fits. `budget` None: full cache."""
+    """Requests of one kind in the pool; `requests` 0: not one fits. `budget` None: full cache.
+
+    `auto`: it is that of requests with budget "auto" where memory is short, and what they hold then.
+    """
 
     budget: int | None
+    auto: bool = False
     buffer: int | None
     tokens_held: int
     pages_per_request: int
@@ -157,6 +161,7 @@ def _row(pool: Pool, length: int, lengths: RequestLengths | None) -> Row:
     slots = peak_slots(length, lengths)
     return Row(
         budget=lengths.settings.budget if lengths else None,
+        auto=lengths is not None and lengths.settings.auto is not None,
         buffer=lengths.settings.buffer if lengths else None,
         tokens_held=slots,
         pages_per_request=pool.pages_for(slots),

@@ -104,12 +104,15 @@ def _show_sizes(sizes: Sizes, console: Console) -> None:
     table = Table("cache", "tokens held", "pages", "requests", title=title, title_justify="left")
     for row in sizes.rows:
         kind = "full" if row.budget is None else f"budget {row.budget}, buffer {row.buffer}"
+        kind = f"auto, at least {kind}" if row.auto else kind
         table.add_row(kind, f"{row.tokens_held:,}", f"{row.pages_per_request:,}", _fit(row))
     console.print(table)
     if len(sizes.rows) == 1:
         console.print("See what a budget does with --kv-budget TOKENS.")
     else:
         console.print("A prompt longer than budget + buffer is held whole until decoding begins.")
+    if any(row.auto for row in sizes.rows):
+        console.print("Requests with budget auto hold more, up to their full cache, while there is room.")
     fit = max(row.requests for row in sizes.rows)
     if fit > sizes.max_num_seqs:
         console.print(f"max_num_seqs lets {sizes.max_num_seqs:,} run at the same time.")

@@ -118,6 +118,16 @@ def test_tables_say_the_same(model: Path) -> None:
     assert ["budget", "100,", "buffer", "28", "128", "1", "100"] in lines
 
 
+def test_auto_is_counted_by_its_minimum(model: Path) -> None:
+    """Proves that what fits of budget auto is what fits where memory is short, and that the table says so."""
+    options = ("--length=1000", "--num-gpu-blocks-override=101", "--kv-min-budget=100", "--kv-buffer=28")
+    result = doctor(model, "--kv-budget=auto", *options)
+    assert result.exit_code == 0
+    lines = [line.replace("\u2502", " ").split() for line in result.stdout.splitlines()]
+    assert ["auto,", "at", "least", "budget", "100,", "buffer", "28", "128", "1", "100"] in lines
+    assert "Requests with budget auto hold more" in result.stdout
+
+
 @pytest.mark.parametrize(("largest_graph", "hint"), [(128, True), (599, True), (600, False), (None, False)])
 def test_graphs_smaller_than_what_runs(model: Path, largest_graph: int | None, hint: bool) -> None:
     """Proves that graphs are called too small exactly where more requests fit and may run than they hold."""

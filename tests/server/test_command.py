@@ -55,6 +55,17 @@ def test_flags_go_before_the_environment_and_reach_vllms_processes(launched: lis
     ("options", "named"),
     [
         (("--kv-budget", "8"), "--kv-budget: takes an integer above 8, a share"),
+        (("--kv-budget", "auto", "--kv-min-budget", "8"), "--kv-min-budget: "),
+        (
+            ("--kv-budget", "auto", "--kv-max-budget", "1024"),
+            "max_budget: 1024 is not above min_budget, 1024",
+        ),
+        (("--kv-budget", "auto", "--kv-auto-usage", "0"), "--kv-auto-usage: "),
+        (("--kv-budget", "auto", "--kv-granularity", "page"), "--kv-granularity: needs granularity token"),
+        (
+            ("--kv-budget", "auto", "--kv-budget-max", "4096"),
+            "budget: the default, auto, is above budget_max",
+        ),
         (("--kv-buffer", "lots"), "'--kv-buffer'"),
         (("--access-log", "xml"), "--access-log"),
         (("--limit-n", "0"), "--limit-n: "),
