@@ -318,6 +318,29 @@ def test_keys_have_policies_of_their_own(url: str, client: openai.OpenAI) -> Non
     check_compacted(chat(strict).kv_cache)
 
 
+def test_auto_says_where_it_switched(url: str) -> None:
+    """Proves that an answer tells up to which length it had its full cache, that it can be had again by it,
+    and that a server with a largest budget refuses auto."""
+    auto = {"budget": "auto", "min_budget": BUDGET, "buffer": BUFFER}
+    with openai.OpenAI(base_url=f"{url}/v1", api_key=FREE_KEY, max_retries=0, timeout=120) as free:
+        kept = chat(free, auto)
+        assert (kept.kv_cache["budget"], kept.kv_cache["min_budget"]) == ("auto", BUDGET)
+        assert kept.kv_cache["reason"] == "memory was never short"
+        length = kept.usage.prompt_tokens + 9
+        xargs = {f"rkv_{name}": value for name, value in (auto | {"switch_at": length}).items()}
+        told = free.chat.completions.create(
+            model=MODEL,
+            messages=MESSAGES,
+            max_tokens=TOKENS,
+            extra_body={"vllm_xargs": xargs, "ignore_eos": True},
+        )
+        assert told.model_extra["kv_cache"]["full_cache_tokens"] == length
+        assert told.model_extra["kv_cache"]["compactions"] >= 1
+        with pytest.raises(openai.BadRequestError) as refused:
+            chat(free.with_options(api_key="any"), auto)
+        assert refused.value.param == "kv_cache.budget"
+
+
 def test_bounds_of_the_caller(url: str) -> None:
     """Proves that a client can ask what it may ask for, and is told by its key."""
 
@@ -326,7 +349,15 @@ def test_bounds_of_the_caller(url: str) -> None:
 
     assert bounds("any") == {
         "object": "kv_cache.bounds",
-        "budget": {"default": 64, "required": False, "min": 32, "max": 256, "full": False},
+        "budget": {
+            "default": 64,
+            "required": False,
+            "min": 32,
+            "max": 256,
+            "full": False,
+            "auto": False,
+            "min_budget": 1024,
+        },
         "buffer": {"default": 32, "min": 8, "max": 32},
         "policy": {"default": "rkv", "allowed": ["rkv", "snapkv"]},
         "protect": {"default": 0},
@@ -337,6 +368,8 @@ def test_bounds_of_the_caller(url: str) -> None:
         "min": 32,
         "max": None,
         "full": True,
+        "auto": True,
+        "min_budget": 1024,
     }
     assert bounds(STRICT_KEY)["budget"]["required"] is True
     assert httpx.post(f"{url}/v1/kv_cache").status_code == 405
