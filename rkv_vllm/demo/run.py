@@ -20,8 +20,11 @@ from rkv_vllm.demo import model as demo_model
 from rkv_vllm.demo.server import serving
 from rkv_vllm.server.protocol import FIELD, KvCacheReport
 from rkv_vllm.server.request import FULL
+from rkv_vllm.settings.values import AUTO
 
-BUDGETS: tuple[int | Literal["full"], ...] = (FULL, 512, 256, 128)
+BUDGETS: tuple[int | Literal["auto", "full"], ...] = (FULL, AUTO, 256, 128)
+#: Of the request with budget `auto`.
+MIN_BUDGET = 128
 TOKENS = 800
 PAGE_SIZE = 32
 PROMPT = (
@@ -34,7 +37,7 @@ SERVER_OPTIONS = [
     *("--max-model-len", "2048"),
     *("--max-num-seqs", str(len(BUDGETS))),
     *("--max-num-batched-tokens", "512"),
-    *("--kv-cache-memory-bytes", "512M"),
+    *("--kv-cache-memory-bytes", "100M"),  # so little that `auto` has to give some back
     *(
         "--distributed-executor-backend",
         "uni",
@@ -51,7 +54,7 @@ SERVER_OPTIONS = [
 class Completion:
     """One streamed completion: its text so far and, at its end, what the server reported."""
 
-    budget: int | Literal["full"]
+    budget: int | Literal["auto", "full"]
     text: str = ""
     chunks: int = 0
     tokens: int = 0
@@ -61,6 +64,11 @@ class Completion:
     @property
     def title(self) -> str:
         return "full cache" if self.budget == FULL else f"budget {self.budget}"
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The object that the request carries."""
+        return {"budget": self.budget} | ({"min_budget": MIN_BUDGET} if self.budget == AUTO else {})
 
 
 async def stream(
@@ -74,7 +82,7 @@ async def stream(
         temperature=0.7,
         stream=True,
         stream_options={"include_usage": True},
-        extra_body={"min_tokens": TOKENS, FIELD: {"budget": completion.budget}},
+        extra_body={"min_tokens": TOKENS, FIELD: completion.asked},
     )
     async for chunk in chunks:
         for choice in chunk.choices:
@@ -144,6 +152,7 @@ def table(completions: list[Completion]) -> Table:
     for column in (
         "tokens",
         "budget",
+        "full cache up to",
         "compactions",
         "tokens evicted",
         "peak pages held",
@@ -155,7 +164,8 @@ def table(completions: list[Completion]) -> Table:
         assert report is not None
         result.add_row(
             str(completion.tokens),
-            str(report.budget),
+            str(report.budget) if report.min_budget is None else f"{report.budget}, {report.min_budget}",
+            "" if report.full_cache_tokens is None else str(report.full_cache_tokens),
             str(report.compactions),
             str(report.evicted_tokens),
             str(report.peak_pages),
