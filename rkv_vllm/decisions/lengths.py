@@ -91,6 +91,9 @@ class RequestLengths:
         """Records that a compaction at this length brought the request down to its budget."""
         self.evicted = logical - self.settings.budget
 
+    def confirm_compaction(self, logical: int) -> None:
+        """Records that the workers run the compaction at this length: nobody preempted the request first."""
+
     def confirm_freed(self) -> None:
         """Records that the pages evicted by the last compaction are back in the pool.
 
@@ -176,7 +179,7 @@ class AutoLengths(RequestLengths):
 
     It then switches once, by its first compaction, and has a fixed budget from there on. When it switches is
     the one thing that does not follow from counts: `order` says so some tokens ahead, which makes the switch
-    a compaction like any other, that is due at a known length.
+    a compaction like any other, that is due at a known length. Once it was carried out it is final.
     """
 
     _ordered_at: int | None = field(default=None, init=False)
@@ -189,7 +192,7 @@ class AutoLengths(RequestLengths):
 
     @property
     def switched_at(self) -> int | None:
-        """Logical length at which it has switched, in this life or one before a preemption."""
+        """Logical length at which it has switched, since it last started or before a preemption."""
         return self._switched_at
 
     @property
@@ -257,10 +260,9 @@ class AutoLengths(RequestLengths):
         due = self.switch_on_arrival(num_tokens) if self._switched_at is None else self.next_due
         return min(due, self.next_due) - max(self.settings.num_queries, 1) - 1
 
-    def compact(self, logical: int) -> None:
-        if not self.evicted:
+    def confirm_compaction(self, logical: int) -> None:
+        if self._switched_at is None:
             self._switched_at = logical
-        self.evicted = logical - self.settings.budget
 
     def restart(self) -> None:
         self.evicted = 0

@@ -46,6 +46,7 @@ class TrackedRequest:
     def count(self, compaction: Compaction) -> None:
         """Records that the workers are told to run a round."""
         self.rounds += 1
+        self.lengths.confirm_compaction(compaction.logical_length)
         self.compactions = max(self.compactions, self.rounds)
         self.evicted_tokens = max(self.evicted_tokens, compaction.evicted)
 

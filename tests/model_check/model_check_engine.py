@@ -156,6 +156,9 @@ class Engine:
         self.arrivals = {arrival.request_id: arrival for arrival in arrivals}
         self.memory = Memory(setup.num_pages, setup.page_size, setup.num_query_rows)
         self.runner = SymbolicRunner(self.memory, self.models, runs_ahead=setup.depth > 1)
+        self._due: list[str] = []
+        self._watch_preemptions()
+        self._watch_orders()
         self.requests: dict[str, Request] = {}
         self.tokens: dict[str, list[int]] = {arrival.request_id: [] for arrival in arrivals}
         self.results: dict[str, CompactionResult] = {}
@@ -172,6 +175,17 @@ class Engine:
         self._step = 0
         self._paused_until = 0
         self._in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
+
+    def _watch_preemptions(self) -> None:
+        """A request may be given a page and preempted in one step, which nobody sees afterwards."""
+        preempt = self.scheduler._preempt_request
+
+        def watched(request: Request, *args: Any, **kwargs: Any) -> None:
+            held, name = len(self._manager.req_to_blocks[request.request_id]), request.request_id
+            self.peak_pages[name] = max(self.peak_pages[name], held)
+            preempt(request, *args, **kwargs)
+
+        self.scheduler._preempt_request = watched  # type: ignore[method-assign]
 
     # -- the loop ------------------------------------------------------------------------------------------
 
@@ -245,12 +259,9 @@ class Engine:
             self._update(*self._in_flight.popleft())
 
     def schedule(self) -> SchedulerOutput:
-        running = [
-            (each, each.num_computed_tokens) for each in self.scheduler.running if not self._is_complete(each)
-        ]
         output = self.scheduler.schedule(self.setup.restless and self._operator.random() < 0.3)
+        due = self._due
         self._hear_orders()
-        due = [request.request_id for request, logical in running if self._is_due(request, logical)]
         plan = plan_of(output)
         preempted = output.preempted_req_ids or set()
         planned = {round_.request_id for round_ in plan.rounds}
@@ -276,6 +287,17 @@ class Engine:
             output = pickle.loads(pickle.dumps(output))
         return output
 
+    def _watch_orders(self) -> None:
+        """Who is due is known once requests with budget "auto" have their orders, before anything else."""
+        order_switches = self.scheduler._planner.order_switches
+
+        def watched(orders: Any) -> None:
+            order_switches(orders)
+            self._hear_orders()
+            self._due = [each.request_id for each in self.scheduler.running if self._is_due(each)]
+
+        self.scheduler._planner.order_switches = watched  # type: ignore[method-assign]
+
     def _hear_orders(self) -> None:
         """Tells the models where requests with budget "auto" were ordered to switch, the one thing that does
         not follow from their counts; that it can be carried out is for the worker to find out."""
@@ -284,11 +306,11 @@ class Engine:
             if isinstance(lengths, AutoLengths) and model.switched is None:
                 model.ordered = lengths._ordered_at
 
-    def _is_due(self, request: Request, logical: int) -> bool:
-        """Whether the definition says that the request is compacted in the step, before which it was running
-        with `logical` tokens."""
+    def _is_due(self, request: Request) -> bool:
+        """Whether the definition says that the request is compacted in the coming step."""
         model = self.models[request.request_id]
-        due_now = model.due is not None and logical >= model.due
+        due_now = model.due is not None and request.num_computed_tokens >= model.due
+        due_now &= not self._is_complete(request)
         self.counts["compactions that wait"] += due_now and model.awaited is not None
         return due_now and model.awaited is None
 

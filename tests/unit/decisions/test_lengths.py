@@ -186,6 +186,7 @@ def test_auto_is_a_fixed_budget_from_its_switch_on(
     assert not lengths.is_undecided and lengths.max_slots == lengths.next_due == switch
     assert lengths.capture_from >= logical
     lengths.compact(switch)
+    lengths.confirm_compaction(switch)
     fixed = RequestLengths(prompt, settings, evicted=switch - settings.budget)
     for _ in range(3):
         assert lengths.physical(lengths.next_due) == settings.threshold
@@ -204,8 +205,11 @@ def test_auto_replays_the_switch_that_it_carried_out(
     switch = lengths.earliest_switch(logical)
     lengths.order(switch)
     if carried_out:
-        lengths.compact(switch)
-        lengths.compact(lengths.next_due)
+        for _ in range(2):
+            lengths.compact(lengths.next_due)
+            lengths.confirm_compaction(lengths.evicted + settings.budget)
+    else:
+        lengths.compact(switch)  # and the request was preempted in the same step
     lengths.restart()
     assert lengths.evicted == 0
     assert lengths.next_due == (switch if carried_out else NEVER)
@@ -227,6 +231,7 @@ def test_auto_switches_where_it_is_told(prompt: int, settings: CompactionSetting
     assert bounded.next_due == earliest
     bounded.restart()
     bounded.compact(bounded.next_due)
+    bounded.confirm_compaction(bounded.evicted + settings.budget)
     assert bounded.switched_at == max(earliest, length) and not bounded.is_undecided
 
 
@@ -242,6 +247,7 @@ def test_auto_can_switch_on_arrival(prompt: int, settings: CompactionSettings, g
     lengths.order(switch)
     assert lengths.cacheable(num_tokens) < lengths.capture_from
     lengths.compact(switch)
+    lengths.confirm_compaction(switch)
     lengths.restart()
     assert lengths.cacheable(num_tokens + 100) < lengths.capture_from == switch - max(settings.num_queries, 1)
 
