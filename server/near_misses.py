@@ -10,15 +10,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from rkv_vllm.server.protocol import FIELD
-from rkv_vllm.server.request import XARGS, KvCacheRequest
+from rkv_vllm.server.request import XARGS, KvCacheRequest, XargsRequest
 from rkv_vllm.settings.requested import XARGS_PREFIX
 
 #: The keyword of OpenAI's Python client whose members it puts at the top level of a body.
 EXTRA_BODY = "extra_body"
 #: Names without case and separators -> the member of `kv_cache` that they mean; "" for the object itself.
 _MEANT = {"kvcache": ""} | {
-    f"{prefix}{member}": member
-    for member in KvCacheRequest.model_fields
+    f"{prefix}{member.replace('_', '')}": member
+    for member in XargsRequest.model_fields
     for prefix in ("kv", "rkv", "kvcache")
 }
 
@@ -44,4 +44,6 @@ def _meant(name: str) -> str | None:
 
 
 def _as_written(member: str) -> str:
+    if member and member not in KvCacheRequest.model_fields:
+        return f"{XARGS}.{XARGS_PREFIX}{member}"
     return f'{{"{FIELD}": {{"{member}": ...}}}}' if member else f'{{"{FIELD}": {{...}}}}'

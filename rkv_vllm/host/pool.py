@@ -10,6 +10,7 @@ from rkv_vllm.decisions.lengths import make_request_lengths
 from rkv_vllm.decisions.sizing import KvShape, Pool
 from rkv_vllm.host.cache_dtype import cache_dtype
 from rkv_vllm.settings.config import RkvConfig
+from rkv_vllm.settings.values import AUTO
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -98,7 +99,8 @@ def too_small_remedy(config: RkvConfig, pool: Pool | None = None, memory: str | 
     """
     more = f"a larger {memory}" if memory else "a larger --gpu-memory-utilization"
     if config.beyond_pool:
-        return f"give a smaller --kv-budget or --kv-buffer, or {more}"
+        budget = "--kv-min-budget" if config.budget == AUTO else "--kv-budget"
+        return f"give a smaller {budget} or --kv-buffer, or {more}"
     budget = " with a default --kv-budget" if config.budget is None else ""
     held = 0 if pool is None else pool.usable_pages * pool.page_size
     length = f"a --max-model-len of at most {held}" if held else "a smaller --max-model-len"
