@@ -127,7 +127,10 @@ class AutoBudgets:
     # -- a step --------------------------------------------------------------------------------------------
 
     def orders(self, running: Sequence[Request]) -> list[Order]:
-        """Who has to switch, before rounds are planned; the first first."""
+        """Who has to switch, before rounds are planned; the first first.
+
+        For the next in the queue nobody switches who is more urgent.
+        """
         self._surplus.clear()
         self.growth = 0
         waiting, self._waiting = self._waiting, None
@@ -144,15 +147,22 @@ class AutoBudgets:
             self.growth += growth
             net_growth += growth - freed
         state = PoolState(usable=self._usable_pages, free=self._pool.get_num_free_blocks(), growth=net_growth)
-        shortage = state.shortage(self._usage)
-        cause: SwitchCause = "growth" if shortage else "waiting"
+        shortage, wanted_too = state.shortage(self._usage), 0
         if waiting is not None and waiting[0].status in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
-            shortage = replace(state, wanted=waiting[1]).shortage(self._usage)
-        if not shortage:
+            wanted_too = replace(state, wanted=waiting[1]).shortage(self._usage)
+        if not shortage and not wanted_too:
             return []
-        candidates = filter(None, (self._candidate(*each) for each in enumerate(running)))
-        chosen = to_switch(candidates, shortage, int(self._usable_pages * self._usage))
-        return [Order(running[each.arrival], each.length, cause) for each in chosen]
+        candidates = list(filter(None, (self._candidate(*each) for each in enumerate(running))))
+        filled = int(self._usable_pages * self._usage)
+        for_growth = to_switch(candidates, shortage, filled)
+        orders = [Order(running[each.arrival], each.length, "growth") for each in for_growth]
+        if waiting is not None and wanted_too:
+            wanted_too -= sum(each.saved_pages for each in for_growth)
+            urgency = self._priority(waiting[0])
+            others = [each for each in candidates if each.priority >= urgency and each not in for_growth]
+            for each in to_switch(others, wanted_too, filled):
+                orders.append(Order(running[each.arrival], each.length, "waiting"))
+        return orders
 
     def wanted(self, request: Request, pages: int) -> None:
         """Records that the next in the queue is admitted once so many pages are free."""
@@ -181,7 +191,7 @@ class AutoBudgets:
         if request.request_id not in self._lengths:
             return 0
         surplus = self._own_pages(request.request_id) - self._reserved(request)
-        return max(surplus, 0) if self._by_priority and request.priority > priority else surplus
+        return max(surplus, 0) if self._priority(request) > priority else surplus
 
     def _reserved(self, request: Request) -> int:
         return self._pages(self.reserved_slots(request, request.num_computed_tokens))
@@ -219,12 +229,16 @@ class AutoBudgets:
         after = self._pages(lengths.kept_slots + logical + self._notice - switch)
         return Candidate(
             request_id=request.request_id,
-            priority=request.priority if self._by_priority else 0,
+            priority=self._priority(request),
             arrival=arrival,
             length=switch,
             saved_pages=later - shared - after,
             tokens_left=self._final_length(request) - logical,
         )
+
+    def _priority(self, request: Request) -> int:
+        """The greater the less urgent; the same for all where vLLM preempts the newest."""
+        return request.priority if self._by_priority else 0
 
     def _own_pages(self, request_id: str) -> int:
         """Pages that no other request holds."""

@@ -126,6 +126,20 @@ def test_a_newcomer_is_let_in() -> None:
     assert steps_to_answer(engine, "newcomer", most=100) < 50
 
 
+@pytest.mark.parametrize(("priority", "compacted"), [(0, True), (9, False)])
+def test_nobody_is_cut_for_a_less_urgent_newcomer(priority: int, compacted: bool) -> None:
+    """Proves that under `priority` a full pool gives way to a request as urgent as those that run, and that a
+    less urgent one waits."""
+    engine = make_engine({"auto_usage": 1.0}, pages=300, policy="priority")
+    for index in range(4):
+        engine.add(f"long {index}", [3 + index] * 20, 1120, extra_args=auto(), priority=1)
+    while engine.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() > 40:
+        run_steps(engine, 1)
+    engine.add("newcomer", [99] * 1500, 10, extra_args=auto(), priority=priority)
+    run_steps(engine, 30)
+    assert any(tracked.compactions for tracked in engine.scheduler._tracked.values()) is compacted
+
+
 def test_auto_keeps_what_fits() -> None:
     """Proves that nobody loses a token below the usage that the operator allows."""
     for usage, compacted in ((1.0, False), (0.5, True)):
