@@ -1,12 +1,13 @@
 """Time the scheduler's CPU work in a step of running requests, against stock vLLM's.
 
 vLLM's real scheduler and ours, without a model: N requests decode side by side, and a made-up model answers
-each step with one token a request. Three engines take turns, each for one buffer's length of steps, so that
+each step with one token a request. Four engines take turns, each for one buffer's length of steps, so that
 in a turn every request with a budget is compacted exactly once:
 
     stock   vLLM's own scheduler
     off     ours, every request with its full cache
     on      ours, every request on the budget; compactions are spread evenly over the steps
+    auto    ours, every request with its full cache because memory is never short: what looking costs
 
 All requests have different prompts, and the pool is never short. For each seed the engines are built anew:
 how their objects happen to lie in memory is worth some per cent. Times are CPU time of the one thread, in
@@ -39,7 +40,7 @@ from rkv_vllm.bench.modelless import VOCABULARY, ModellessEngine
 from rkv_vllm.decisions.messages import plan_of
 from rkv_vllm.provenance import command_line
 
-ENGINES = ("stock", "off", "on")
+ENGINES = ("stock", "off", "on", "auto")
 #: Phase -> the scheduler's method.
 METHODS = {"schedule": "schedule", "update": "update_from_output", "make_stats": "make_stats"}
 PHASES = (*METHODS, "pickle")
@@ -59,6 +60,7 @@ class TimedEngine:
             "stock": None,
             "off": {},
             "on": {"budget": budget, "buffer": buffer},
+            "auto": {"budget": "auto", "min_budget": budget, "buffer": buffer},
         }
         self._engine = ModellessEngine(
             rkv[name],
@@ -113,7 +115,8 @@ def measure(num_requests: int, arguments: argparse.Namespace, progress: Progress
                 turns[name].append(engines[name].run(arguments.buffer))
             progress.advance(task)
         gc.unfreeze()
-        assert engines["on"].compactions == num_requests and engines["off"].compactions == 0
+        compactions = {name: engine.compactions for name, engine in engines.items()}
+        assert compactions == {"stock": 0, "off": 0, "on": num_requests, "auto": 0}
     for of_engine in turns.values():
         for turn in of_engine:
             turn["schedule + update"] = turn["schedule"] + turn["update"]

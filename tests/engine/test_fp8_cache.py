@@ -14,7 +14,7 @@ from engine_process import ABOVE_ANY_LENGTH, PAGE_SIZE, Ask, Engine, Run, Settin
 from safetensors.torch import save_file
 from support.identical import assert_bit_identical
 
-from rkv_vllm.settings.config import POLICY_NAMES
+from rkv_vllm.settings.policy_table import POLICY_NAMES
 
 pytestmark = pytest.mark.skipif(
     not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()),

@@ -24,8 +24,8 @@ from rkv_vllm.kernels.decode import decoded
 from rkv_vllm.kernels.query_capture import capture
 from rkv_vllm.kernels.rotary_pairs import RotaryPairs
 from rkv_vllm.policies import make_policies
-from rkv_vllm.settings.config import POLICY_NAMES, RkvConfig
-from rkv_vllm.settings.policy_table import NUM_QUERIES
+from rkv_vllm.settings.config import RkvConfig
+from rkv_vllm.settings.policy_table import NUM_QUERIES, POLICY_NAMES
 
 FORMATS = pytest.mark.parametrize("dtype", FP8, ids=lambda dtype: str(dtype).removeprefix("torch."))
 

@@ -15,8 +15,8 @@ from rkv_vllm.execution.cpu.layer_cache import CpuLayerCache
 from rkv_vllm.execution.stored_types import FP8_TYPES
 from rkv_vllm.kernels.rotary_pairs import RotaryPairs
 from rkv_vllm.policies import make_policies
-from rkv_vllm.settings.config import POLICY_NAMES, Granularity, RkvConfig
-from rkv_vllm.settings.policy_table import NUM_QUERIES
+from rkv_vllm.settings.config import Granularity, RkvConfig
+from rkv_vllm.settings.policy_table import NUM_QUERIES, POLICY_NAMES
 
 PAGES, HEADS, PAGE, SIZE, LAYERS = 9, 2, 16, 32, 2
 LENGTH, KEY_SCALE = 7 * PAGE + 5, 0.02
