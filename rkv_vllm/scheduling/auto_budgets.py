@@ -17,7 +17,7 @@ from rkv_vllm.scheduling.block_manager import CompactingManager
 from rkv_vllm.scheduling.tracked_request import TrackedRequest
 
 #: Steps between two counts of the pages that are kept, which only a metric shows.
-_STEPS_PER_COUNT = 8
+_STEPS_PER_COUNT = 64
 
 
 class Order(NamedTuple):
@@ -67,7 +67,8 @@ class AutoBudgets:
         self._waiting: tuple[Request, int] | None = None  # the next in the queue, and pages that it wants
         self._surplus: dict[int, int] = {}  # in this step, by a newcomer's priority
         self._reserved_pages, self._steps_to_count = 0, 0
-        self.growth = 0  # pages that the running requests take within the notice, before any round
+        self._running: Sequence[Request] = ()
+        self._growth: int | None = None  # in this step, where somebody has asked
 
     def __bool__(self) -> bool:
         """Whether there is a request with budget "auto", running or waiting."""
@@ -132,7 +133,7 @@ class AutoBudgets:
         For the next in the queue nobody switches who is more urgent.
         """
         self._surplus.clear()
-        self.growth = 0
+        self._running, self._growth = running, None
         waiting, self._waiting = self._waiting, None
         if not self._lengths:
             return []
@@ -141,12 +142,15 @@ class AutoBudgets:
             autos = (each for each in running if each.request_id in self._lengths)
             self._reserved_pages = sum(map(self._reserved, autos))
         self._steps_to_count -= 1
-        net_growth = 0
-        for request in running:
-            growth, freed = self._growth(request)
-            self.growth += growth
-            net_growth += growth - freed
-        state = PoolState(usable=self._usable_pages, free=self._pool.get_num_free_blocks(), growth=net_growth)
+        state = PoolState(
+            usable=self._usable_pages,
+            free=self._pool.get_num_free_blocks(),
+            growth=self._most_growth(),
+            wanted=waiting[1] if waiting is not None else 0,
+        )
+        if not state.shortage(self._usage):
+            return []
+        state = replace(state, growth=sum(self._net_growth_of(request) for request in running), wanted=0)
         shortage, wanted_too = state.shortage(self._usage), 0
         if waiting is not None and waiting[0].status in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
             wanted_too = replace(state, wanted=waiting[1]).shortage(self._usage)
@@ -171,7 +175,8 @@ class AutoBudgets:
     def admitted(self, request: Request) -> None:
         """Counts a request that vLLM has admitted in this step among those that run."""
         if self._lengths:
-            self.growth += self._growth(request)[0]
+            if self._growth is not None:
+                self._growth += self._growth_of(request)
             for priority in self._surplus:
                 self._surplus[priority] += self._surplus_of(request, priority)
 
@@ -196,22 +201,42 @@ class AutoBudgets:
     def _reserved(self, request: Request) -> int:
         return self._pages(self.reserved_slots(request, request.num_computed_tokens))
 
-    def _growth(self, request: Request) -> tuple[int, int]:
-        """Pages that a running request takes within the notice, and that a round frees meanwhile."""
-        request_id, logical = request.request_id, request.num_computed_tokens
-        held = self._manager.num_pages(request_id)
-        later = min(max(request.num_tokens, logical) + self._notice, self._final_length(request))
-        tracked = self._tracked.get(request_id)
-        if tracked is None:
-            return max(self._pages(later) - held, 0), 0
-        lengths = tracked.lengths
-        due = lengths.next_due
-        growth = max(self._pages(lengths.physical(min(later, due))) - held, 0)
-        # When a prompt will have been computed is not known.
-        if later <= due or logical + 1 < request.num_tokens:
-            return growth, 0
-        after = self._pages(lengths.kept_slots + later - due)
-        return growth, self._own_pages(request_id) + growth - after
+    @property
+    def growth(self) -> int:
+        """Pages that the running requests take within the notice, before any round."""
+        if self._growth is None:
+            self._growth = sum(self._growth_of(request) for request in self._running)
+        return self._growth
+
+    def _most_growth(self) -> int:
+        """No less than `growth`, in a fraction of the time; enough where memory is far from short."""
+        to_compute = sum(max(each.num_tokens - each.num_computed_tokens, 0) for each in self._running)
+        # A page each beside what the tokens fill: they may begin anywhere in one.
+        return self._pages(to_compute + len(self._running) * (self._notice + self._page_size))
+
+    def _growth_of(self, request: Request) -> int:
+        """Pages that a running request takes within the notice, before any round."""
+        held = self._manager.num_pages(request.request_id)
+        tracked = self._tracked.get(request.request_id)
+        later = self._later(request)
+        slots = later if tracked is None else tracked.lengths.physical(min(later, tracked.lengths.next_due))
+        return max(self._pages(slots) - held, 0)
+
+    def _net_growth_of(self, request: Request) -> int:
+        """The same, less the pages that a round frees meanwhile."""
+        growth, tracked = self._growth_of(request), self._tracked.get(request.request_id)
+        if tracked is None or request.num_computed_tokens + 1 < request.num_tokens:
+            return growth  # when a prompt will have been computed is not known
+        lengths, later = tracked.lengths, self._later(request)
+        if later <= lengths.next_due:
+            return growth
+        after = self._pages(lengths.kept_slots + later - lengths.next_due)
+        return after - self._own_pages(request.request_id)
+
+    def _later(self, request: Request) -> int:
+        """Tokens that a request has at the end of the notice."""
+        later = max(request.num_tokens, request.num_computed_tokens) + self._notice
+        return min(later, self._final_length(request))
 
     def _candidate(self, arrival: int, request: Request) -> Candidate | None:
         """A running request as `decisions/pressure.py` has to know it; None where it cannot be ordered."""

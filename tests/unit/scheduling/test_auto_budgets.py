@@ -83,6 +83,21 @@ def test_a_rising_load_preempts_nobody(policy: str, usage: float, asynchronous: 
     assert not switched[0]
 
 
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_the_quick_look_overlooks_nothing(asynchronous: bool) -> None:
+    """Proves the bound, by which most steps end their search, no less than what requests really take."""
+    engine = make_engine({}, pages=400, asynchronous=asynchronous)
+    autos = engine.scheduler._admission.autos
+    for number in range(600):
+        if number % 12 == 0:
+            asked = [auto(), auto("recency"), budget(64), {}][number // 12 % 4]
+            engine.add(str(number), [3 + number] * (20 + 7 * number % 380), 300, extra_args=asked)
+        engine.schedule()
+        exact = sum(map(autos._growth_of, engine.scheduler.running))
+        assert exact <= autos._most_growth() <= exact + 4 * len(engine.scheduler.running) + 8
+        engine.update()
+
+
 def test_a_load_that_fixed_budgets_bear_is_borne() -> None:
     """Proves that auto serves as many requests at a time as a fixed budget of its minimum, nearly."""
 
