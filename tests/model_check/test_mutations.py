@@ -17,6 +17,7 @@ from workload import by_page, random_arrivals, random_setup, with_auto
 
 from rkv_vllm.decisions.lengths import AutoLengths, PageLengths, RequestLengths
 from rkv_vllm.decisions.query_rows import QueryRows
+from rkv_vllm.observability.metric_table import SwitchCause
 from rkv_vllm.scheduling.auto_budgets import AutoBudgets
 from rkv_vllm.scheduling.block_manager import CompactingManager
 from rkv_vllm.scheduling.round_planner import RoundPlanner
@@ -350,7 +351,7 @@ def order_a_switch_one_token_late(patch: pytest.MonkeyPatch) -> None:
 def go_on_past_an_order(patch: pytest.MonkeyPatch) -> None:
     """What is known of where chunks have to end is that before the order."""
 
-    def order_switch(tracked: TrackedRequest, switch_at: int) -> None:
+    def order_switch(tracked: TrackedRequest, switch_at: int, cause: SwitchCause) -> None:
         assert isinstance(tracked.lengths, AutoLengths)
         tracked.lengths.order(switch_at)
 
