@@ -22,6 +22,7 @@ from rkv_vllm.bench.load import LoadRequest, prompt_ids
 from rkv_vllm.bench.results import EngineFacts
 from rkv_vllm.bench.roofline import ModelShape
 from rkv_vllm.bench.rows import STOCK, Kind, Row
+from rkv_vllm.bench.token_clock import TokenClock
 from rkv_vllm.bench.window import Step
 from rkv_vllm.decisions.messages import take_tally
 from rkv_vllm.host.pool import kv_shape
@@ -73,6 +74,8 @@ class BenchEngine:
         self._vocabulary = config.model_config.get_vocab_size()
         self._running: dict[str, LoadRequest] = {}
         self._asked = 0
+        self._asked_at: dict[str, float] = {}
+        self._tokens = TokenClock()
         self.facts = _facts(config, time.monotonic() - begun)
 
     # -- requests ------------------------------------------------------------------------------------------
@@ -106,6 +109,7 @@ class BenchEngine:
         except ValueError as error:
             raise RefusedError(str(error)) from None
         self._running[request.request_id] = load_request
+        self._asked_at[request.request_id] = time.monotonic()
         self._core.add_request(request)
 
     def step(self) -> tuple[Step, list[tuple[LoadRequest, bool]]]:
@@ -133,13 +137,20 @@ class BenchEngine:
             if load_request is not None and self._count(step, output):
                 news.append((load_request, output.finished))
                 if output.finished:
-                    del self._running[output.request_id]
+                    self._forget(output.request_id)
+        step.held_tokens = self._tokens.held
         return step, news
+
+    def leave(self, count: int) -> None:
+        """Ends the newest requests, so that `count` stay."""
+        newest = list(self._running)[count:]
+        self._core.abort_requests(newest)
+        for request_id in newest:
+            self._forget(request_id)
 
     def abort(self) -> bool:
         """Ends all requests. Returns whether all pages came back to the pool."""
-        self._core.abort_requests(list(self._running))
-        self._running.clear()
+        self.leave(0)
         deadline = time.monotonic() + EMPTY_POOL_SECONDS
         # vLLM resets its prefix cache only when no request holds a page.
         while not (whole := self._core.reset_prefix_cache()) and time.monotonic() < deadline:
@@ -164,8 +175,17 @@ class BenchEngine:
         """Returns whether the request's first or last token is in it."""
         step.tokens += len(output.new_token_ids)
         for event in output.events or ():
-            step.preemptions += event.type == EngineCoreEventType.PREEMPTED
+            if event.type == EngineCoreEventType.PREEMPTED:
+                step.preemptions += 1
+                self._tokens.preempted(output.request_id)
         is_first = output.prefill_stats is not None
+        if output.new_token_ids:
+            prompt = self._running[output.request_id].prompt_tokens
+            gap = self._tokens.came(output.request_id, prompt, len(output.new_token_ids), step.at)
+            if gap is not None:
+                step.gaps.append(gap)
+            else:
+                step.first_tokens.append(step.at - self._asked_at[output.request_id])
         if output.prefill_stats is not None:
             step.started += 1
             step.prompt_tokens += output.prefill_stats.num_computed_tokens
@@ -174,6 +194,10 @@ class BenchEngine:
             if output.finish_reason != FinishReason.LENGTH:
                 raise RefusedError(f"the engine ended a request: {output.kv_transfer_params}")
         return is_first or output.finished
+
+    def _forget(self, request_id: str) -> None:
+        del self._running[request_id], self._asked_at[request_id]
+        self._tokens.ended(request_id)
 
     @staticmethod
     def _read_tally(step: Step, tally: Mapping[str, int]) -> None:

@@ -55,8 +55,8 @@ class LoadRun:
         self._begun = time.monotonic()
         self.result = LoadResult(row=row.name, entry=None)
 
-    def run(self, trace_folder: str | None) -> None:
-        """Fills in `result`, also where it ends early."""
+    def run(self, trace_folder: str | None, *, stays: bool) -> None:
+        """Fills in `result`, also where it ends early; `stays`: the requests are left to the next row."""
         try:
             self._prepare()
             if self._row.batch is not None:
@@ -66,7 +66,8 @@ class LoadRun:
         except (RefusedError, OutOfTimeError, ValueError) as error:
             self.result.failure = str(error)
         self.result.curve = curve(self._begun, self._steps)
-        self.result.pool_whole = self._engine.abort()
+        if not stays:
+            self.result.pool_whole = self._engine.abort()
 
     def _prepare(self) -> None:
         self._check_time()
@@ -75,7 +76,9 @@ class LoadRun:
             raise ValueError(f"{row.length} tokens exceed max_model_len ({facts.max_model_len})")
         budget = row.budget_for(self._engine.kind)
         fit = requests_that_run(row, budget, facts.pool_pages, facts.page_size, facts.max_num_seqs)
-        self._load = Load(row, self._engine.kind, fit)
+        if row.goes_on and row.concurrency is not None:
+            self._engine.leave(row.concurrency)
+        self._load = Load(row, self._engine.kind, fit, self._engine.unfinished)
 
     def _run_steady(self, trace_folder: str | None) -> None:
         result, row = self.result, self._row
@@ -200,11 +203,12 @@ def run_engine(spec: RunSpec, say: Callable[[str], None], write: Callable[[BaseM
         write(engine.facts)
         gc.collect()
         gc.freeze()
-        for row in spec.rows:
+        for row, following in zip(spec.rows, [*spec.rows[1:], None], strict=True):
             say(f"{spec.kind}: {row.name}")
             run = LoadRun(engine, row, spec.measure, spec.deadline)
             # A profiler that was used once may slow down what follows.
-            run.run(spec.trace_folder if row is spec.rows[-1] else None)
+            stays = following is not None and following.goes_on
+            run.run(spec.trace_folder if following is None else None, stays=stays)
             write(run.result)
             say(f"{spec.kind}: {row.name}: {_in_short(run.result)}")
     finally:

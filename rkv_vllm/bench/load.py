@@ -30,15 +30,16 @@ class LoadRequest:
     output_tokens: int
 
 
-def ages(row: Row, count: int) -> list[int]:
-    """Ages of the first `count` requests, the oldest first.
+def ages(row: Row, count: int, stayed: int = 0) -> list[int]:
+    """Ages of the first `count` requests without those that `stayed`, the oldest first.
 
     Any two counts take the beginning of one sequence, which is spread evenly over the row's ages: engines
     that hold different numbers of requests get the same distribution. The oldest come first, because vLLM
     preempts those that came last: in a long run these are the youngest.
     """
     span = row.age_range
-    return sorted((span[int((index + 0.5) * GOLDEN % 1 * len(span))] for index in range(count)), reverse=True)
+    places = (int((index + 0.5) * GOLDEN % 1 * len(span)) for index in range(stayed, count))
+    return sorted((span[place] for place in places), reverse=True)
 
 
 def slots_held(prompt: int, logical: int, settings: CompactionSettings | None) -> int:
@@ -93,11 +94,14 @@ class Load:
     """The requests of one row for one engine.
 
     `first` come at once; whenever one ends, `next` takes its place, so that the number in the engine stays.
-    `aged` is how many of the first have an age: as many as fit. The others are new, and wait behind them.
+    `aged` is how many of them have an age: as many as fit. The others are new, and wait behind them.
     """
 
-    def __init__(self, row: Row, kind: Kind, running: int) -> None:
-        """`running`: what `requests_that_run` said.
+    def __init__(self, row: Row, kind: Kind, running: int, stayed: int = 0) -> None:
+        """
+        Args:
+            running: what `requests_that_run` said.
+            stayed: requests that are there from the load before, which count as the first of these.
 
         Raises: ValueError where not one request fits.
         """
@@ -105,14 +109,14 @@ class Load:
             raise ValueError("not one request fits into the pool")
         self.row = row
         self.entry = row.entry_for(kind)
-        self.aged = running
+        self.aged = max(running - stayed, 0)
         budget = row.budget_for(kind)
         self.first = [
             LoadRequest(index, age, entry_tokens(row, self.entry, age, budget), row.output - age)
-            for index, age in enumerate(ages(row, self.aged))
+            for index, age in enumerate(ages(row, running, stayed), stayed)
         ]
-        self._asked = self.aged
-        waiting = row.backlog if row.concurrency is None else row.concurrency - running
+        self._asked = stayed + self.aged
+        waiting = row.backlog if row.concurrency is None else row.concurrency - self._asked
         self.first += [self.next() for _ in range(waiting)]
 
     def next(self) -> LoadRequest:

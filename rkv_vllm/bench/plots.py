@@ -18,6 +18,7 @@ COLOURS: dict[Kind, str] = {
     "off": "#3b6fb6",
     "rkv": "#c8501e",
     "rkv-fp8": "#7d5ba6",
+    "auto": "#5a9367",
 }
 LABELS: dict[Kind, str] = {
     "stock": "stock vLLM",
@@ -25,8 +26,9 @@ LABELS: dict[Kind, str] = {
     "off": "R-KV in place, switched off",
     "rkv": "R-KV",
     "rkv-fp8": "R-KV, FP8 cache",
+    "auto": "R-KV once memory is short",
 }
-MARKERS = ("o", "^", "s", "D", "v")
+MARKERS = ("o", "^", "s", "D", "v", "P")
 CLASS_COLOURS = (
     "#c8501e",
     "#3b6fb6",

@@ -24,6 +24,9 @@ class Side(BaseModel):
         compaction_share: compactions' time on the device over the time of a step.
         roofline: what the engine's own pool and the device allow; None on a CPU, and for a batch.
         share_of_roofline: tokens/s over those of the roofline.
+        kept_share: slots of the pages in use over tokens of the requests that run; about 1 with full caches.
+        token_p99, first_token_p99: seconds from token to token and from asking to the first, of which one in
+            a hundred takes longer; medians over windows; None in older files.
     """
 
     model_config = ConfigDict(serialize_by_alias=True)
@@ -47,6 +50,9 @@ class Side(BaseModel):
     prompt_tokens: int
     compactions: int
     client_share: float
+    kept_share: float | None
+    token_p99: float | None
+    first_token_p99: float | None
     steady: bool
     roofline: StepRoofline | None = Field(serialization_alias="floor")
     share_of_roofline: float | None = Field(serialization_alias="of_floor")
@@ -142,7 +148,8 @@ def _side(results: Results, row: Row, kind: Kind, measured: Sequence[tuple[Engin
     speeds = [window.tokens_per_second for window in windows]
     speed = median(speeds)
     roofline = None
-    if results.device.limits is not None and row.batch is None:
+    # What is kept with budget auto depends on the load: no roofline is that of all.
+    if results.device.limits is not None and row.batch is None and kind != "auto":
         roofline = row_roofline(
             facts.shape,
             results.device.limits,
@@ -178,11 +185,26 @@ def _side(results: Results, row: Row, kind: Kind, measured: Sequence[tuple[Engin
         prompt_tokens=sum(window.prompt_tokens for window in windows),
         compactions=sum(window.compactions for window in windows),
         client_share=max(window.client_share for window in windows),
+        kept_share=_median_of(
+            window.pages_per_request * facts.page_size / window.tokens_per_request
+            for window in windows
+            if window.tokens_per_request
+        ),
+        token_p99=_median_of(window.token_seconds.p99 for window in windows if window.token_seconds),
+        first_token_p99=_median_of(
+            window.first_token_seconds.p99 for window in windows if window.first_token_seconds
+        ),
         steady=all(load.steady for load in loads),
         roofline=roofline,
         share_of_roofline=None if roofline is None else speed / roofline.tokens_per_second,
         kernel_time=next((load.kernel_time for load in loads if load.kernel_time), None),
     )
+
+
+def _median_of(values: Iterable[float]) -> float | None:
+    """None where there are none."""
+    found = list(values)
+    return median(found) if found else None
 
 
 def _compaction_share(window: Window) -> float:
@@ -202,9 +224,9 @@ def show(results: Results, group: str, console: Console) -> None:
     table = Table(title=title, title_justify="left")
     for head in ("load", "engine"):
         table.add_column(head)
-    for head in ("tokens/s", "spread", "running", "step ms", "floor ms", "of floor", "pool", "KV MiB/req."):
+    for head in ("tokens/s", "spread", "running", "step ms", "floor ms", "of floor", "pool", "kept"):
         table.add_column(head, justify="right")
-    for head in ("compact.", "preempt.", "ratio", "floor", "target"):
+    for head in ("KV MiB/req.", "p99 ms", "first s", "compact.", "preempt.", "ratio", "floor", "target"):
         table.add_column(head, justify="right")
     for comparison in comparisons:
         for side in comparison.sides.values():
@@ -272,7 +294,10 @@ def _cells(comparison: Comparison, side: Side) -> list[str]:
         "" if side.roofline is None else f"{side.roofline.milliseconds:.2f}",
         "" if side.share_of_roofline is None else f"{side.share_of_roofline:.0%}",
         f"{side.pool_use:.0%}",
+        "" if side.kept_share is None else f"{side.kept_share:.0%}",
         f"{side.kv_bytes_per_request / 2**20:,.0f}",
+        "" if side.token_p99 is None else f"{1000 * side.token_p99:.1f}",
+        "" if side.first_token_p99 is None else f"{side.first_token_p99:.2f}",
         f"{side.compaction_share:.1%}" if side.kind in COMPACTING else "",
         str(side.preemptions),
         "" if ratio is None else f"{ratio:.2f}",

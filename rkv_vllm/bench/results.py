@@ -41,7 +41,8 @@ class LoadResult(BaseModel):
         first_requests: requests given an age; `backlog` more waited behind them.
         fill_seconds, fill_prompt_tokens: until the first requests ran; before any window.
         steady: whether the load was steady when the first window began; `settle_seconds`: how long that took.
-        pool_whole: whether all pages were back in the pool when the load had been aborted.
+        pool_whole: whether all pages were back in the pool when the load had been aborted; None where its
+            requests stayed for the next one.
         failure: why there are no windows, or fewer.
     """
 
@@ -56,7 +57,7 @@ class LoadResult(BaseModel):
     windows: list[Window] = []
     curve: list[Point] = []
     kernel_time: KernelTime | None = None
-    pool_whole: bool = False
+    pool_whole: bool | None = None
     failure: str | None = None
 
 

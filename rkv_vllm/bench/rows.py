@@ -9,15 +9,15 @@ from typing import Annotated, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from rkv_vllm.settings.config import CompactionSettings, PolicyName
+from rkv_vllm.settings.config import AutoBudget, CompactionSettings, PolicyName
 from rkv_vllm.settings.error_text import explain
 from rkv_vllm.settings.values import BudgetTokens, BufferTokens
 
 #: An engine without R-KV, one whose requests have the row's budget, and one whose requests switch R-KV off;
-#: the first two also with a KV cache in FP8.
-Kind = Literal["stock", "rkv", "off", "stock-fp8", "rkv-fp8"]
+#: the first two also with a KV cache in FP8; and one whose requests have it once memory is short.
+Kind = Literal["stock", "rkv", "off", "stock-fp8", "rkv-fp8", "auto"]
 STOCK: tuple[Kind, ...] = ("stock", "stock-fp8")
-COMPACTING: tuple[Kind, ...] = ("rkv", "rkv-fp8")
+COMPACTING: tuple[Kind, ...] = ("rkv", "rkv-fp8", "auto")
 IN_FP8: tuple[Kind, ...] = ("stock-fp8", "rkv-fp8")
 
 #: How a request of some age comes into being; `load.entry_tokens` says what each means.
@@ -62,6 +62,10 @@ class Row(BaseModel):
     warmup_tokens: Annotated[int, Field(ge=0, strict=True)] = Field(
         default=0, description="Steps to run before it is looked whether the load is steady."
     )
+    goes_on: bool = Field(
+        default=False,
+        description="Whether requests of the row before stay: those that are missing come, the newest go.",
+    )
     seed: int = 0
     kinds: tuple[Kind, ...] | None = Field(
         default=None, description="Kinds of engine that it is run on; none: all."
@@ -81,6 +85,8 @@ class Row(BaseModel):
             raise ValueError(f"ages: up to output ({self.output}), not {self.ages[1]}")
         if self.concurrency is not None and self.batch is not None:
             raise ValueError("concurrency and batch: one of them")
+        if self.goes_on and self.concurrency is None:
+            raise ValueError("goes_on: needs a concurrency to go on to")
         return self
 
     def runs_on(self, kind: Kind) -> bool:
@@ -106,11 +112,12 @@ class Row(BaseModel):
         """The budget that a request has in an engine of this kind; None: full cache."""
         if kind not in COMPACTING or self.budget is None:
             return None
-        return CompactionSettings(self.budget, self.buffer, self.policy)
+        auto = AutoBudget(max_budget=None, switch_at=None) if kind == "auto" else None
+        return CompactionSettings(self.budget, self.buffer, self.policy, auto=auto)
 
     def entry_for(self, kind: Kind) -> Entry:
         """How the first requests come by their age in an engine of this kind."""
-        return "staggered" if self.budget_for(kind) is None else self.rkv_entry
+        return "staggered" if kind == "auto" or self.budget_for(kind) is None else self.rkv_entry
 
 
 #: Fields that only R-KV's engines see, or none, and what is put there to compare the others.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from statistics import fmean
 
 from pydantic import BaseModel
@@ -27,6 +27,9 @@ class Step:
         running, waiting: requests after the step.
         pool_use: share of the pool's pages in use.
         compaction_seconds: of compactions measured meanwhile, on the device.
+        held_tokens: tokens of the requests that run, as long as they are without compaction.
+        gaps: seconds since the token before, of each request that has one.
+        first_tokens: seconds from asking to the first token, of each that got it in this step.
     """
 
     at: float
@@ -42,12 +45,35 @@ class Step:
     compactions: int = 0
     compaction_seconds: float = 0.0
     evicted_tokens: int = 0
+    held_tokens: int = 0
+    gaps: list[float] = field(default_factory=list)
+    first_tokens: list[float] = field(default_factory=list)
+
+
+class Spread(BaseModel):
+    """The middle of some times and that of their slowest fiftieth, the 99th percentile."""
+
+    p50: float
+    p99: float
+
+    @classmethod
+    def of(cls, times: Iterable[float]) -> Spread | None:
+        """None where there is none."""
+        ordered = sorted(times)
+        if not ordered:
+            return None
+        return cls(**{f"p{share}": ordered[(len(ordered) - 1) * share // 100] for share in (50, 99)})
 
 
 class Window(BaseModel):
-    """A stretch of steps. `pages_per_request`: pages in use over requests running, on average.
+    """A stretch of steps.
 
-    `client_share`: CPU time of the measuring process over the window's seconds.
+    Attributes:
+        pages_per_request: pages in use over requests running, on average.
+        tokens_per_request: tokens that they have, of which those pages hold a part.
+        token_seconds: from one token of a request to its next.
+        first_token_seconds: from asking to a request's first token.
+        client_share: CPU time of the measuring process over the window's seconds.
     """
 
     seconds: float
@@ -69,6 +95,10 @@ class Window(BaseModel):
     evicted_tokens: int
     compaction_milliseconds_per_step: float
     client_share: float
+    # Files that are older do not have these.
+    tokens_per_request: float | None = None
+    token_seconds: Spread | None = None
+    first_token_seconds: Spread | None = None
 
 
 def summarise(begun: float, steps: Sequence[Step], pool_pages: int, client_seconds: float) -> Window:
@@ -103,6 +133,9 @@ def summarise(begun: float, steps: Sequence[Step], pool_pages: int, client_secon
         evicted_tokens=sum(step.evicted_tokens for step in steps),
         compaction_milliseconds_per_step=1000 * compaction_seconds / len(steps),
         client_share=client_seconds / seconds,
+        tokens_per_request=fmean(step.held_tokens for step in steps) / running if running else None,
+        token_seconds=Spread.of(gap for step in steps for gap in step.gaps),
+        first_token_seconds=Spread.of(each for step in steps for each in step.first_tokens),
     )
 
 

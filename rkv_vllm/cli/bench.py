@@ -52,7 +52,7 @@ def bench(
         float | None, typer.Option(help="GPU memory of an engine in GiB, whatever the GPU has.")
     ] = None,
     lives: Annotated[
-        str | None, typer.Option(help="Kinds of engine in turn: stock, rkv, off, stock-fp8, rkv-fp8.")
+        str | None, typer.Option(help="Kinds of engine in turn: stock, rkv, auto, off, stock-fp8, rkv-fp8.")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="How often the engines take turns.")] = 1,
     windows: Annotated[int, typer.Option(min=1, help="Measured windows of a load.")] = 3,

@@ -45,6 +45,42 @@ def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
     return results
 
 
+def test_a_ramp_goes_on_with_the_same_requests(model: Path, tmp_path: Path) -> None:
+    """Proves budget auto under a load that rises beyond the pool and falls: at first all is kept, then less,
+    nobody is preempted, and every page is back at the end."""
+    level = Row(name="1", input=32, output=200, budget=48, buffer=16, concurrency=2, warmup_tokens=8)
+    more = level.model_copy(update={"name": "2", "concurrency": 6, "goes_on": True, "seed": 1})
+    less = level.model_copy(update={"name": "3", "concurrency": 2, "goes_on": True, "seed": 2})
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("OMP_NUM_THREADS", "1"), ("VLLM_CPU_OMP_THREADS_BIND", "nobind")):
+            patch.setenv(name, value)
+        results = run_group(
+            Group(
+                model=str(model),
+                engine=f"{ENGINE.replace('64', '24')} --max-model-len 256",
+                lives=("auto",),
+                rows=(level, more, less),
+            ),
+            Measure(windows=1, window_steps=60, settle_steps=4),
+            extra=[],
+            rounds=1,
+            time_limit=None,
+            log=tmp_path / "log",
+            say=print,
+            save=lambda so_far: None,
+        )
+    loads = results.runs[0].loads
+    assert [(load.failure, load.pool_whole) for load in loads] == [(None, None), (None, None), (None, True)]
+    assert [load.first_requests for load in loads] == [2, 4, 0]
+    sides = [comparison.sides["auto"] for comparison in compare(results)]
+    assert [round(side.running) for side in sides] == [2, 6, 2]
+    assert [side.preemptions for side in sides] == [0, 0, 0]
+    assert loads[0].windows[0].compactions == 0 < loads[1].windows[0].compactions
+    kept = [side.kept_share for side in sides]
+    assert kept[0] is not None and kept[1] is not None and kept[1] < 0.8 < kept[0]
+    assert all(side.token_p99 for side in sides)
+
+
 def test_engines_differ_in_compaction_alone(results: Results) -> None:
     """Proves that both engines ran all rows, that R-KV's compacted and stock's did not, that every page came
     back, and that a row which cannot run fails alone."""

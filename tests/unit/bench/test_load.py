@@ -55,6 +55,19 @@ def test_new_requests_wait_behind_and_replace() -> None:
     assert [(a.prompt_tokens, a.output_tokens) for a in saturating.batch(2, 5)] == [(128, 5)] * 2
 
 
+def test_a_load_goes_on_from_another() -> None:
+    """Proves that who comes to those that stayed completes their ages, and that fewer need nobody."""
+    row = Row(name="row", input=128, output=1000, concurrency=30)
+    whole, rest = Load(row, "stock", 20), Load(row, "stock", 20, stayed=7)
+    assert (rest.aged, len(rest.first)) == (13, 23)
+    assert sorted([*ages(row, 7), *(ask.age for ask in rest.first[:13])]) == sorted(ages(row, 20))
+    assert [ask.index for ask in rest.first] == list(range(7, 30))
+    waits = Load(row, "stock", 20, stayed=25)  # five of those that stayed wait already
+    assert (waits.aged, [ask.age for ask in waits.first]) == (0, [0] * 5)
+    assert not Load(row, "stock", 20, stayed=30).first
+    assert whole.first[20:] == rest.first[13:]
+
+
 def test_nothing_fits() -> None:
     """Proves that a pool too small for one request is said, not divided by."""
     assert requests_that_run(ROW, None, pages=30, page_size=16, max_num_seqs=64) == 0

@@ -34,6 +34,7 @@ def test_the_published_groups_are_valid() -> None:
         ({"ages": (5, 5)}, "ages: from 0 on and growing, not 5 to 5"),
         ({"output": 100, "ages": (0, 101)}, "ages: up to output (100), not 101"),
         ({"concurrency": 1, "batch": 1}, "concurrency and batch: one of them"),
+        ({"goes_on": True}, "goes_on: needs a concurrency to go on to"),
         ({"tokens": 1}, "tokens: Extra inputs are not permitted"),
     ],
 )

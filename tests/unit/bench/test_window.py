@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import pytest
 
-from rkv_vllm.bench.window import MOST_POINTS, Step, curve, is_steady, summarise
+from rkv_vllm.bench.window import MOST_POINTS, Spread, Step, curve, is_steady, summarise
 
 
 def test_a_window_s_figures() -> None:
     """Proves each figure of a window from steps that differ in everything."""
     steps = [
-        Step(10.5, tokens=4, prompt_tokens=7, started=1, running=4, waiting=2, pool_use=0.5, preemptions=1),
+        Step(
+            10.5,
+            tokens=4,
+            prompt_tokens=7,
+            started=1,
+            running=4,
+            waiting=2,
+            pool_use=0.5,
+            preemptions=1,
+            held_tokens=400,
+            gaps=[0.5, 0.25, 0.75],
+            first_tokens=[2.0],
+        ),
         Step(
             11.0, tokens=2, finished=2, running=2, waiting=0, pool_use=0.25, compactions=3, evicted_tokens=48
         ),
@@ -18,8 +30,13 @@ def test_a_window_s_figures() -> None:
             12.0, tokens=6, running=6, waiting=1, pool_use=0.75, compaction_seconds=0.03, recomputed_tokens=9
         ),
     ]
+    steps[1].held_tokens, steps[2].held_tokens, steps[2].gaps = 200, 600, [1.0] * 98
     window = summarise(10.0, steps, pool_pages=80, client_seconds=0.5)
-    assert window.model_dump() == pytest.approx(
+    assert window.token_seconds == Spread(p50=1.0, p99=1.0)
+    assert window.first_token_seconds == Spread(p50=2.0, p99=2.0)
+    assert window.tokens_per_request == 100.0
+    later = {"tokens_per_request", "token_seconds", "first_token_seconds"}
+    assert window.model_dump(exclude=later) == pytest.approx(
         {
             "seconds": 2.0,
             "steps": 3,
@@ -42,6 +59,13 @@ def test_a_window_s_figures() -> None:
             "client_share": 0.25,
         }
     )
+
+
+def test_a_spread_is_of_what_took_longest() -> None:
+    """Proves that the 99th percentile is beyond all but one in a hundred, whatever their order."""
+    assert Spread.of([9.0, *[1.0] * 51, *[2.0] * 49]) == Spread(p50=1.0, p99=2.0)
+    assert Spread.of([5.0]) == Spread(p50=5.0, p99=5.0)
+    assert Spread.of([]) is None
 
 
 @pytest.mark.parametrize(
