@@ -16,13 +16,8 @@ from .importance import NO_LOGIT
 from .invariant_statistics import load_queries_of_part
 from .key_features import features_of, load_pairs
 from .rotary_pairs import RotaryPairs
-from .span_records import LOG2_E, KeyTiles, SpanRecords, span_of, sum_of_records
+from .span_records import LOG2_E, KeyTiles, SpanRecords, key_tiles, span_of, sum_of_records
 from .work_slice import WorkSlice, layer_and_head, locate, queries_of, slot_offsets
-
-
-def _tiles(work: WorkSlice) -> KeyTiles:
-    small = work.kv.dtype.itemsize <= 2 and work.kv.head_size <= 128
-    return KeyTiles(64, 4, 2) if small else KeyTiles(32, 4, 2)
 
 
 @triton.jit(
@@ -181,5 +176,5 @@ def attention_and_directions(
         **records.constants(work.kv, pairs, window),
         **records.query_constants(),
         FIRST=part == 0,
-        **(tiles or _tiles(work)).launch(),
+        **(tiles or key_tiles(work.kv)).launch(),
     )

@@ -13,13 +13,8 @@ import triton.language as tl
 
 from .key_features import features_of, load_pairs
 from .rotary_pairs import RotaryPairs
-from .span_records import KeyTiles, SpanRecords, span_of, sum_of_records
+from .span_records import KeyTiles, SpanRecords, key_tiles, span_of, sum_of_records
 from .work_slice import WorkSlice, layer_and_head, locate, slot_offsets
-
-
-def _tiles(work: WorkSlice) -> KeyTiles:
-    small = work.kv.dtype.itemsize <= 2 and work.kv.head_size <= 128
-    return KeyTiles(64, 4, 2) if small else KeyTiles(32, 4, 2)
 
 
 @triton.jit(do_not_specialize=["stride_pages", "first_layer", "first_request", "requests", "stride_owner"])
@@ -106,5 +101,5 @@ def invariant_redundancy(
         work.redundancy,
         *work.slice_args(),
         **records.constants(work.kv, pairs, window),
-        **(tiles or _tiles(work)).launch(),
+        **(tiles or key_tiles(work.kv)).launch(),
     )

@@ -15,13 +15,8 @@ import triton.language as tl
 from .importance import NO_LOGIT
 from .key_features import features_of, load_pairs
 from .rotary_pairs import RotaryPairs
-from .span_records import LOG2_E, KeyTiles, SpanRecords, span_of
+from .span_records import LOG2_E, KeyTiles, SpanRecords, key_tiles, span_of
 from .work_slice import WorkSlice, layer_and_head, locate, queries_of, slot_offsets
-
-
-def _tiles(work: WorkSlice) -> KeyTiles:
-    small = work.kv.dtype.itemsize <= 2 and work.kv.head_size <= 128
-    return KeyTiles(64, 4, 2) if small else KeyTiles(32, 4, 2)
 
 
 @triton.jit
@@ -181,5 +176,5 @@ def query_statistics(
         **records.constants(work.kv, pairs, window),
         **records.query_constants(),
         FIRST=part == 0,
-        **(tiles or _tiles(work)).launch(),
+        **(tiles or key_tiles(work.kv)).launch(),
     )
