@@ -61,6 +61,17 @@ def window_logits(
     return tl.max(tl.reshape(products, (WINDOW_PAD, GROUP_PAD, BLOCK)), axis=1) * tl.load(factor)
 
 
+@triton.jit
+def max_pooled(attention, slots, candidates, POOL: tl.constexpr, BLOCK: tl.constexpr):
+    """float32 [BLOCK]: the largest attention to a candidate and those beside it (rkv_spec 1.2 step 6)."""
+    pooled = tl.zeros((BLOCK,), tl.float32)  # attention is never negative
+    for shift in tl.static_range(POOL):
+        near = slots + (shift - POOL // 2)
+        value = tl.load(attention + near, mask=(near >= 0) & (near < candidates), other=0.0)
+        pooled = tl.maximum(pooled, value)
+    return pooled
+
+
 @triton.jit(do_not_specialize=["stride_pages", "first_layer", "first_request", "requests", "stat_blocks"])
 def _survey_kernel(
     kv,  # layer 0 of the cache, [pages, H, page size, 2 D] by its strides
@@ -221,13 +232,8 @@ def window_statistics(work: WorkSlice, queries: torch.Tensor, factors: torch.Ten
     work.directions.zero_()
     _survey_kernel[work.grid(-(-work.longest // block))](
         *work.cache_args(),
-        queries,
-        *queries.stride()[:4],
-        batch.query_rows,
-        batch.query_ends,
-        batch.source_pages,
-        batch.source_pages.stride(0),
-        batch.lengths_on_device,
+        *work.query_args(queries),
+        *work.token_args(),
         work.inverse_norms,
         work.links,
         work.peaks,

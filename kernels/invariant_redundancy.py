@@ -89,14 +89,10 @@ def invariant_redundancy(
         window: number of newest keys that are no candidates.
         tiles: launch shape, if not the usual one.
     """
-    batch = work.batch
     _redundancy_kernel[records.grid(work)](
         *work.cache_args(),
-        batch.source_pages,
-        batch.source_pages.stride(0),
-        batch.lengths_on_device,
-        work.span_records,
-        2 * work.link_entries,
+        *work.token_args(),
+        *work.record_args(),
         work.inverse_lengths,
         work.redundancy,
         *work.slice_args(),

@@ -157,19 +157,12 @@ def query_statistics(
         window: number of newest keys that are no candidates.
         tiles: launch shape, if not the usual one.
     """
-    batch = work.batch
     _statistics_kernel[records.grid(work)](
         *work.cache_args(),
-        queries,
-        *queries.stride()[:4],
-        batch.query_rows,
-        batch.query_ends,
-        batch.query_counts,
-        batch.source_pages,
-        batch.source_pages.stride(0),
-        batch.lengths_on_device,
-        work.span_records,
-        2 * work.link_entries,
+        *work.query_args(queries),
+        work.batch.query_counts,
+        *work.token_args(),
+        *work.record_args(),
         part,
         factors,
         *work.slice_args()[:3],

@@ -12,7 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .work_slice import LINK_SCALE, WorkSlice, locate
+from .importance import max_pooled
+from .work_slice import LINK_SCALE, WorkSlice, locate, scores_of
 
 _BLOCK = 1024  # tokens a step
 
@@ -49,8 +50,9 @@ def _combine_kernel(
     _, request, local_request, head, owner = locate(first_layer, first_request, requests, HEADS)
     attention += owner * capacity
     links += owner * capacity
-    scores += tl.program_id(2).to(tl.int64) * stride_score_layer
-    scores += local_request.to(tl.int64) * stride_score_request + head.to(tl.int64) * stride_score_head
+    scores = scores_of(
+        scores, stride_score_layer, stride_score_request, stride_score_head, local_request, head
+    )
     length = tl.load(lengths + request)
     candidates = length - WINDOW
     important = tl.load(lam + request)
@@ -68,11 +70,7 @@ def _combine_kernel(
         total = tl.sum(exponentials, axis=0)
     for start in range(0, candidates, BLOCK):
         slots = start + tl.arange(0, BLOCK)
-        pooled = tl.zeros((BLOCK,), tl.float32)  # attention is never negative
-        for shift in tl.static_range(POOL):
-            near = slots + (shift - POOL // 2)
-            value = tl.load(attention + near, mask=(near >= 0) & (near < candidates), other=0.0)
-            pooled = tl.maximum(pooled, value)
+        pooled = max_pooled(attention, slots, candidates, POOL, BLOCK)
         redundant = tl.zeros((BLOCK,), tl.float32)
         if similar:
             mean = tl.load(links + slots, mask=slots < candidates, other=0).to(tl.float32) * to_mean

@@ -184,14 +184,11 @@ def newest_matches(
         threshold: cosine similarity above which two keys count as duplicates.
         tiles: launch shape; ``match_tiles`` when None.
     """
-    batch = work.batch
     tiles = tiles or match_tiles(work.kv.head_size, work.kv.dtype)
     for second_pass in (False, True):
         _matches_kernel[work.grid(-(-work.longest // tiles.rows) - second_pass)](
             *work.cache_args(),
-            batch.source_pages,
-            batch.source_pages.stride(0),
-            batch.lengths_on_device,
+            *work.token_args(),
             lam,
             work.inverse_norms,
             work.newest_match,

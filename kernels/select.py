@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .work_slice import WorkSlice, locate
+from .work_slice import WorkSlice, locate, scores_of
 
 _BLOCKS = (2048, 4096, 8192)  # tokens that a program keeps in registers
 SELECT_LENGTHS = (2048, 4096, 8192, 8193)
@@ -82,8 +82,7 @@ def _select_kernel(
 ):
     _, request, local_request, head, owner = locate(first_layer, first_request, requests, HEADS)
     kept += owner * capacity
-    scores += tl.program_id(2).to(tl.int64) * stride_layer
-    scores += local_request.to(tl.int64) * stride_request + head.to(tl.int64) * stride_head
+    scores = scores_of(scores, stride_layer, stride_request, stride_head, local_request, head)
     candidates = tl.load(lengths + request) - WINDOW
     count = tl.load(keeps + request) - WINDOW
     protected = tl.load(protects + request)
@@ -157,8 +156,7 @@ def _rank_kernel(
     RIVALS: tl.constexpr,
 ):
     _, request, local_request, head, owner = locate(first_layer, first_request, requests, HEADS)
-    scores += tl.program_id(2).to(tl.int64) * stride_layer
-    scores += local_request.to(tl.int64) * stride_request + head.to(tl.int64) * stride_head
+    scores = scores_of(scores, stride_layer, stride_request, stride_head, local_request, head)
     chosen += owner * capacity
     kept += owner * capacity
     candidates = tl.load(lengths + request) - WINDOW

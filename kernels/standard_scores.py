@@ -12,7 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .work_slice import WorkSlice, locate
+from .importance import max_pooled
+from .work_slice import WorkSlice, locate, scores_of
 
 _BLOCK = 2048  # tokens at a time
 _WARPS = 8
@@ -51,19 +52,16 @@ def _standard_kernel(
     candidates = tl.load(lengths + request) - WINDOW
     attention += owner * capacity
     redundancy += owner * capacity
-    scores += tl.program_id(2).to(tl.int64) * stride_score_layer
-    scores += local_request.to(tl.int64) * stride_score_request + head.to(tl.int64) * stride_score_head
+    scores = scores_of(
+        scores, stride_score_layer, stride_score_request, stride_score_head, local_request, head
+    )
     number = tl.maximum(candidates, 1).to(tl.float32)
     log_sum = tl.zeros((BLOCK,), tl.float32)
     redundant_sum = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, candidates, BLOCK):
         slots = start + tl.arange(0, BLOCK)
         inside = slots < candidates
-        pooled = tl.zeros((BLOCK,), tl.float32)  # attention is never negative
-        for shift in tl.static_range(POOL):
-            near = slots + (shift - POOL // 2)
-            value = tl.load(attention + near, mask=(near >= 0) & (near < candidates), other=0.0)
-            pooled = tl.maximum(pooled, value)
+        pooled = max_pooled(attention, slots, candidates, POOL, BLOCK)
         log_importance = tl.log(pooled + 1e-9)
         tl.store(scores + slots, log_importance, mask=inside)
         log_sum += tl.where(inside, log_importance, 0.0)

@@ -145,16 +145,11 @@ def attention_and_link_sums(
         lam: float32 [R], weight of importance of each request of the batch.
         window: newest tokens, whose queries are looked at.
     """
-    kv, batch = work.kv, work.batch
+    kv = work.kv
     _sums_kernel[work.grid(-(-work.longest // _BLOCK))](
         *work.cache_args(),
-        queries,
-        *queries.stride()[:4],
-        batch.query_rows,
-        batch.query_ends,
-        batch.source_pages,
-        batch.source_pages.stride(0),
-        batch.lengths_on_device,
+        *work.query_args(queries),
+        *work.token_args(),
         lam,
         work.inverse_norms,
         work.newest_match,

@@ -124,6 +124,23 @@ class WorkSlice:
         layer = self.kv.layers[0]
         return (layer, self.kv.layer_offsets, *layer.stride()[:3])
 
+    def query_args(self, queries: torch.Tensor) -> tuple[torch.Tensor | int, ...]:
+        """``queries, stride_layer, stride_row, stride_query, stride_head, query_rows, query_ends``.
+
+        Args:
+            queries: [L, rows, ring, Hq, D], the query ring.
+        """
+        return (queries, *queries.stride()[:4], self.batch.query_rows, self.batch.query_ends)
+
+    def token_args(self) -> tuple[torch.Tensor, int, torch.Tensor]:
+        """``source_pages, stride_pages, lengths``."""
+        batch = self.batch
+        return (batch.source_pages, batch.source_pages.stride(0), batch.lengths_on_device)
+
+    def record_args(self) -> tuple[torch.Tensor, int]:
+        """``records, stride_owner``."""
+        return (self.span_records, 2 * self.link_entries)
+
     def slice_args(self) -> tuple[int, int, int, int]:
         """``first_layer, first_request, requests, capacity``."""
         return (self.first_layer, self.first_request, self.requests, self.capacity)
@@ -151,6 +168,13 @@ def locate(first_layer, first_request, requests, HEADS: tl.constexpr):
 def layer_and_head(kv, layer_offsets, layer, head, stride_kv_head):
     """Where the rows of one KV head of one layer begin."""
     return kv + tl.multiple_of(tl.load(layer_offsets + layer), 16) + head.to(tl.int64) * stride_kv_head
+
+
+@triton.jit
+def scores_of(scores, stride_layer, stride_request, stride_head, local_request, head):
+    """Where the scores of a program on ``grid`` begin."""
+    scores += tl.program_id(2).to(tl.int64) * stride_layer
+    return scores + local_request.to(tl.int64) * stride_request + head.to(tl.int64) * stride_head
 
 
 @triton.jit
