@@ -180,7 +180,7 @@ class AdmissionControl:
             to_come = self._to_come(request, tracked, priority, num_computed_tokens)
         watermark = max(to_come, 0)
         if self.autos:
-            to_come -= self.autos.surplus(self._running, priority)
+            to_come -= self.autos.surplus(priority)
             watermark = max(to_come, self.autos.growth)
             needed = self.autos.missing_pages(request, request.num_tokens)
             if needed + to_come <= self._pool.get_num_free_blocks():

@@ -137,6 +137,9 @@ class AutoBudgets:
         waiting, self._waiting = self._waiting, None
         if not self._lengths:
             return []
+        if waiting is not None and waiting[0].status not in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
+            waiting = None
+        wanted = 0 if waiting is None else waiting[1]
         if not self._steps_to_count:
             self._steps_to_count = _STEPS_PER_COUNT
             autos = (each for each in running if each.request_id in self._lengths)
@@ -146,25 +149,23 @@ class AutoBudgets:
             usable=self._usable_pages,
             free=self._pool.get_num_free_blocks(),
             growth=self._most_growth(),
-            wanted=waiting[1] if waiting is not None else 0,
+            wanted=wanted,
         )
         if not state.shortage(self._usage):
             return []
-        state = replace(state, growth=sum(self._net_growth_of(request) for request in running), wanted=0)
-        shortage, wanted_too = state.shortage(self._usage), 0
-        if waiting is not None and waiting[0].status in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
-            wanted_too = replace(state, wanted=waiting[1]).shortage(self._usage)
-        if not shortage and not wanted_too:
+        state = replace(state, growth=sum(self._net_growth_of(request) for request in running))
+        with_waiting = state.shortage(self._usage)
+        if not with_waiting:
             return []
         candidates = list(filter(None, (self._candidate(*each) for each in enumerate(running))))
         filled = int(self._usable_pages * self._usage)
-        for_growth = to_switch(candidates, shortage, filled)
+        for_growth = to_switch(candidates, replace(state, wanted=0).shortage(self._usage), filled)
         orders = [Order(running[each.arrival], each.length, "growth") for each in for_growth]
-        if waiting is not None and wanted_too:
-            wanted_too -= sum(each.saved_pages for each in for_growth)
+        if waiting is not None:
+            with_waiting -= sum(each.saved_pages for each in for_growth)
             urgency = self._priority(waiting[0])
             others = [each for each in candidates if each.priority >= urgency and each not in for_growth]
-            for each in to_switch(others, wanted_too, filled):
+            for each in to_switch(others, with_waiting, filled):
                 orders.append(Order(running[each.arrival], each.length, "waiting"))
         return orders
 
@@ -180,7 +181,7 @@ class AutoBudgets:
             for priority in self._surplus:
                 self._surplus[priority] += self._surplus_of(request, priority)
 
-    def surplus(self, running: Sequence[Request], priority: int) -> int:
+    def surplus(self, priority: int) -> int:
         """Pages of running requests with budget "auto" beyond those that are kept for them.
 
         Negative where they have less. For a newcomer of this priority nothing is kept for those that are less
@@ -189,7 +190,7 @@ class AutoBudgets:
         if not self._lengths:
             return 0
         if priority not in self._surplus:
-            self._surplus[priority] = sum(self._surplus_of(request, priority) for request in running)
+            self._surplus[priority] = sum(self._surplus_of(request, priority) for request in self._running)
         return self._surplus[priority]
 
     def _surplus_of(self, request: Request, priority: int) -> int:
