@@ -101,8 +101,10 @@ class CallerRules(BaseModel):
             raise ValueError(f"budget_min: {smallest} is above budget_max, {largest}")
         if self.policy not in self.policies:
             raise ValueError(f"policy: {self.policy} is not one of policies, {', '.join(self.policies)}")
-        if self.max_budget is not None and self.max_budget <= self.min_budget:
-            raise ValueError(f"max_budget: {self.max_budget} is not above min_budget, {self.min_budget}")
+        try:
+            check_max_budget(self.max_budget, self.min_budget)
+        except CannotBeServed as error:
+            raise ValueError(f"max_budget: {error}") from None
         check_protected(self.protect, self.min_budget if self.budget == AUTO else self.budget)
         if self.require_budget:
             return self  # the default is never used
