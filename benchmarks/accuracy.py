@@ -6,7 +6,8 @@
 Runs `rkv-vllm eval` once for each policy, for buffers, and for each server-wide setting, all at the same
 time: the model is small, and what takes time is the scheduler, on CPU cores of its own for each process. Each
 process has rows of its own for the full cache. What was stopped goes on when the same command is given again;
---groups runs a part, and what earlier commands left in --work is published with it.
+--groups runs a part, and what earlier commands left in --work is published with it. Other options go to the
+engines.
 
 Budgets are in percent of a whole problem's tokens. DIR gets tables and one JSON file of all runs, a plot for
 each group, and how long each run took; answers stay in the folder --work. The second form draws the policies'

@@ -51,7 +51,7 @@ class Step:
 
 
 class Spread(BaseModel):
-    """The middle of some times and that of their slowest fiftieth, the 99th percentile."""
+    """Of some times the middle, and what all but the slowest hundredth stay within."""
 
     p50: float
     p99: float
