@@ -33,7 +33,7 @@ from rkv_vllm.policies.invariant import POOL_KERNEL
 from rkv_vllm.provenance import command_line
 
 STAGES = ("statistics", "attention", "redundancy", "standard", "select", "move")
-LAM = 0.5
+LAM = 0.4
 
 
 class InvariantSetup(Setup):

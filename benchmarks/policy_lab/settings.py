@@ -35,7 +35,7 @@ class InvariantSettings:
         values: share of the values' similarity in redundancy, the rest being the keys'; 0: keys alone.
     """
 
-    lam: float = 0.5
+    lam: float = 0.4
     queries: int = 16
     pool: int = 3
     values: float = 0.0
@@ -52,7 +52,7 @@ VARIATIONS: dict[type[Settings], dict[str, tuple[float, ...]]] = {
         "pool": (1, 3, 15),
     },
     InvariantSettings: {
-        "lam": (0.3, 0.4, 0.6, 0.7, 1.0),
+        "lam": (0.2, 0.3, 0.5, 0.6, 1.0),
         "queries": (4, 8, 32),
         "pool": (1, 7, 15),
         "values": (0.3, 0.5),

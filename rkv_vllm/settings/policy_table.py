@@ -53,7 +53,7 @@ POLICIES: tuple[PolicySpec, ...] = (
         class_path="rkv_vllm.policies.invariant:Invariant",
         num_queries=16,
         kernel="invariant",
-        weight=0.5,
+        weight=0.4,
         keeps="important ones unlike the others, wherever they stand",
         paper=None,
     ),
@@ -96,6 +96,8 @@ POLICIES: tuple[PolicySpec, ...] = (
 )
 
 POLICY_NAMES: tuple[PolicyName, ...] = tuple(policy.name for policy in POLICIES)
+#: For requests, where nobody says.
+DEFAULT_POLICY: PolicyName = "invariant"
 #: The kernels that score each policy on GPUs; the policies that none do are not in it.
 KERNELS: dict[PolicyName, Kernel] = {p.name: p.kernel for p in POLICIES if p.kernel is not None}
 #: Newest tokens whose queries each policy looks at.

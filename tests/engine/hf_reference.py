@@ -18,7 +18,7 @@ from rkv_vllm.kernels.rotary_pairs import RotaryPairs
 #: R-KV's published constants, written out here on purpose rather than taken from the package.
 WINDOW, POOL_KERNEL, MIX_LAMBDA, SIMILARITY, SINKS = 8, 7, 0.1, 0.5, 4
 #: Those of policy invariant.
-MOST_QUERIES, INVARIANT_POOL_KERNEL, INVARIANT_LAMBDA = 16, 3, 0.5
+MOST_QUERIES, INVARIANT_POOL_KERNEL, INVARIANT_LAMBDA = 16, 3, 0.4
 
 _ATTENTION = "eager_with_queries_kept"
 
