@@ -30,7 +30,7 @@ from rkv_vllm.settings.config import (
     check_protected,
 )
 from rkv_vllm.settings.error_text import explain, shown
-from rkv_vllm.settings.policy_table import POLICY_NAMES
+from rkv_vllm.settings.policy_table import DEFAULT_POLICY, POLICY_NAMES
 from rkv_vllm.settings.request_size import RequestSize
 from rkv_vllm.settings.requested import CannotBeServed, RequestedSettings
 from rkv_vllm.settings.values import AUTO, BudgetTokens, BufferTokens, Protected, is_budget, number
@@ -85,7 +85,7 @@ class CallerRules(BaseModel):
         ),
     )
     buffer: Buffer = Field(default=128, description="Tokens collected between two compactions.")
-    policy: PolicyName = Field(default="rkv", description="What scores tokens where a request does not say.")
+    policy: PolicyName = Field(default=DEFAULT_POLICY, description="Of a request that names none.")
     policies: Names = Field(
         default=POLICY_NAMES, description="Policies a request may choose, separated by commas."
     )

@@ -35,6 +35,7 @@ EVERYTHING: Values = {
         "maxBudget": 16384,
         "autoUsage": 0.8,
         "requireBudget": True,
+        "policy": "rkv",
         "policies": ["rkv", "snapkv"],
         "mixLambda": 0.25,
         "beyondPool": True,

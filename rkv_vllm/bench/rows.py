@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from rkv_vllm.settings.config import AutoBudget, CompactionSettings, PolicyName
 from rkv_vllm.settings.error_text import explain
+from rkv_vllm.settings.policy_table import DEFAULT_POLICY
 from rkv_vllm.settings.values import BudgetTokens, BufferTokens
 
 #: An engine without R-KV, one whose requests have the row's budget, and one whose requests switch R-KV off;
@@ -41,7 +42,7 @@ class Row(BaseModel):
         default=1024, description="R-KV's budget in tokens; none: full cache."
     )
     buffer: BufferTokens = Field(default=128, description="R-KV's buffer in tokens.")
-    policy: PolicyName = Field(default="rkv", description="R-KV's policy.")
+    policy: PolicyName = Field(default=DEFAULT_POLICY, description="R-KV's policy.")
     concurrency: Count | None = Field(
         default=None, description="Requests at the same time; none: as many as the pool holds at mean length."
     )

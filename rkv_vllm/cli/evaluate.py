@@ -35,7 +35,7 @@ def evaluate(
     ] = "full,2048,1024,512",
     policies: Annotated[
         str, typer.Option("--kv-policy", help="What scores tokens.")
-    ] = "rkv,snapkv,recency,random",
+    ] = "invariant,rkv,snapkv,recency,random",
     buffers: Annotated[
         str, typer.Option("--kv-buffer", help="Tokens collected between two compactions.")
     ] = "128",

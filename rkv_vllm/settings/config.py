@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from rkv_vllm.kernels.options import Order, Scope
-from rkv_vllm.settings.policy_table import NUM_QUERIES, PolicyName
+from rkv_vllm.settings.policy_table import DEFAULT_POLICY, NUM_QUERIES, PolicyName
 from rkv_vllm.settings.request_size import RequestSize
 from rkv_vllm.settings.requested import NOTHING_ASKED, CannotBeServed, RequestedSettings
 from rkv_vllm.settings.values import AUTO, OFF, WINDOW, Budget, BudgetTokens, BufferTokens, Protected
@@ -121,7 +121,7 @@ class RequestDefaults(BaseModel):
         description="Tokens at which a request with budget `auto` goes down to its min_budget at the latest.",
     )
     buffer: BufferTokens = Field(default=128, description="Tokens collected between two compactions.")
-    policy: PolicyName = Field(default="rkv", description="What scores tokens.")
+    policy: PolicyName = Field(default=DEFAULT_POLICY, description="What scores tokens.")
     protect: Protected = Field(
         default=0, description="First tokens of a request that never leave, or `prompt`: its whole prompt."
     )

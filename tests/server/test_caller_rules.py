@@ -20,7 +20,7 @@ from rkv_vllm.settings.requested import XARGS_PREFIX, RequestedSettings
 
 KEY = "the key of a caller"
 DIGEST = hashlib.sha256(KEY.encode()).hexdigest()
-BOUNDED = CallerRules(budget=512, budget_min=256, budget_max=1024, policies=("rkv", "snapkv"))
+BOUNDED = CallerRules(budget=512, budget_min=256, budget_max=1024, policy="rkv", policies=("rkv", "snapkv"))
 
 
 def resolved(rules: CallerRules, /, **asked: Any) -> tuple[int | None, int | None, str | None]:
@@ -33,8 +33,8 @@ def test_a_request_gets_what_it_asks_for_and_defaults_for_the_rest() -> None:
     assert resolved(BOUNDED) == (512, 128, "rkv")
     assert resolved(BOUNDED, budget=256) == (256, 128, "rkv")
     assert resolved(BOUNDED, budget=1024, buffer=64, policy="snapkv") == (1024, 64, "snapkv")
-    assert resolved(CallerRules()) == resolved(CallerRules(budget=512), budget="full") == (0, 128, "rkv")
-    assert resolved(CallerRules(), budget=9) == (9, 128, "rkv")
+    assert resolved(CallerRules()) == resolved(CallerRules(budget=512), budget="full") == (0, 128, "invariant")
+    assert resolved(CallerRules(), budget=9) == (9, 128, "invariant")
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_a_budget_may_be_required() -> None:
     rules = CallerRules(require_budget=True)
     with pytest.raises(KvCacheError, match="required"):
         rules.resolve(KvCacheRequest(buffer=64))
-    assert resolved(rules, budget="full") == (0, 128, "rkv")
+    assert resolved(rules, budget="full") == (0, 128, "invariant")
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,12 @@ def test_settings_that_contradict_are_refused_by_name(settings: dict[str, Any], 
 
 def test_settings_come_from_the_environment_and_flags_win(monkeypatch: pytest.MonkeyPatch) -> None:
     """Proves that text is read as what it means, and that a flag goes before its variable."""
-    for name, value in {"BUDGET": "512", "BUDGET_MAX": "1024", "POLICIES": "rkv, snapkv"}.items():
+    for name, value in {
+        "BUDGET": "512",
+        "BUDGET_MAX": "1024",
+        "POLICY": "rkv",
+        "POLICIES": "rkv, snapkv",
+    }.items():
         monkeypatch.setenv(f"RKV_KV_{name}", value)
     monkeypatch.setenv("RKV_KV_MIX_LAMBDA", "0.2")
     settings = KvSettings(budget="256")
@@ -184,7 +189,7 @@ def test_without_settings_everything_is_allowed_and_nothing_compacted() -> None:
             "min_budget": 1024,
         },
         "buffer": {"default": 128, "min": 8, "max": None},
-        "policy": {"default": "rkv", "allowed": list(POLICY_NAMES)},
+        "policy": {"default": "invariant", "allowed": list(POLICY_NAMES)},
         "protect": {"default": 0},
     }
 

@@ -38,7 +38,17 @@ def serve(*options: str) -> Result:
 def test_flags_go_before_the_environment_and_reach_vllms_processes(launched: list[list[str]]) -> None:
     """Proves that the middleware, which sees only the environment, reads what the command line said."""
     os.environ |= {"RKV_KV_BUDGET": "512", "RKV_KV_BUFFER": "64"}
-    options = ("--kv-budget=1024", "--kv-budget-max", "2048", "--kv-policies", "rkv,snapkv", "--port", "1")
+    options = (
+        "--kv-budget=1024",
+        "--kv-budget-max",
+        "2048",
+        "--kv-policy",
+        "rkv",
+        "--kv-policies",
+        "rkv,snapkv",
+        "--port",
+        "1",
+    )
     result = serve("some/model", *options)
     assert result.exit_code == 0, result.output
     rules = RulesByApiKey.load(KvSettings()).server
@@ -123,7 +133,7 @@ def test_a_file_has_every_option(launched: list[list[str]], tmp_path: Path) -> N
     """Proves that options of ours and of vLLM's come out of one file, and that those given go before it."""
     path = tmp_path / "settings.yaml"
     path.write_text(
-        "kv-budget: 256\nkv_buffer: 64\nkv-policies: [rkv, recency]\naccess-log: json\nlimit-n: 4\n"
+        "kv-budget: 256\nkv_buffer: 64\nkv-policies: [invariant, recency]\naccess-log: json\nlimit-n: 4\n"
         "max-model-len: 2048\nenforce-eager: true\nenable-prefix-caching: false\nmodel: from/file\n"
         "additional-config: {theirs: {a: 1}}\nlogits-processors: [a:B]\n"
     )
@@ -132,7 +142,7 @@ def test_a_file_has_every_option(launched: list[list[str]], tmp_path: Path) -> N
         result = serve(*option, "--kv-buffer", "32", "--port", "1")
         assert result.exit_code == 0, result.output
         rules = RulesByApiKey.load(KvSettings()).server
-        assert (rules.budget, rules.buffer, rules.policies) == (256, 32, ("rkv", "recency"))
+        assert (rules.budget, rules.buffer, rules.policies) == (256, 32, ("invariant", "recency"))
         operation = OperationSettings()
         assert (operation.access_log, operation.limit_n) == ("json", 4)
         arguments = launched.pop()

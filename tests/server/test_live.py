@@ -43,7 +43,8 @@ def url(start_server: StartServer, tmp_path_factory: pytest.TempPathFactory) -> 
         f"{digest(FREE_KEY)}: {{budget: full, budget_max: null}}\n"
         f"{digest(STRICT_KEY)}: {{require_budget: true}}\n"
     )
-    policy = "--kv-budget=64 --kv-budget-min=32 --kv-budget-max=256 --kv-buffer=32 --kv-policies=rkv,snapkv"
+    policy = "--kv-budget=64 --kv-budget-min=32 --kv-budget-max=256 --kv-buffer=32"
+    policy += " --kv-policy=rkv --kv-policies=rkv,snapkv"
     # Routes that are closed unless asked for, and whose generations have to keep within the policy too.
     routes = "--open-routes=/v1/chat/completions/batch,/invocations,/inference/v1/generate"
     with start_server(*policy.split(), routes, f"--kv-key-policies={keys}", "--enable-scale-out") as url:

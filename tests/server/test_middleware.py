@@ -21,7 +21,7 @@ from rkv_vllm.server.request import KvCacheRequest
 from rkv_vllm.settings.policy_table import POLICY_NAMES
 
 RULES = CallerRules(budget=512, budget_min=256, budget_max=1024)
-DEFAULT = {"rkv_budget": 512, "rkv_buffer": 128, "rkv_policy": "rkv", "rkv_protect": 0}
+DEFAULT = {"rkv_budget": 512, "rkv_buffer": 128, "rkv_policy": "invariant", "rkv_protect": 0}
 
 
 class Body(BaseModel):

@@ -97,7 +97,7 @@ def test_another_run_is_not_mixed_in(started: list[Any], questions: Path, tmp_pa
     out = tmp_path / "out"
     assert evaluate(questions, out, "--kv-budget=32", "--problems=2").exit_code == 0
     more = json.loads(evaluate(questions, out, "--kv-budget=32,48", "--problems=3", "--json").stdout)
-    assert [row["answers"] for row in more["rows"]] == [3] * 9
+    assert [row["answers"] for row in more["rows"]] == [3] * 11
     for options in (("--seed=1",), ("--temperature=0.6",), ("--kv-mix-lambda=0.5",), ("--enforce-eager",)):
         refused = evaluate(questions, out, "--kv-budget=32", *options)
         assert refused.exit_code == 2

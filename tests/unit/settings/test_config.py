@@ -172,7 +172,7 @@ SIZE = RequestSize(prompt=40, longest=300)
         (SERVER, {"rkv_policy": "rkv"}, CompactionSettings(64, 32, "rkv")),
         (RkvConfig(), {}, None),
         (RkvConfig(), {"rkv_buffer": 8, "rkv_policy": "random"}, None),
-        (RkvConfig(), {"rkv_budget": 50}, CompactionSettings(50, 128, "rkv")),
+        (RkvConfig(), {"rkv_budget": 50}, CompactionSettings(50, 128, "invariant")),
     ],
 )
 def test_settings_in_force(
