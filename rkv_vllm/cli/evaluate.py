@@ -12,8 +12,11 @@ from rkv_vllm.cli.options import OptionGroup
 from rkv_vllm.provenance import command_line
 from rkv_vllm.settings.config import RkvConfig
 
+#: What all requests of a run's engine share.
+SHARED = (*options.SHARED_SETTINGS, "auto_usage")
 
-@options.takes(OptionGroup("shared", RkvConfig, prefix="--kv-", names=options.SHARED_SETTINGS))
+
+@options.takes(OptionGroup("shared", RkvConfig, prefix="--kv-", names=SHARED))
 def evaluate(
     context: typer.Context,
     task: Annotated[str, typer.Option(help="`derivation`, `program`, `jsonl:FILE` or `reasoning-gym:NAME`.")],
@@ -30,7 +33,9 @@ def evaluate(
     budgets: Annotated[
         str,
         typer.Option(
-            "--kv-budget", help="Tokens, or percent of the mean length with the full cache, as in 10%."
+            "--kv-budget",
+            help="Tokens, or percent of the mean length with the full cache, as in 10%; behind `auto:` the "
+            "minimum of budget `auto`.",
         ),
     ] = "full,2048,1024,512",
     policies: Annotated[

@@ -29,7 +29,9 @@ class Answer(BaseModel):
     truncated: bool
     prompt_tokens: int
     output_tokens: int
-    budget: int | Literal["full"]
+    budget: int | Literal["auto", "full"]
+    min_budget: int | None = None
+    full_cache_tokens: int | None = None
     policy: str | None
     buffer: int | None
     protect: int | None = None

@@ -16,6 +16,7 @@ from rkv_vllm.provenance import device, versions
 from rkv_vllm.server.protocol import FIELD, KvCacheReport
 from rkv_vllm.server.request import FULL, XARGS
 from rkv_vllm.settings.config import RkvConfig
+from rkv_vllm.settings.values import AUTO
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -267,9 +268,13 @@ def check_in_force(setting: Setting, generation: Generation) -> None:
     """Raises: EngineError where the engine used other settings than it was asked to."""
     report = generation.report
     protect = generation.prompt_tokens if setting.protect == "prompt" else setting.protect
-    asked: Any = (setting.budget, setting.policy, setting.buffer, protect)
+    asked: tuple[Any, ...] = (setting.budget, None, setting.policy, setting.buffer, protect)
     if setting == FULL_CACHE:
-        asked = (FULL, None, None, 0)
-    used = (report.budget, report.policy, report.buffer, report.protect or 0)
+        asked = (FULL, None, None, None, 0)
+    elif setting.auto:
+        asked = (AUTO, setting.budget, *asked[2:])
+    used = (report.budget, report.min_budget, report.policy, report.buffer, report.protect or 0)
     if used != asked:
-        raise EngineError(f"asked for budget, policy, buffer and protection {asked}, the engine used {used}")
+        raise EngineError(
+            f"asked for budget, min_budget, policy, buffer and protection {asked}, the engine used {used}"
+        )

@@ -40,7 +40,7 @@ def draw(summaries: Sequence[Summary], path: Path) -> None:
             curves.setdefault(line.series, []).append(line)
 
     def budget(line: Line) -> float:
-        return float(line.row.budget)
+        return float(line.row.budget if line.row.min_budget is None else line.row.min_budget)
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 7), layout="constrained")

@@ -12,10 +12,11 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from rkv_vllm.evaluation.summary import Estimate, Row, Summary
+from rkv_vllm.settings.values import AUTO
 
 COLUMNS = (
     *("cache", "buffer", "right %", "95 %", "answers", "truncated %"),
-    *("tokens", "evicted", "compacted %", "most pages", "KV %"),
+    *("tokens", "evicted", "compacted %", "switched at", "most pages", "KV %"),
 )
 
 #: Characters a line; a terminal that has fewer than the table needs wraps its lines.
@@ -33,6 +34,8 @@ class Line:
     def series(self) -> str:
         """What it has in common with the other points of a curve: all but the budget."""
         words = [self.row.policy or "full cache"]
+        if self.row.min_budget is not None:
+            words.append(AUTO)
         if self.row.buffer is not None:
             words.append(f"buffer {self.row.buffer}")
         words += self._protected
@@ -48,8 +51,9 @@ class Line:
         """Policy and budget, and what the run was started with."""
         row = self.row
         percent = "" if row.budget_percent is None else f" ({row.budget_percent:g} %)"
+        budget = row.budget if row.min_budget is None else f"{row.budget}:{row.min_budget}"
         words = [
-            "full cache" if row.policy is None else f"{row.policy} {row.budget}{percent}",
+            "full cache" if row.policy is None else f"{row.policy} {budget}{percent}",
             *self._protected,
         ]
         return ", ".join([*words, *(f"{name} {value}" for name, value in self.server_wide.items())])
@@ -71,6 +75,7 @@ def cells(line: Line) -> tuple[str, ...]:
         f"{row.output_tokens.value:,.0f}",
         f"{row.evicted_tokens:,.0f}",
         _percent(row.compacted),
+        "" if row.full_cache_tokens is None else f"{row.full_cache_tokens:,.0f}",
         f"{row.peak_pages:,.1f}",
         _percent(row.share_of_kv),
     )
@@ -84,6 +89,10 @@ def facts(summaries: Sequence[Summary]) -> list[str]:
         "Truncated answers count as wrong.",
         "Tokens, evicted and most pages are means over answers; KV % is most pages over the full cache's.",
     ]
+    if any(row.min_budget is not None for summary in summaries for row in summary.rows):
+        found.append(
+            "Budget auto is measured under this run's load; its requests switched at the mean length shown."
+        )
     for summary in summaries:
         sampling = summary.settings
         how = "greedy" if sampling.temperature == 0 else f"temperature {sampling.temperature:g}"

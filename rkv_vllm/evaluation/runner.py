@@ -145,7 +145,7 @@ def judge(job: Job, generation: Generation, task: Task) -> Answer:
         right = job.problem.is_right(generation.output)
     else:
         right = answer is not None and not generation.truncated and job.problem.is_right(answer)
-    left_out = {"page_size", "sequences", "reason", "min_budget", "full_cache_tokens"}
+    left_out = {"page_size", "sequences", "reason"}
     report: dict[str, Any] = generation.report.model_dump(exclude=left_out)
     return Answer(
         setting=job.setting.name,

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from rkv_vllm.settings.config import OFF, WINDOW, CompactionSettings, PolicyName, extra_args
+from rkv_vllm.settings.config import OFF, WINDOW, AutoBudget, CompactionSettings, PolicyName, extra_args
+from rkv_vllm.settings.values import AUTO
 
 #: First tokens of a request that never leave.
 Protect = int | Literal["prompt"]
@@ -14,28 +15,35 @@ Protect = int | Literal["prompt"]
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """Settings of a request. `policy` None: full cache; `percent`: what `budget` was asked as, if it was."""
+    """Settings of a request. `policy` None: full cache; `percent`: what `budget` was asked as, if it was;
+    `auto`: budget "auto", with `budget` as its minimum."""
 
     policy: PolicyName | None = None
     budget: int = OFF
     buffer: int = 0
     protect: Protect = 0
     percent: float | None = field(default=None, compare=False)
+    auto: bool = False
 
     @property
     def name(self) -> str:
-        """`full`, or `policy:budget:buffer`, and what is protected; it names the setting in files."""
+        """`full`, or `policy:budget:buffer`, and what is protected; it names the setting in files.
+
+        With budget "auto" the budget is `auto:minimum`.
+        """
         if self.policy is None:
             return "full"
+        auto = f"{AUTO}:" if self.auto else ""
         protect = f":{self.protect}" if self.protect else ""
-        return f"{self.policy}:{self.budget}:{self.buffer}{protect}"
+        return f"{self.policy}:{auto}{self.budget}:{self.buffer}{protect}"
 
     @property
     def extra_args(self) -> dict[str, Any]:
         """As a request sends it."""
         if self.policy is None:
             return extra_args(None)
-        settings = CompactionSettings(self.budget, self.buffer, self.policy)
+        auto = AutoBudget() if self.auto else None
+        settings = CompactionSettings(self.budget, self.buffer, self.policy, auto=auto)
         return {**extra_args(settings), "rkv_protect": self.protect}
 
 
@@ -44,10 +52,14 @@ FULL_CACHE = Setting()
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """As it was asked for: `amount` tokens, or percent of the mean length with the full cache."""
+    """As it was asked for: `amount` tokens, or percent of the mean length with the full cache.
+
+    `is_auto`: that is the minimum of budget "auto".
+    """
 
     amount: float
     is_percent: bool = False
+    is_auto: bool = False
 
     def tokens(self, full_length: float) -> int:
         """Raises: ValueError where it is no larger than the window."""
@@ -61,24 +73,26 @@ class Budget:
 
 
 def parse_budgets(text: str) -> list[Budget]:
-    """`full,1024,10%` as budgets, in that order; `full` is always measured and adds nothing.
+    """`full,1024,10%,auto:10%` as budgets, in that order; `full` is always measured and adds nothing.
 
     Raises: ValueError that names the wrong one.
     """
     budgets = []
     for word in _words(text):
-        number, percent, rest = word.partition("%")
+        amount_word = word.removeprefix(f"{AUTO}:")
+        number, percent, rest = amount_word.partition("%")
         if word == "full":
             continue
         try:
-            amount = float(number) if percent and not rest else int(word)
+            amount = float(number) if percent and not rest else int(amount_word)
         except ValueError:
             amount = 0
         if not (0 < amount <= 100 if percent else amount > WINDOW):
             raise ValueError(
-                f"--kv-budget: takes full, tokens above {WINDOW}, and percent up to 100 with %, not {word!r}"
+                f"--kv-budget: takes full, tokens above {WINDOW}, percent up to 100 with %, and either of "
+                f"these behind {AUTO}: as its minimum, not {word!r}"
             )
-        budgets.append(Budget(amount, is_percent=bool(percent)))
+        budgets.append(Budget(amount, is_percent=bool(percent), is_auto=amount_word != word))
     return budgets
 
 
@@ -129,7 +143,7 @@ def grid(
         tokens = budget.tokens(full_length)
         percent = budget.amount if budget.is_percent else None
         settings += [
-            Setting(policy, tokens, buffer, protect, percent)
+            Setting(policy, tokens, buffer, protect, percent, budget.is_auto)
             for policy in policies
             for buffer in buffers
             for protect in protects

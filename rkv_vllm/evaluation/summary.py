@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -12,6 +13,7 @@ from rkv_vllm.evaluation import statistics
 from rkv_vllm.evaluation.answers import Answer
 from rkv_vllm.evaluation.run_file import RunSettings
 from rkv_vllm.evaluation.settings import FULL_CACHE, Protect, Setting
+from rkv_vllm.settings.values import AUTO
 
 #: A row with a smaller share of compacted answers says little about compaction.
 EVIDENCE = 0.2
@@ -33,19 +35,23 @@ class Row(BaseModel):
     """One setting.
 
     Attributes:
-        budget_percent: what the budget was asked as, where it was in percent.
+        min_budget: with budget "auto", what a request keeps once it has switched.
+        budget_percent: what the budget, or with "auto" its minimum, was asked as, where it was in percent.
         protect: first tokens that never leave, or `prompt`; 0: none.
         accuracy: share of right answers; truncated ones are wrong.
         truncated: share of answers that the limit on tokens ended.
         output_tokens: mean length of an answer.
         compacted: share of answers with at least one compaction.
+        full_cache_tokens: mean length up to which nothing was evicted, over the answers that switched, with
+            budget "auto"; None: none did.
         evicted_tokens, compactions, peak_pages: means over answers.
         share_of_kv: mean of the most pages an answer held, over that of the full cache in the same run.
     """
 
     setting: str
     policy: str | None
-    budget: int | Literal["full"]
+    budget: int | Literal["auto", "full"]
+    min_budget: int | None = None
     budget_percent: float | None
     buffer: int | None
     protect: Protect = 0
@@ -56,6 +62,7 @@ class Row(BaseModel):
     truncated: Estimate
     output_tokens: Estimate
     compacted: float
+    full_cache_tokens: float | None = None
     compactions: float
     evicted_tokens: float
     peak_pages: float
@@ -68,6 +75,8 @@ class Row(BaseModel):
             return None
         if not self.evicted_tokens:
             return "this row was NOT compacted: no token was evicted"
+        if self.budget == AUTO:
+            return None  # how many were compacted is what the load made of it, and a part of the answer
         if self.compacted < EVIDENCE:
             return f"only {100 * self.compacted:.0f} % of the answers were compacted: no evidence"
         return None
@@ -120,10 +129,13 @@ def _row(setting: Setting, answers: Sequence[Sequence[Answer]], full_pages: floa
     lengths = _values(answers, lambda answer: answer.output_tokens)
     is_full = setting == FULL_CACHE
     peak = mean(lambda answer: answer.peak_pages)
+    whole = [answer.full_cache_tokens for each in answers for answer in each]
+    switched_at = [tokens for tokens in whole if tokens is not None]
     return Row(
         setting=setting.name,
         policy=setting.policy,
-        budget="full" if is_full else setting.budget,
+        budget="full" if is_full else AUTO if setting.auto else setting.budget,
+        min_budget=setting.budget if setting.auto else None,
         budget_percent=setting.percent,
         buffer=None if is_full else setting.buffer,
         protect=setting.protect,
@@ -134,6 +146,7 @@ def _row(setting: Setting, answers: Sequence[Sequence[Answer]], full_pages: floa
         truncated=Estimate.of(statistics.share(truncated)),
         output_tokens=Estimate.of(statistics.mean(lengths)),
         compacted=round(mean(lambda answer: answer.compactions > 0), 5),
+        full_cache_tokens=round(fmean(switched_at), 3) if switched_at else None,
         compactions=round(mean(lambda answer: answer.compactions), 3),
         evicted_tokens=round(mean(lambda answer: answer.evicted_tokens), 3),
         peak_pages=round(peak, 3),

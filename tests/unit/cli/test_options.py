@@ -70,7 +70,7 @@ def test_help_says_what_a_field_says() -> None:
         ("doctor", "--kv-", tuple(RkvConfig.model_fields)),
         ("args", "--kv-", tuple(RkvConfig.model_fields)),
         # What is compared has budgets of its own.
-        ("eval", "--kv-", (*SHARED_SETTINGS, "budget", "buffer", "policy", "protect")),
+        ("eval", "--kv-", (*SHARED_SETTINGS, "auto_usage", "budget", "buffer", "policy", "protect")),
         # What protection brings is measured by answers.
         ("fidelity", "--kv-", (*SHARED_SETTINGS, "budget", "buffer", "policy")),
         ("bench", "--kv-", ("budget", "buffer", "policy")),

@@ -30,7 +30,9 @@ def report_of(setting: Setting, tokens: int = PROMPT_TOKENS + OUTPUT_TOKENS) -> 
         )
     evicted = max(0, tokens - setting.budget)
     return KvCacheReport(
-        budget=setting.budget,
+        budget="auto" if setting.auto else setting.budget,
+        min_budget=setting.budget if setting.auto else None,
+        full_cache_tokens=setting.budget + setting.buffer if setting.auto and evicted else None,
         policy=setting.policy,
         buffer=setting.buffer,
         compactions=int(evicted > 0),

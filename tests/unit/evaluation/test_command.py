@@ -125,6 +125,20 @@ def test_percent_is_published_as_tokens(started: list[Any], questions: Path, tmp
     assert refused.exit_code == 2 and "full-length" in refused.stderr
 
 
+def test_auto_has_a_row_and_a_curve_of_its_own(started: list[Any], questions: Path, tmp_path: Path) -> None:
+    """Proves that fixed and elastic budgets are compared in one run, and that no reader takes one for the
+    other."""
+    out = tmp_path / "out"
+    options = ("--kv-budget=40%,auto:40%", "--kv-policy=rkv", "--kv-buffer=8", "--kv-auto-usage=0.8")
+    result = evaluate(questions, out, *options)
+    assert result.exit_code == 0, result.output
+    assert "under this run's load" in plain(result.stdout)
+    table = (out / "table.md").read_text()
+    assert "| rkv 40 (40 %), auto_usage 0.8 | 8 | 100.0 |" in table
+    assert "| rkv auto:40 (40 %), auto_usage 0.8 | 8 | 100.0 |" in table and "| 100.0 | 48 |" in table
+    assert "rkv, auto, buffer 8" in (out / "plot.svg").read_text()
+
+
 def test_several_runs_in_one_table(started: list[Any], questions: Path, tmp_path: Path) -> None:
     """Proves that runs with different server-wide settings are merged and told apart."""
     for weight in ("0.1", "0.5"):

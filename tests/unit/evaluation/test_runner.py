@@ -11,8 +11,8 @@ import pytest
 from stub_engine import OUTPUT_TOKENS, PROMPT_TOKENS, StubEngine
 
 from rkv_vllm.evaluation.answers import Answer, AnswerLog
-from rkv_vllm.evaluation.engines import EngineError
-from rkv_vllm.evaluation.runner import Plan, run
+from rkv_vllm.evaluation.engines import EngineError, check_in_force
+from rkv_vllm.evaluation.runner import Job, Plan, judge, run
 from rkv_vllm.evaluation.settings import FULL_CACHE, Setting, parse_budgets
 from rkv_vllm.evaluation.summary import Row, rows_of
 from rkv_vllm.evaluation.tasks import Decode, Problem
@@ -190,8 +190,17 @@ def test_where_the_thinking_is_judged_its_end_does_not_matter(
 def test_other_settings_than_asked_for_stop_the_run(tmp_path: Path) -> None:
     """Proves that an engine that kept its full cache cannot pass for one that compacted."""
     engine = StubEngine(echo, used=FULL_CACHE)
-    with pytest.raises(EngineError, match=r"asked for .*32, 'rkv', 8.*used .*'full'"):
+    with pytest.raises(EngineError, match=r"asked for .*32, None, 'rkv', 8.*used .*'full'"):
         ask(engine, AnswerLog(tmp_path / "answers.jsonl"), plan())
+
+
+@pytest.mark.parametrize("used", [Setting("rkv", 40, 8, auto=True), Setting("rkv", 32, 8)])
+def test_another_minimum_than_asked_for_stops_the_run(used: Setting) -> None:
+    """Proves that the minimum of budget auto is checked, and that a fixed budget is none."""
+    asked = Setting("rkv", 32, 8, auto=True)
+    generation = asyncio.run(StubEngine(echo, used=used).generate("0", asked, 0, None))
+    with pytest.raises(EngineError, match=r"asked for .*'auto', 32, 'rkv', 8.*used .*(40|None), 'rkv'"):
+        check_in_force(asked, generation)
 
 
 def test_rows(tmp_path: Path) -> None:
@@ -208,9 +217,26 @@ def test_rows(tmp_path: Path) -> None:
     assert rkv.warning is None
 
 
+def test_a_row_of_budget_auto(tmp_path: Path) -> None:
+    """Proves that it says how many switched, and at which mean length those that did."""
+    log = AnswerLog(tmp_path / "answers.jsonl")
+    settings, _, _ = ask(StubEngine(echo), log, plan("auto:32"))
+    switched, whole = Setting("rkv", 32, 8, auto=True), Setting("rkv", 4096, 8, auto=True)
+    for problem, used in (("4", switched), ("5", whole), ("6", whole), ("7", whole), ("8", whole)):
+        generation = asyncio.run(StubEngine(echo, used=used).generate(problem, switched, 0, None))
+        job = Job(switched, Problem(problem, problem, lambda answer: True), 0)
+        log.add(judge(job, generation, Numbers()))
+    names = [str(i) for i in range(9)]
+    row = rows_of([FULL_CACHE, switched], lambda setting: log.of(setting.name, names, 1))[1]
+    assert (row.setting, row.budget, row.min_budget) == ("rkv:auto:32:8", "auto", 32)
+    assert (row.answers, row.compacted, row.full_cache_tokens, row.warning) == (9, 0.55556, 40, None)
+    assert rows(log, settings)["random:auto:32:8"].full_cache_tokens == 40
+
+
 def test_a_row_without_compaction_says_so(tmp_path: Path) -> None:
     """Proves that a budget above every length cannot be mistaken for one that was kept."""
     log = AnswerLog(tmp_path / "answers.jsonl")
     settings, _, _ = ask(StubEngine(echo), log, plan("4096"))
     _, rkv, random = rows(log, settings).values()
+    assert rkv.full_cache_tokens is None
     assert rkv.warning == random.warning == "this row was NOT compacted: no token was evicted"

@@ -34,6 +34,21 @@ def test_percent_of_the_mean_length() -> None:
     assert (setting.budget, setting.percent) == (210, 10)
 
 
+def test_auto_beside_fixed_budgets() -> None:
+    """Proves that budget auto has its minimum in tokens or percent, and is no fixed budget."""
+    budgets = parse_budgets("24%,auto:24%, auto:512")
+    assert budgets == [Budget(24, True), Budget(24, True, True), Budget(512, False, True)]
+    settings = grid(budgets, ["rkv"], [64], [0, 16], 2097)
+    assert [setting.name for setting in settings] == [
+        "full",
+        *("rkv:503:64", "rkv:503:64:16"),
+        *("rkv:auto:503:64", "rkv:auto:503:64:16"),
+        *("rkv:auto:512:64", "rkv:auto:512:64:16"),
+    ]
+    asked = RequestedSettings.from_extra_args(settings[3].extra_args)
+    assert (asked.rkv_budget, asked.rkv_min_budget, asked.rkv_buffer) == ("auto", 503, 64)
+
+
 def test_a_share_within_the_window_is_refused() -> None:
     """Proves that a percentage that leaves no token to choose is named, with what it comes to."""
     with pytest.raises(ValueError, match="10 % of 80 tokens is 8"):
@@ -41,7 +56,11 @@ def test_a_share_within_the_window_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "word", ["8", "0", "-5", "1.5", "0%", "101%", "%", "x%", "10%5", "full%", "nan%", "inf"]
+    "word",
+    [
+        *("8", "0", "-5", "1.5", "0%", "101%", "%", "x%", "10%5", "full%", "nan%", "inf"),
+        *("auto", "auto:", "auto:8", "auto:full", "auto:auto:512", "auto:0%"),
+    ],
 )
 def test_a_wrong_budget_is_named(word: str) -> None:
     """Proves that what is neither tokens nor percent is refused by its name."""
