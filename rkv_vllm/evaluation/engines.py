@@ -79,13 +79,14 @@ class Engine(Protocol):
 
 @asynccontextmanager
 async def in_process(
-    model: str, arguments: list[str], config: RkvConfig, sampling: Sampling
-) -> AsyncIterator[Engine]:
+    model: str, arguments: list[str], config: RkvConfig, sampling: Sampling, *, with_metrics: bool = False
+) -> AsyncIterator[ProcessEngine]:
     """Starts vLLM with R-KV.
 
     Args:
         arguments: options of `vllm serve`.
         config: the settings that all requests share.
+        with_metrics: whether vLLM keeps its metrics, for somebody who reads them; they cost time in a step.
 
     Raises: ValueError for a wrong option; what vLLM raises where it cannot start.
     """
@@ -94,7 +95,7 @@ async def in_process(
     from rkv_vllm.settings.command_line import engine_arguments
 
     engine_args = engine_arguments("eval", [model, *arguments], config)
-    engine_args.disable_log_stats = True  # nobody reads them here, and they cost time in every step
+    engine_args.disable_log_stats = not with_metrics
     engine = AsyncLLM.from_engine_args(engine_args)
     try:
         yield ProcessEngine(engine, sampling)
@@ -118,8 +119,15 @@ class ProcessEngine:
         }
 
     async def generate(
-        self, prompt: Prompt, setting: Setting, seed: int, decode: Decode | None
+        self,
+        prompt: Prompt,
+        setting: Setting,
+        seed: int,
+        decode: Decode | None,
+        *,
+        max_tokens: int | None = None,
     ) -> Generation:
+        """As `Engine` says; `max_tokens`: in place of the sampling's."""
         from vllm import SamplingParams
         from vllm.exceptions import VLLMClientError
         from vllm.inputs import tokens_input
@@ -134,7 +142,7 @@ class ProcessEngine:
                 **self._defaults,
                 "temperature": self._sampling.temperature,
                 "top_p": self._sampling.top_p,
-                "max_tokens": min(room, self._sampling.max_tokens or room),
+                "max_tokens": min(room, max_tokens or self._sampling.max_tokens or room),
             },
             seed=seed if self._sampling.temperature > 0 else None,
             detokenize=decode is None,
