@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import nan
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -60,6 +61,7 @@ def plot(results: Sequence[tuple[str, Results]], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     comparisons = [each for title, result in results for each in compare(result, title)]
     written = [_throughput(comparisons, folder), _split(comparisons, folder), _lengths(comparisons, folder)]
+    written.append(_ramp(comparisons, folder))
     for title, result in results:
         written.append(_pool(result, title, folder))
     return [path for path in written if path is not None]
@@ -146,6 +148,43 @@ def _lengths(comparisons: Sequence[Comparison], folder: Path) -> Path | None:
     axes.grid(True, alpha=0.25)
     axes.legend()
     return _save(figure, folder / "length.svg")
+
+
+def _ramp(comparisons: Sequence[Comparison], folder: Path) -> Path | None:
+    """Tokens/s, kept share and the slowest tokens, in the order of rows that go on from one another."""
+    import matplotlib.pyplot as plt
+
+    if not any(each.row.goes_on for each in comparisons):
+        return None
+    figure, panels = plt.subplots(1, 3, figsize=(11.0, 3.4))
+    for kind in LABELS:
+        sides = [(place, each.sides[kind]) for place, each in enumerate(comparisons) if kind in each.sides]
+        if not sides:
+            continue
+        for axes, values in zip(panels, zip(*(of_ramp(side) for _, side in sides), strict=True), strict=True):
+            style = {"marker": MARKERS[0], "color": COLOURS[kind], "label": LABELS[kind]}
+            axes.plot([place for place, _ in sides], values, **style)
+    titles = ("output tokens/s", "tokens kept, %", "99 of 100 tokens came within, ms")
+    for axes, title in zip(panels, titles, strict=True):
+        axes.set(title=title, xlabel="requests in flight")
+        axes.set_xticks(range(len(comparisons)), [str(each.row.concurrency) for each in comparisons])
+        axes.set_ylim(bottom=0)
+        axes.grid(True, alpha=0.25)
+    figure.tight_layout()
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=len(labels))
+    return _save(figure, folder / "ramp.svg")
+
+
+def of_ramp(side: Side) -> tuple[float, float, float]:
+    """Tokens/s, percent of the tokens that are kept, milliseconds in which 99 of 100 tokens came."""
+    # What requests keep of a text that they came without says nothing.
+    kept = None if side.entry == "compacted" else side.kept_share
+    return (
+        side.tokens_per_second,
+        nan if kept is None else 100 * kept,
+        nan if side.token_p99 is None else 1000 * side.token_p99,
+    )
 
 
 def _pool(results: Results, title: str, folder: Path) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from llama_8b import FACTS
 from typer.testing import CliRunner
 
 from rkv_vllm.bench.kernel_time import kernel_time
+from rkv_vllm.bench.plots import of_ramp, plot
 from rkv_vllm.bench.report import compare, remarks
 from rkv_vllm.bench.results import (
     Device,
@@ -166,6 +168,27 @@ def test_the_command_shows_stored_results(results: Results, tmp_path: Path) -> N
     assert "output tokens/s" in plots["throughput.svg"] and "attention" in plots["step.svg"]
     as_json = CliRunner().invoke(app, ["bench", "--report", str(file), "--json"])
     assert [each["ratio"] for each in json.loads(as_json.stdout)] == [2.8, 1.2, None]
+
+
+def test_a_ramp_is_drawn_in_its_order(results: Results, tmp_path: Path) -> None:
+    """Proves that rows that go on from one another give a plot of its own, in which requests that came
+    without a part of their text keep no share of it."""
+    up = Row(name="up", concurrency=16, rkv_entry="compacted")
+    down = up.model_copy(update={"name": "down", "concurrency": 8, "goes_on": True})
+    runs = [
+        engine_run("auto", [load("up", "staggered", [100], running=16), load("down", None, [50], running=8)]),
+        engine_run("rkv", [load("up", "compacted", [200], running=16)]),
+    ]
+    ramp = results.model_copy(update={"group": Group(rows=(up, down)), "runs": runs})
+    assert tmp_path / "ramp.svg" in plot([("ramp", ramp)], tmp_path)
+    drawn = (tmp_path / "ramp.svg").read_text()
+    assert drawn.index("R-KV once memory is short") > 0 and drawn.count(">16<") == drawn.count(">8<") == 3
+    first, second = compare(ramp)
+    whole, compacted = first.sides["auto"], first.sides["rkv"]
+    kept = whole.model_copy(update={"kept_share": 0.5, "token_p99": 0.03})
+    assert of_ramp(kept) == (100, 50, 30)
+    assert isnan(of_ramp(compacted.model_copy(update={"kept_share": 0.5}))[1])
+    assert "rkv" not in second.sides
 
 
 def test_parts_of_a_run_are_taken_together(results: Results, tmp_path: Path) -> None:
