@@ -76,6 +76,8 @@ class Decoder:
         used: cached tokens of every row.
     """
 
+    _layer_class = ChosenLayer
+
     def __init__(self, model: Path, device: str, dtype: torch.dtype) -> None:
         """Raises: OSError where there is no checkpoint."""
         ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, self._attend)
@@ -97,7 +99,7 @@ class Decoder:
     def start(self, prompts: torch.Tensor, capacity: int) -> torch.Tensor:
         """Reads the prompts, int64 [rows, tokens]; returns each row's next token, int64 [rows]."""
         layers = self._model.config.num_hidden_layers
-        self._layers = [ChosenLayer(capacity) for _ in range(layers)]
+        self._layers = [self._layer_class(capacity) for _ in range(layers)]
         self._cache = Cache(layers=self._layers)
         self._queries = [torch.empty(0)] * layers
         self._logical = 0
@@ -132,8 +134,11 @@ class Decoder:
         return next_tokens
 
     def _attend(self, module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Attention that keeps each layer's newest rotated queries, [rows, Hq, MOST_QUERIES, D]."""
+        self._remember(module, query)
+        return sdpa_attention_forward(module, query, *args, **kwargs)
+
+    def _remember(self, module: Any, query: torch.Tensor) -> None:
+        """Keeps a layer's newest rotated queries, [rows, Hq, MOST_QUERIES, D]."""
         earlier = self._queries[module.layer_idx]
         joined = torch.cat((earlier, query), dim=2) if earlier.numel() else query
         self._queries[module.layer_idx] = joined[:, :, -MOST_QUERIES:]
-        return sdpa_attention_forward(module, query, *args, **kwargs)

@@ -54,12 +54,19 @@ def outcomes(
         ended |= tokens == end_token
         written.append(tokens)
 
+    right = judged(task, problems, torch.stack(written, dim=1))
+    return [right[first : first + len(problems)] for first in range(0, len(right), len(problems))]
+
+
+def judged(task: Task, problems: Sequence[Problem], written: torch.Tensor) -> list[bool]:
+    """Whether each row of what was written, int64 [rows, tokens], is right; the problems repeat."""
+    assert task.decode is not None
     right = []
-    for row, answer in enumerate(torch.stack(written, dim=1).tolist()):
+    for row, answer in enumerate(written.tolist()):
         whole = task.decode(answer)
         text = whole if task.judges_thinking else after_thinking(whole, opened=task.opens_thinking)
         right.append(text is not None and problems[row % len(problems)].is_right(text))
-    return [right[first : first + len(problems)] for first in range(0, len(right), len(problems))]
+    return right
 
 
 def _chooses(
@@ -68,10 +75,10 @@ def _chooses(
     for index, each in enumerate(settings):
         assert each is not None, "a full cache cannot be decoded beside compacted ones"
         rows = slice(index * count, (index + 1) * count)
-        yield rows, partial(_survivors, each, decoder, budget)
+        yield rows, partial(survivors, each, decoder, budget)
 
 
-def _survivors(
+def survivors(
     settings: Settings,
     decoder: Decoder,
     budget: int,

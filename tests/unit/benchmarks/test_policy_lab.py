@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 import torch
 from policy_lab.decoder import Decoder
-from policy_lab.measure import outcomes
+from policy_lab.halving import held
+from policy_lab.measure import outcomes, survivors
+from policy_lab.pressure_schedules import PAGE, RULES, USAGE, Cut, Load, simulate
+from policy_lab.ragged import RaggedDecoder
 from policy_lab.scores import scores
 from policy_lab.settings import InvariantSettings, RkvSettings, Settings, described, variations
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from rkv_vllm.bench.modelless import VOCABULARY, ModellessEngine
+from rkv_vllm.decisions.messages import plan_of
 from rkv_vllm.evaluation.tasks import Problem
 from rkv_vllm.kernels import naive, naive_invariant
 from rkv_vllm.kernels.rotary_pairs import RotaryPairs
@@ -162,3 +171,93 @@ def test_settings_are_judged_apart(folder: Path, prompts: torch.Tensor) -> None:
     unequal = [problems[0], Problem("longer", [1] * (PROMPT + 1), lambda text: True)]
     with pytest.raises(ValueError, match="differ in length"):
         outcomes(decoder, task, unequal, BASES, budget=10, buffer=8, **everything)
+
+
+def test_rows_are_cut_on_schedules_of_their_own(folder: Path, prompts: torch.Tensor) -> None:
+    """Proves that rows of different lengths, decoded side by side, write what each writes alone."""
+    settings = InvariantSettings(queries=8)
+    schedules = [[], [Cut(30, 15), Cut(40, 20)], [Cut(30, 22), Cut(41, 15)], [Cut(50, 15)], [Cut(30, 15)]]
+
+    def written(decoder: RaggedDecoder, rows: list[int]) -> list[list[int]]:
+        some = prompts[[row % len(prompts) for row in rows]]
+        tokens = [decoder.start(some, PROMPT + TOKENS)]
+        for logical in range(PROMPT, PROMPT + TOKENS - 1):
+            keeps = [
+                (place, cut.keep)
+                for place, row in enumerate(rows)
+                for cut in schedules[row]
+                if cut.at == logical
+            ]
+            for place, keep in keeps:
+                decoder.cut([place], keep, partial(survivors, settings, decoder, keep))
+            tokens.append(decoder.step(tokens[-1]))
+        return torch.stack(tokens, dim=1).tolist()
+
+    ragged = RaggedDecoder(folder, "cpu", torch.float32)
+    together = written(ragged, list(range(len(schedules))))
+    assert ragged.lengths == [59, 20 + 19, 15 + 18, 15 + 9, 15 + 29]
+    assert together == [written(ragged, [row])[0] for row in range(len(schedules))]
+    assert len({tuple(row) for row in together}) == len(schedules)
+    plain = Decoder(folder, "cpu", torch.float32)
+    expected = [plain.start(prompts[[1]], PROMPT + TOKENS)]
+    for _ in range(TOKENS - 1):
+        keep = {30: 15, 25: 20}.get(plain.used) if len(expected) in (11, 21) else None
+        if keep is not None:
+            plain.keep(keep, [(slice(0, 1), partial(survivors, settings, plain, keep))])
+        expected.append(plain.step(expected[-1]))
+    assert torch.cat(expected).tolist() == together[1]
+
+
+LOAD = Load(requests=24, prompt=60, length=600, minimum=140, buffer=32, queries=16, share=0.8)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_cuts_are_those_of_a_pool_under_pressure(rule: str) -> None:
+    """Proves that what requests hold fills the pool, by either rule, that halving keeps a half, and that a
+    request at its minimum is cut whenever it has filled its buffer."""
+    schedules = simulate(LOAD, RULES[rule], 2, 5)
+    assert len(schedules) == 2 * LOAD.requests
+    kept = fmean(held(schedule, LOAD.prompt, LOAD.length) for schedule in schedules)
+    assert 0.72 < kept < 0.8
+    for schedule in schedules:
+        slots, at = LOAD.prompt, LOAD.prompt
+        for place, cut in enumerate(schedule):
+            slots, at = slots + cut.at - at, cut.at
+            at_minimum = place > 0 and schedule[place - 1].keep == LOAD.minimum
+            if at_minimum:
+                assert (slots, cut.keep) == (LOAD.minimum + LOAD.buffer, LOAD.minimum)
+            elif rule == "halving":
+                assert cut.keep == max(slots // 2, LOAD.minimum)
+            else:
+                assert cut.keep == LOAD.minimum and place == 0
+            slots = cut.keep
+
+
+def test_one_switch_is_what_the_scheduler_does() -> None:
+    """Proves the calculated switches near those of the real scheduler under the same load."""
+    usable = int(LOAD.filled / USAGE)
+    engine = ModellessEngine(
+        {"budget": "auto", "min_budget": LOAD.minimum, "buffer": LOAD.buffer, "policy": "invariant"},
+        pages=usable,
+        page_size=PAGE,
+        max_num_seqs=LOAD.requests,
+        max_num_batched_tokens=8192,
+        max_model_len=LOAD.length,
+    )
+    rng, asked, switched = random.Random(5), count(), dict[str, int]()
+
+    def add(age: int) -> None:
+        prompt = [rng.randrange(VOCABULARY) for _ in range(LOAD.prompt + age)]
+        engine.add(str(next(asked)), prompt, LOAD.length - len(prompt))
+
+    for _ in range(LOAD.requests):
+        add(rng.randrange(LOAD.length - LOAD.prompt))
+    for _ in range(4 * LOAD.length):
+        for each in plan_of(engine.schedule()).rounds:
+            switched.setdefault(each.request_id, each.logical_length)
+        for answer in engine.update():
+            if answer.finished:
+                add(0)
+    real = fmean(at for name, at in switched.items() if int(name) >= 2 * LOAD.requests)
+    calculated = fmean(cuts[0].at for cuts in simulate(LOAD, RULES["one switch"], 2, 5))
+    assert calculated == pytest.approx(real, rel=0.03)
