@@ -52,6 +52,7 @@ class LoadRun:
     def __init__(self, engine: BenchEngine, row: Row, measure: Measure, deadline: float | None) -> None:
         self._engine, self._row, self._measure, self._deadline = engine, row, measure, deadline
         self._steps: list[Step] = []
+        self._in_window = False
         self._begun = time.monotonic()
         self.result = LoadResult(row=row.name, entry=None)
 
@@ -118,6 +119,7 @@ class LoadRun:
 
     def _window(self) -> Window:
         begun, client, first = self._now(), time.process_time(), len(self._steps)
+        self._in_window = True
         wanted = self._measure.window_steps
         while (
             self._now() - begun < self._measure.window_seconds
@@ -132,6 +134,7 @@ class LoadRun:
         self.result.first_requests = count
         for _ in range(self._measure.windows):
             first, client, begun = len(self._steps), time.process_time(), time.monotonic()
+            self._in_window = True
             self._run_batch(self._load.batch(count))
             self.result.windows.append(self._summarise(begun, first, client))
 
@@ -153,9 +156,11 @@ class LoadRun:
                 self.result.kernel_time = read_trace(trace, self._measure.profile_steps)
 
     def _step(self, replace: bool = True) -> tuple[Step, list[tuple[LoadRequest, bool]]]:
-        """One step; a new request for each that ended."""
+        """One step; a new request for each that ended. Its times stay until its window is summed up."""
         self._check_time()
         step, news = self._engine.step()
+        if not self._in_window:
+            step.forget_times()
         self._steps.append(step)
         for _, finished in news:
             if finished and replace:
@@ -171,8 +176,12 @@ class LoadRun:
         return self._steps[-1].at if self._steps else self._begun
 
     def _summarise(self, begun: float, first: int, client: float) -> Window:
-        pool_pages = self._engine.facts.pool_pages
-        return summarise(begun, self._steps[first:], pool_pages, time.process_time() - client)
+        steps, pool_pages = self._steps[first:], self._engine.facts.pool_pages
+        window = summarise(begun, steps, pool_pages, time.process_time() - client)
+        self._in_window = False
+        for step in steps:
+            step.forget_times()
+        return window
 
 
 class NoStartError(Exception):

@@ -28,8 +28,8 @@ class Step:
         pool_use: share of the pool's pages in use.
         compaction_seconds: of compactions measured meanwhile, on the device.
         held_tokens: tokens of the requests that run, as long as they are without compaction.
-        gaps: seconds since the token before, of each request that has one.
-        first_tokens: seconds from asking to the first token, of each that got it in this step.
+        gaps: seconds since the token before, of each request that has one, until they are forgotten.
+        first_tokens: likewise, seconds from asking to the first token, of each that got it in this step.
     """
 
     at: float
@@ -48,6 +48,10 @@ class Step:
     held_tokens: int = 0
     gaps: list[float] = field(default_factory=list)
     first_tokens: list[float] = field(default_factory=list)
+
+    def forget_times(self) -> None:
+        """Gives back what there is one of for every token: a long run has millions of them."""
+        self.gaps, self.first_tokens = [], []
 
 
 class Spread(BaseModel):
