@@ -1,15 +1,11 @@
-"""What the requests of a caller may ask for and what they get by default: for all callers, and by API key."""
+"""What the requests of a caller may ask for and what they get by default."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from rkv_vllm.server.protocol import (
@@ -29,7 +25,7 @@ from rkv_vllm.settings.config import (
     check_max_budget,
     check_protected,
 )
-from rkv_vllm.settings.error_text import explain, shown
+from rkv_vllm.settings.error_text import shown
 from rkv_vllm.settings.policy_table import DEFAULT_POLICY, POLICY_NAMES
 from rkv_vllm.settings.request_size import RequestSize
 from rkv_vllm.settings.requested import CannotBeServed, RequestedSettings
@@ -248,52 +244,3 @@ class KvSettings(EngineSettings, CallerRules, BaseSettings):
         """The engine's own defaults, which are there for requests that come to it without HTTP."""
         settings = self.model_dump(include=set(RkvConfig.model_fields))
         return RkvConfig(**(settings | {"budget": None if self.budget == FULL else self.budget}))
-
-
-@dataclass(frozen=True, slots=True)
-class RulesByApiKey:
-    """The rules of every caller.
-
-    `by_key` has the rules of the API keys that differ, under the SHA-256 of the key in hexadecimal, so
-    that neither the file nor this process need hold a key.
-    """
-
-    server: CallerRules
-    by_key: Mapping[str, CallerRules]
-
-    @classmethod
-    def load(cls, settings: KvSettings) -> RulesByApiKey:
-        """Raises: ValueError, naming the file, the key and the setting; OSError if there is no such file."""
-        common = settings.model_dump(include=set(CallerRules.model_fields))
-        server = CallerRules.model_validate(common)
-        path = settings.key_policies
-        return cls(server, {} if path is None else dict(_overrides(path, common)))
-
-    def of(self, key: str | None) -> CallerRules:
-        """The rules for a request with this API key, or with none (None)."""
-        if key is None or not self.by_key:
-            return self.server
-        return self.by_key.get(hashlib.sha256(key.encode()).hexdigest(), self.server)
-
-    def describe(self) -> list[str]:
-        """Lines for the log at start; no key appears, only the beginning of its digest."""
-        keys = (f"API key {digest[:12]}...: {rules.describe()}" for digest, rules in self.by_key.items())
-        return [f"KV cache: {self.server.describe()}", *keys]
-
-
-def _overrides(path: Path, common: dict[str, Any]) -> Iterator[tuple[str, CallerRules]]:
-    try:
-        entries = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
-    if not isinstance(entries, dict):
-        raise ValueError(f"{path}: takes SHA-256 digests of API keys, with settings below each")
-    for digest, settings in entries.items():
-        if not isinstance(digest, str) or len(digest) != 64 or set(digest) - set("0123456789abcdef"):
-            raise ValueError(f"{path}: an entry is not the SHA-256 of an API key in lower-case hexadecimal")
-        if not isinstance(settings, dict):
-            raise ValueError(f"{path}: key {digest[:12]}...: takes settings, such as `budget: 512`")
-        try:
-            yield digest, CallerRules.model_validate({**common, **settings})
-        except ValidationError as error:
-            raise ValueError(f"{path}: key {digest[:12]}...: {explain(error, depth=1)}") from None

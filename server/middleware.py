@@ -14,7 +14,7 @@ from rkv_vllm.server.answer_headers import with_report_headers
 from rkv_vllm.server.answer_report import ReportingSend
 from rkv_vllm.server.asgi import ClientGone, is_request, read_body, replay, request_state, route_path
 from rkv_vllm.server.auth import presented_key
-from rkv_vllm.server.caller_rules import CallerRules, KvSettings, RulesByApiKey
+from rkv_vllm.server.caller_rules import CallerRules, KvSettings
 from rkv_vllm.server.engine_client import RequestContext
 from rkv_vllm.server.errors import error_response, no_such_route
 from rkv_vllm.server.json_body import UnfitBody, json_object
@@ -22,6 +22,7 @@ from rkv_vllm.server.near_misses import near_miss
 from rkv_vllm.server.openapi import with_kv_cache
 from rkv_vllm.server.protocol import FIELD
 from rkv_vllm.server.request import FULL, XARGS, KvCacheError, read_kv_cache, read_xargs
+from rkv_vllm.server.rules_by_api_key import RulesByApiKey
 from rkv_vllm.settings.config import OFF
 from rkv_vllm.settings.error_text import shown_name
 from rkv_vllm.settings.requested import XARGS_PREFIX, RequestedSettings

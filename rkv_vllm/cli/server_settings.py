@@ -13,8 +13,9 @@ import typer
 from pydantic import ValidationError
 
 from rkv_vllm.cli.options import OptionGroup
-from rkv_vllm.server.caller_rules import ENVIRONMENT_PREFIX, KvSettings, RulesByApiKey
+from rkv_vllm.server.caller_rules import ENVIRONMENT_PREFIX, KvSettings
 from rkv_vllm.server.operations import PREFIX, OperationSettings
+from rkv_vllm.server.rules_by_api_key import RulesByApiKey
 from rkv_vllm.settings.error_text import explain, nearest, one_line, shown_name
 
 KV_CACHE = OptionGroup("kv", KvSettings, prefix="--kv-", environment=ENVIRONMENT_PREFIX, panel="KV cache")

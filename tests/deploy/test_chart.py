@@ -31,8 +31,9 @@ from typer.testing import CliRunner
 
 from rkv_vllm import __version__
 from rkv_vllm.cli import app
-from rkv_vllm.server.caller_rules import KvSettings, RulesByApiKey
+from rkv_vllm.server.caller_rules import KvSettings
 from rkv_vllm.server.operations import OperationSettings
+from rkv_vllm.server.rules_by_api_key import RulesByApiKey
 from rkv_vllm.settings.policy_table import POLICY_NAMES
 
 SCHEMA = json.loads((CHART / "values.schema.json").read_text())

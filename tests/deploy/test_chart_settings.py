@@ -13,7 +13,8 @@ import yaml
 from chart import CHART, DIGEST, EVERYTHING, Values, container, merged, refusal, render
 
 from rkv_vllm.host.compatibility import FEATURES
-from rkv_vllm.server.caller_rules import KvSettings, RulesByApiKey
+from rkv_vllm.server.caller_rules import KvSettings
+from rkv_vllm.server.rules_by_api_key import RulesByApiKey
 from rkv_vllm.settings.command_line import TAKEN
 
 #: Rules for budgets, as values below `kvCache`: every combination is tried.

@@ -21,10 +21,11 @@ from rkv_vllm.server import engine_client
 from rkv_vllm.server.access_log import AccessLog
 from rkv_vllm.server.answer_headers import HEADERS
 from rkv_vllm.server.answer_report import ReportingSend
-from rkv_vllm.server.caller_rules import CallerRules, RulesByApiKey
+from rkv_vllm.server.caller_rules import CallerRules
 from rkv_vllm.server.engine_client import RequestContext
 from rkv_vllm.server.middleware import KvCacheMiddleware
 from rkv_vllm.server.protocol import KvCacheReport
+from rkv_vllm.server.rules_by_api_key import RulesByApiKey
 
 RESULT = {
     "budget": 256,

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from rkv_vllm.server.caller_rules import CallerRules, KvSettings, RulesByApiKey
+from rkv_vllm.server.caller_rules import CallerRules, KvSettings
 from rkv_vllm.server.request import KvCacheError, KvCacheRequest, read_kv_cache, read_xargs
+from rkv_vllm.server.rules_by_api_key import RulesByApiKey
 from rkv_vllm.settings.config import WINDOW
 from rkv_vllm.settings.error_text import explain
 from rkv_vllm.settings.policy_table import POLICY_NAMES

@@ -11,8 +11,9 @@ from typer.testing import CliRunner, Result
 
 from rkv_vllm.cli import app
 from rkv_vllm.server import launch
-from rkv_vllm.server.caller_rules import KvSettings, RulesByApiKey
+from rkv_vllm.server.caller_rules import KvSettings
 from rkv_vllm.server.operations import OperationSettings
+from rkv_vllm.server.rules_by_api_key import RulesByApiKey
 from rkv_vllm.settings.engine_args import VALIDATOR
 
 

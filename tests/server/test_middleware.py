@@ -15,9 +15,10 @@ from pydantic import BaseModel
 from starlette.testclient import TestClient
 from vllm.exceptions import VLLMValidationError
 
-from rkv_vllm.server.caller_rules import CallerRules, RulesByApiKey
+from rkv_vllm.server.caller_rules import CallerRules
 from rkv_vllm.server.middleware import PATHS, KvCacheMiddleware, Refused, settings_of
 from rkv_vllm.server.request import KvCacheRequest
+from rkv_vllm.server.rules_by_api_key import RulesByApiKey
 from rkv_vllm.settings.policy_table import POLICY_NAMES
 
 RULES = CallerRules(budget=512, budget_min=256, budget_max=1024)
