@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from rkv_vllm.server.protocol import (
@@ -17,9 +17,11 @@ from rkv_vllm.server.protocol import (
 )
 from rkv_vllm.server.request import FULL, KvCacheError, KvCacheRequest, XargsRequest
 from rkv_vllm.settings.config import (
+    AUTO_NEEDS_TOKENS,
     OFF,
     WINDOW,
     EngineSettings,
+    Granularity,
     PolicyName,
     RkvConfig,
     check_max_budget,
@@ -89,6 +91,7 @@ class CallerRules(BaseModel):
         default=0, description="First tokens of a request that never leave, or `prompt`: its whole prompt."
     )
     require_budget: bool = Field(default=False, description="Refuse requests that name no budget.")
+    _granularity: Granularity = PrivateAttr(default="token")
 
     @model_validator(mode="after")
     def _defaults_within_bounds(self) -> Self:
@@ -114,6 +117,21 @@ class CallerRules(BaseModel):
             )
         return self
 
+    def on_engine(self, settings: EngineSettings) -> Self:
+        """The same rules, where what such an engine cannot do is refused.
+
+        Raises: ValueError where that is the default.
+        """
+        rules = self.model_copy()
+        rules._granularity = settings.granularity
+        if rules.budget == AUTO and not rules._may_be_auto and not rules.require_budget:
+            raise ValueError(f'budget: the default, "{AUTO}", {AUTO_NEEDS_TOKENS}')
+        return rules
+
+    @property
+    def _may_be_auto(self) -> bool:
+        return self._granularity != "page"
+
     @property
     def budgets(self) -> tuple[int, int | None]:
         """The smallest and the largest budget, in tokens, that a request may name."""
@@ -129,7 +147,7 @@ class CallerRules(BaseModel):
                 min=smallest,
                 max=largest,
                 full=largest is None,
-                auto=largest is None,
+                auto=largest is None and self._may_be_auto,
                 min_budget=max(self.min_budget, smallest),
             ),
             buffer=BufferBounds(
@@ -147,7 +165,8 @@ class CallerRules(BaseModel):
         budget = asked.budget
         smallest, largest = self.budgets
         upwards = f"{smallest} to {largest}" if largest else f"at least {smallest}"
-        allowed = f"{upwards} tokens" if largest else f'{upwards} tokens, "{AUTO}" or "{FULL}"'
+        auto = f', "{AUTO}"' if self._may_be_auto else ""
+        allowed = f"{upwards} tokens" if largest else f'{upwards} tokens{auto} or "{FULL}"'
         if budget is None:
             if self.require_budget:
                 raise KvCacheError("budget", f"is required here: {allowed}")
@@ -165,6 +184,8 @@ class CallerRules(BaseModel):
             raise KvCacheError(
                 "policy", f'is "{asked.policy}", which is not allowed here: {", ".join(self.policies)}'
             )
+        if budget == AUTO and not self._may_be_auto:
+            raise KvCacheError("budget", f'may not be "{AUTO}" here: it {AUTO_NEEDS_TOKENS}')
         return RequestedSettings(
             **self._auto(asked, budget),
             rkv_budget=OFF if budget == FULL else budget,

@@ -12,6 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from rkv_vllm.server.caller_rules import CallerRules, KvSettings
+from rkv_vllm.settings.config import EngineSettings
 from rkv_vllm.settings.error_text import explain
 
 
@@ -30,9 +31,9 @@ class RulesByApiKey:
     def load(cls, settings: KvSettings) -> RulesByApiKey:
         """Raises: ValueError, naming the file, the key and the setting; OSError if there is no such file."""
         common = settings.model_dump(include=set(CallerRules.model_fields))
-        server = CallerRules.model_validate(common)
+        server = CallerRules.model_validate(common).on_engine(settings)
         path = settings.key_policies
-        return cls(server, {} if path is None else dict(_overrides(path, common)))
+        return cls(server, {} if path is None else dict(_overrides(path, common, settings)))
 
     def of(self, key: str | None) -> CallerRules:
         """The rules for a request with this API key, or with none (None)."""
@@ -46,7 +47,9 @@ class RulesByApiKey:
         return [f"KV cache: {self.server.describe()}", *keys]
 
 
-def _overrides(path: Path, common: dict[str, Any]) -> Iterator[tuple[str, CallerRules]]:
+def _overrides(
+    path: Path, common: dict[str, Any], engine: EngineSettings
+) -> Iterator[tuple[str, CallerRules]]:
     try:
         entries = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
@@ -59,6 +62,10 @@ def _overrides(path: Path, common: dict[str, Any]) -> Iterator[tuple[str, Caller
         if not isinstance(settings, dict):
             raise ValueError(f"{path}: key {digest[:12]}...: takes settings, such as `budget: 512`")
         try:
-            yield digest, CallerRules.model_validate({**common, **settings})
+            rules = CallerRules.model_validate({**common, **settings})
         except ValidationError as error:
             raise ValueError(f"{path}: key {digest[:12]}...: {explain(error, depth=1)}") from None
+        try:
+            yield digest, rules.on_engine(engine)
+        except ValueError as error:
+            raise ValueError(f"{path}: key {digest[:12]}...: {error}") from None

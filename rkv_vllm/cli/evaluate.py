@@ -10,7 +10,8 @@ import typer
 from rkv_vllm.cli import options
 from rkv_vllm.cli.options import OptionGroup
 from rkv_vllm.provenance import command_line
-from rkv_vllm.settings.config import RkvConfig
+from rkv_vllm.settings.config import AUTO_NEEDS_TOKENS, RkvConfig
+from rkv_vllm.settings.values import AUTO
 
 #: What all requests of a run's engine share.
 SHARED = (*options.SHARED_SETTINGS, "auto_usage")
@@ -91,6 +92,8 @@ def evaluate(
     if base_url is not None and (context.args or config.model_fields_set):
         theirs = [*context.args, *sorted(config.model_fields_set)]
         raise typer.BadParameter(f"the server at --base-url has its own settings: {' '.join(theirs)}")
+    if config.granularity == "page" and any(word.strip().startswith(AUTO) for word in budgets.split(",")):
+        raise typer.BadParameter(f"--kv-budget: {AUTO} {AUTO_NEEDS_TOKENS}")
     if samples > 1 and temperature == 0:
         raise typer.BadParameter("samples: greedy answers are all the same; give --temperature")
     from rich.console import Console

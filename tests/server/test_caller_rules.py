@@ -212,6 +212,30 @@ def test_a_key_has_what_differs_and_the_servers_settings_for_the_rest(tmp_path: 
     assert not any(KEY in line or DIGEST in line for line in rules.describe())
 
 
+def test_budget_auto_is_refused_where_whole_pages_leave(tmp_path: Path) -> None:
+    """Proves that the field is named before the engine sees the request, for every caller and in either form,
+    that clients are told, and that no default slips through."""
+    rules = load(tmp_path, f"{DIGEST}: {{budget: 256}}", granularity="page", budget=512)
+    for each in (rules.of(None), rules.of(KEY)):
+        for asked in (
+            KvCacheRequest(budget="auto"),
+            read_xargs({"rkv_budget": "auto", "rkv_min_budget": 64}),
+        ):
+            with pytest.raises(
+                KvCacheError, match=r'may not be "auto" here: it needs granularity token'
+            ) as refused:
+                each.resolve(asked)
+            assert refused.value.field == "budget"
+        assert not each.bounds().budget.auto and each.bounds().budget.full
+        assert resolved(each, budget=64) == (64, 128, "rkv") and resolved(each, budget="full")[0] == 0
+    with pytest.raises(ValueError, match=rf'key {DIGEST[:12]}\.\.\.: budget: the default, "auto", needs'):
+        load(tmp_path, f"{DIGEST}: {{budget: auto}}", granularity="page")
+    with pytest.raises(ValueError, match='budget: the default, "auto", needs granularity token'):
+        RulesByApiKey.load(KvSettings(granularity="page", budget="auto"))
+    token = load(tmp_path, f"{DIGEST}: {{budget: auto}}", budget=512).of(KEY)
+    assert token.bounds().budget.auto and token.resolve(KvCacheRequest()).rkv_budget == "auto"
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [

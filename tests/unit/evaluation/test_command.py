@@ -163,6 +163,7 @@ def test_several_runs_in_one_table(started: list[Any], questions: Path, tmp_path
     ("options", "named"),
     [
         (("--kv-budget=7",), "--kv-budget: "),
+        (("--kv-budget=64,auto:64", "--kv-granularity=page"), "--kv-budget: auto needs granularity token"),
         (("--kv-policy=best",), "--kv-policy: "),
         (("--kv-buffer=7",), "--kv-buffer: "),
         (("--samples=2",), "samples: "),
