@@ -23,6 +23,7 @@ from rkv_vllm.server.openapi import with_kv_cache
 from rkv_vllm.server.protocol import FIELD
 from rkv_vllm.server.request import FULL, XARGS, KvCacheError, read_kv_cache, read_xargs
 from rkv_vllm.server.rules_by_api_key import RulesByApiKey
+from rkv_vllm.server.summary import Summary
 from rkv_vllm.settings.config import OFF
 from rkv_vllm.settings.error_text import shown_name
 from rkv_vllm.settings.requested import XARGS_PREFIX, RequestedSettings
@@ -32,7 +33,7 @@ PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messag
 #: Member of a body by which vLLM searches beams.
 BEAM_SEARCH = "use_beam_search"
 _BOOLEAN = TypeAdapter(bool)
-#: Route that tells a client what it may ask for.
+#: Route that tells a client what it may ask for, and what the server does.
 BOUNDS_PATH = "/v1/kv_cache"
 
 
@@ -46,10 +47,12 @@ class KvCacheMiddleware:
         self.app = app
         self.rules = rules or RulesByApiKey.load(KvSettings())
         self._prepared: object = None
+        self._summary = Summary()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not is_request(scope):
-            await self.app(scope, receive, send)
+            async with self._summary.sampling():  # while the application lives
+                await self.app(scope, receive, send)
             return
         self._prepare(scope["app"])
         rules = self.rules.of(presented_key(Headers(scope=scope)))
@@ -57,11 +60,19 @@ class KvCacheMiddleware:
         if path is None:
             await no_such_route()(scope, receive, send)
         elif scope["type"] == "http" and path == BOUNDS_PATH:
-            await bounds(rules, scope)(scope, receive, send)
+            await self._bounds(rules, scope)(scope, receive, send)
         elif scope["type"] == "http" and scope["method"] == "POST" and path in PATHS:
             await self._generate(rules, scope, receive, send)
         else:
             await self._run(RequestContext(rules), scope, receive, send)
+
+    def _bounds(self, rules: CallerRules, scope: Scope) -> JSONResponse:
+        if scope["method"] not in ("GET", "HEAD"):
+            said = "Method Not Allowed"
+            error = {"message": said, "type": said, "param": None, "code": 405}
+            return JSONResponse({"error": error}, status_code=405, headers={"allow": "GET, HEAD"})
+        told = rules.bounds().model_copy(update={"summary": self._summary.now()})
+        return JSONResponse(told.model_dump())
 
     async def _generate(self, rules: CallerRules, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -129,10 +140,3 @@ def _searches_beams(body: dict[str, Any]) -> bool:
         return _BOOLEAN.validate_python(body.get(BEAM_SEARCH, False))
     except ValidationError:
         return False
-
-
-def bounds(rules: CallerRules, scope: Scope) -> JSONResponse:
-    if scope["method"] not in ("GET", "HEAD"):
-        content = {"message": "Method Not Allowed", "type": "Method Not Allowed", "param": None, "code": 405}
-        return JSONResponse({"error": content}, status_code=405, headers={"allow": "GET, HEAD"})
-    return JSONResponse(rules.bounds().model_dump())

@@ -56,11 +56,11 @@ def _extend(schema: dict[str, Any], paths: Sequence[str], bounds_path: str) -> N
         }
     schema["paths"][bounds_path] = {
         "get": {
-            "summary": "What requests with this API key may ask for in `kv_cache`",
+            "summary": "What requests may ask for in `kv_cache`, and what the server does",
             "operationId": "kv_cache_bounds",
             "responses": {
                 "200": {
-                    "description": "Defaults and bounds",
+                    "description": "Defaults and bounds for this API key, and sums over all requests",
                     "content": {"application/json": {"schema": bounds}},
                 }
             },

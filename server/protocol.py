@@ -122,11 +122,47 @@ class PolicyChoice(BaseModel):
     allowed: list[str]
 
 
+class RequestSums(BaseModel):
+    running: int
+    waiting: int
+    compacted: int = Field(description="Of them, those that decode with evicted tokens.")
+    auto_full: int = Field(description="Of them, those with budget `auto` that have all their tokens.")
+    auto_switched: int = Field(description="Of them, those with budget `auto` that went down.")
+
+
+class PoolSums(BaseModel):
+    pages: int = Field(description="Pages that requests can hold.")
+    held: int = Field(description="Pages that they hold.")
+    without_compaction: int = Field(description="Pages that they would hold at least, had nothing left.")
+    kept_share: float | None = Field(description="The share that is held of those; null: none is held.")
+
+
+class RecentSums(BaseModel):
+    seconds: float = Field(description="The time it is about: a minute, or less soon after the start.")
+    rounds: int = Field(description="Compactions.")
+    evicted_tokens: int = Field(description="Tokens that left the cache.")
+    output_tokens: int = Field(description="Tokens generated.")
+    preemptions: int
+
+
+class ServerSummary(BaseModel):
+    """What the server does, summed over all requests, engines and API servers."""
+
+    model: str
+    engines: int
+    requests: RequestSums
+    pool: PoolSums
+    last_minute: RecentSums
+
+
 class KvCacheBounds(BaseModel):
-    """What requests with the caller's API key may ask for in `kv_cache`."""
+    """What requests with the caller's API key may ask for in `kv_cache`, and what the server does."""
 
     object: Literal["kv_cache.bounds"] = "kv_cache.bounds"
     budget: BudgetBounds
     buffer: BufferBounds
     policy: PolicyChoice
     protect: ProtectDefault
+    summary: ServerSummary | None = Field(
+        default=None, description="What the server does right now; null: it keeps no statistics."
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import typer
 
 from rkv_vllm import __version__
-from rkv_vllm.cli import args, bench, demo, doctor, evaluate, fidelity, serve
+from rkv_vllm.cli import args, bench, demo, doctor, evaluate, fidelity, serve, top
 from rkv_vllm.cli.options import RKV_SETTINGS, with_old_names, with_vllm_options
 
 app = typer.Typer(
@@ -44,5 +44,6 @@ app.command("eval", **with_vllm_options("vLLM's own, for the engine in this proc
 )
 app.command()(evaluate.eval_report)
 app.command(**with_vllm_options("vLLM's own, for every engine", **SINGULARS))(bench.bench)
+app.command()(top.top)
 app.command()(demo.demo)
 app.command()(version)

@@ -193,6 +193,7 @@ def test_without_settings_everything_is_allowed_and_nothing_compacted() -> None:
         "buffer": {"default": 128, "min": 8, "max": None},
         "policy": {"default": "invariant", "allowed": list(POLICY_NAMES)},
         "protect": {"default": 0},
+        "summary": None,  # the server's, not its rules'
     }
 
 

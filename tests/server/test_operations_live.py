@@ -290,6 +290,38 @@ def test_64_clients_half_of_which_leave(server: Server) -> None:
     assert growth < GROWTH_BYTES
 
 
+def test_top_shows_what_the_clients_did(server: Server) -> None:
+    """The route has the sums of the metrics, about the last minute, and the command shows them in a
+    line; without a key it has none, and says why."""
+    asked = time.monotonic()
+    with server.http() as http:
+        for _ in range(2):
+            answer = http.post(
+                "/v1/completions", json=completion(max_tokens=64, kv_cache={"budget": 16, "buffer": 16})
+            )
+        rounds = 2 * answer.json()["kv_cache"]["compactions"]
+        assert rounds > 0 and server.idle()
+        time.sleep(1)  # a reading is fresh for so long
+        summary = http.get("/v1/kv_cache").json()["summary"]
+    recent = summary["last_minute"]
+    if time.monotonic() - asked < 50:
+        assert recent["rounds"] >= rounds and recent["output_tokens"] >= 128
+    assert 50 < recent["seconds"] < 75
+    assert summary["pool"]["pages"] == server.metric("rkv_pool_pages")
+    assert summary["requests"]["running"] == summary["requests"]["waiting"] == 0
+
+    def top(key: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "rkv_vllm.cli", "top", "--once", "--url", server.url]
+        environment = {**os.environ, "OPENAI_API_KEY": key, "COLUMNS": "120"}
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    shown = top(KEYS["bob"])
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    assert f"/{summary['pool']['pages']:,}" in shown.stdout.splitlines()[1]
+    refused = top("sk-unknown")
+    assert (refused.returncode, refused.stdout) == (1, f"{server.url}: the API key is not accepted\n")
+
+
 def test_a_pods_stop_finishes_what_runs_and_ends_with_status_0(server: Server) -> None:
     """As the Helm chart has Kubernetes stop a pod, with its probes, which have no API key: while preStop runs
     newcomers are served; then the stream gets all its tokens while newcomers are sent away, the pod is alive

@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 #: Folder -> what of this package it may import beside itself. What is not named here (cli, bench, evaluation,
-#: demo, files beside the folders) are tools, which may import everything, and which nobody here may import.
+#: inspection, demo, files beside the folders) are tools, which may import everything, and which nobody here
+#: may import.
 MAY_IMPORT: dict[str, set[str]] = {
     "kernels": set(),
     "settings": {"kernels"},
