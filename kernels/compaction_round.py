@@ -97,7 +97,7 @@ class CompactionRound:
                     scores = self._scores(scorer, work)
                     if self.scope == "layer":
                         scores = share_in_layer(work, scores, window=self.window)
-                select(work, scores, window=self.window)
+                self._select(work, scores)
                 compact(work, window=self.window)
 
     def score(self, scorer: Scorer, batch: CompactionBatch, scores: torch.Tensor) -> None:
@@ -171,6 +171,9 @@ class CompactionRound:
         """The slices that the batch is cut into, one after the other in the same scratch memory."""
         for slices in self.scratch.slices(batch):
             yield from slices
+
+    def _select(self, work: WorkSlice, scores: torch.Tensor) -> None:
+        select(work, scores, window=self.window)
 
     def _scores(self, scorer: Scorer, work: WorkSlice) -> torch.Tensor:
         scorer.score(work, work.scores_by_head, self.window)

@@ -77,8 +77,11 @@ class CpuCompactor(Compactor[Round, CpuTables, PageReport]):
 
     def _scores(self, compaction: Compaction, layer: int, keys: torch.Tensor) -> torch.Tensor:
         """float32 [H, N - WINDOW], of keys [H, N, D] as the layer's cache has them."""
+        return self._policies[compaction.policy].scores(self._inputs(compaction, layer, keys))
+
+    def _inputs(self, compaction: Compaction, layer: int, keys: torch.Tensor) -> ScoreInputs:
         cache = self._caches[layer]
-        inputs = ScoreInputs(
+        return ScoreInputs(
             keys=cache.numbers(keys),
             queries=self._newest_queries(compaction, layer),
             scale=cache.scale,
@@ -88,7 +91,6 @@ class CpuCompactor(Compactor[Round, CpuTables, PageReport]):
             protected=compaction.protect,
             rotary_pairs=self._pairs,
         )
-        return self._policies[compaction.policy].scores(inputs)
 
     def _newest_queries(self, compaction: Compaction, layer: int) -> torch.Tensor | None:
         count = compaction.num_queries
@@ -109,7 +111,7 @@ class CpuTokenCompactor(CpuCompactor[TokenCompaction]):
             scores = self._scores(compaction, layer, keys) if shared is None else shared
             if self._scope == "layer":
                 scores = scores.mean(dim=0, keepdim=True)
-            kept = self._survivors(compaction, scores.expand(keys.shape[0], -1))
+            kept = self._survivors(compaction, layer, scores.expand(keys.shape[0], -1))
             index = kept.unsqueeze(-1).expand(-1, -1, keys.shape[-1])
             cache.write(targets, keys.gather(1, index), values.gather(1, index))
         tables.replace_pages(compaction.request_id, compaction.target_pages)
@@ -122,8 +124,8 @@ class CpuTokenCompactor(CpuCompactor[TokenCompaction]):
             total += self._scores(compaction, layer, keys).mean(dim=0)
         return total
 
-    def _survivors(self, compaction: TokenCompaction, scores: torch.Tensor) -> torch.Tensor:
-        """int64 [H, keep]: slots that stay, in the server's order, the window last."""
+    def _survivors(self, compaction: TokenCompaction, layer: int, scores: torch.Tensor) -> torch.Tensor:
+        """int64 [H, keep]: slots that stay in a layer, in the server's order, the window last."""
         length = compaction.length
         scores = naive.protected(scores, compaction.protect)
         chosen = tiled.select(scores, compaction.keep - WINDOW, self._order)

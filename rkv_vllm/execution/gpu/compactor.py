@@ -118,7 +118,12 @@ class GpuCompactor(Compactor[Round, GpuTables, EvictedPageIds]):
 
     def _torch_scores(self, compaction: Compaction, source_pages: torch.Tensor, layer: int) -> torch.Tensor:
         """float32 [1, H, length - WINDOW], by the policy's own class."""
-        inputs = ScoreInputs(
+        inputs = self._inputs(compaction, source_pages, layer)
+        return self._policies[compaction.policy].scores(inputs).unsqueeze(0)
+
+    def _inputs(self, compaction: Compaction, source_pages: torch.Tensor, layer: int) -> ScoreInputs:
+        """All but the queries."""
+        return ScoreInputs(
             keys=PagedKeys(
                 self._kv.layers[layer][..., : self._kv.head_size], source_pages, compaction.length
             ),
@@ -130,7 +135,6 @@ class GpuCompactor(Compactor[Round, GpuTables, EvictedPageIds]):
             protected=compaction.protect,
             rotary_pairs=self._pairs,
         )
-        return self._policies[compaction.policy].scores(inputs).unsqueeze(0)
 
 
 class GpuTokenCompactor(GpuCompactor[TokenCompaction]):

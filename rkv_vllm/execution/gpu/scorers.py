@@ -26,18 +26,22 @@ def by_kernel(rounds: Sequence[Compaction]) -> dict[Kernel | None, list[int]]:
 
 
 class KernelScorers:
-    """Makes scorers from the server's settings and the model's shape."""
+    """Makes scorers from the server's settings and the model's shape.
+
+    Attributes:
+        factors: gives float32 [L, H], what makes attention logits of products of queries and stored keys.
+    """
 
     def __init__(self, config: RkvConfig, pairs: RotaryPairs, factors: Callable[[], torch.Tensor]) -> None:
         """
         Args:
             config: the server's settings.
             pairs: how the model's rotary embedding pairs a head's dimensions.
-            factors: gives float32 [L, H], what makes attention logits of products of queries and stored keys.
+            factors: as the attribute.
         """
         self._weights = weights(config)
         self._pairs = pairs
-        self._factors = factors
+        self.factors = factors
 
     def make(self, kernel: Kernel, queries: torch.Tensor, policies: Sequence[PolicyName]) -> Scorer:
         """What scores rounds of these policies, all of the same kernels.
@@ -55,7 +59,7 @@ class KernelScorers:
             case "rkv":
                 return RkvScorer(
                     queries,
-                    self._factors(),
+                    self.factors(),
                     weight,
                     threshold=SIMILARITY_THRESHOLD,
                     pool_kernel=POOL_KERNEL,
@@ -63,7 +67,7 @@ class KernelScorers:
             case "invariant":
                 return InvariantScorer(
                     queries,
-                    self._factors(),
+                    self.factors(),
                     weight,
                     pairs=self._pairs,
                     pool_kernel=invariant.POOL_KERNEL,
