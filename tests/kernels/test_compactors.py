@@ -7,13 +7,12 @@ in ``test_compaction_round.py``. Sharing, order and movement are the reference's
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 from support.paged_cache import DEVICE, PagedCache
+from support.plain_cache import PlainCache, PlainQueries, Tables
 
 from rkv_vllm.decisions.messages import TokenCompaction
 from rkv_vllm.decisions.query_rows import NO_QUERY_ROW
@@ -24,7 +23,7 @@ from rkv_vllm.kernels import naive
 from rkv_vllm.kernels.rotary_pairs import RotaryPairs
 from rkv_vllm.policies import ScoreInputs, make_policies
 from rkv_vllm.settings.config import Order, PolicyName, RkvConfig, Scope
-from rkv_vllm.settings.policy_table import NUM_QUERIES, POLICY_NAMES, RING_SIZE
+from rkv_vllm.settings.policy_table import NUM_QUERIES, POLICY_NAMES
 
 PAGE, LAYERS, HEADS, GROUP, SIZE = 16, 3, 2, 2, 32
 SCALE = SIZE**-0.5
@@ -35,56 +34,6 @@ LENGTH, KEEP, LOGICAL = 61, 40, 500
 PROTECT = 19
 
 VARIANTS = [(scope, order) for scope in ("head", "layer", "global") for order in ("temporal", "score")]
-
-
-@dataclass
-class PlainCache:
-    """A layer in plain pages [pages, H, page size, 2 D], as the CPU's compactor uses its layers."""
-
-    data: torch.Tensor
-    scale: float = SCALE
-    page_size: int = PAGE
-
-    def numbers(self, stored: torch.Tensor) -> torch.Tensor:
-        return stored
-
-    def read(self, pages: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = self.data[pages].transpose(0, 1).flatten(1, 2)[:, :length]
-        return tokens[..., :SIZE], tokens[..., SIZE:]
-
-    def write(self, pages: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        tokens = torch.cat((keys, values), dim=-1)
-        for index, page in enumerate(pages.tolist()):
-            piece = tokens[:, index * PAGE : (index + 1) * PAGE]
-            self.data[page, :, : piece.shape[1]] = piece
-
-
-@dataclass
-class PlainQueries:
-    ring: torch.Tensor
-
-    def newest(self, layer: int, row: int, end: int, count: int) -> torch.Tensor:
-        places = [position % RING_SIZE for position in range(end - count, end)]
-        return self.ring[layer, row, places].transpose(0, 1)
-
-
-@dataclass
-class Tables:
-    """The block table of a runner, as compactors of either device write it."""
-
-    pages: dict[str, tuple[int, ...]] = field(default_factory=dict)
-
-    def replace_pages(self, request_id: str, pages: Sequence[int]) -> None:
-        self.pages[request_id] = tuple(pages)
-
-    def pages_of(self, request_id: str) -> list[int]:
-        raise AssertionError("the scheduler names all pages")
-
-    def page_row(self, request_id: str) -> torch.Tensor:
-        raise AssertionError("the scheduler names all pages")
-
-    def set_num_pages(self, request_id: str, pages: int) -> None:
-        raise AssertionError("the scheduler names all pages")
 
 
 class Setup:
@@ -167,7 +116,7 @@ class Setup:
 def test_the_cpu_keeps_what_the_reference_keeps(scope: Scope, order: Order, protect: int) -> None:
     """Proves for every policy that the CPU's compactor shares scores and lays out survivors as defined."""
     setup = Setup(scope, order, protect)
-    caches: Any = [PlainCache(layer.clone()) for layer in setup.layers]
+    caches: Any = [PlainCache(layer.clone(), SCALE, PAGE) for layer in setup.layers]
     queries: Any = PlainQueries(setup.queries)
     tables = Tables()
     CpuTokenCompactor(caches, queries, setup.config, setup.policies, PAIRS).run(setup.compactions, tables)
