@@ -8,7 +8,7 @@ from __future__ import annotations
 import typer
 
 from rkv_vllm import __version__
-from rkv_vllm.cli import args, bench, demo, doctor, evaluate, fidelity, serve, top
+from rkv_vllm.cli import args, bench, demo, doctor, evaluate, fidelity, inspect, serve, top
 from rkv_vllm.cli.options import RKV_SETTINGS, with_old_names, with_vllm_options
 
 app = typer.Typer(
@@ -39,6 +39,7 @@ app.command(**with_vllm_options("vLLM's own"))(serve.serve)
 app.command(context_settings=with_old_names(**BARE))(args.args)
 app.command(**with_vllm_options("vLLM's own"))(doctor.doctor)
 app.command(**with_vllm_options("the engine's own", **PLURALS))(fidelity.fidelity)
+app.command(**with_vllm_options("the engine's own", **PLURALS))(inspect.inspect)
 app.command("eval", **with_vllm_options("vLLM's own, for the engine in this process", **PLURALS))(
     evaluate.evaluate
 )

@@ -67,8 +67,8 @@ def fidelity(
         settings = settings_of(
             config,
             RequestSize(prompt=prompt, longest=prompt + tokens),
-            _integers("--kv-budget", budgets),
-            _integers("--kv-buffer", buffers),
+            options.integers("--kv-budget", budgets),
+            options.integers("--kv-buffer", buffers),
             POLICY_NAMES if policies is None else [name.strip() for name in policies.split(",")],
         )
         source = source_of(text or [], own_text, own_text_from, instructions, temperature, seed, windows)
@@ -85,10 +85,3 @@ def fidelity(
         typer.echo(report.model_dump_json(indent=1))
     else:
         show(report, Console())
-
-
-def _integers(option: str, words: str) -> list[int]:
-    try:
-        return [int(word) for word in words.split(",")]
-    except ValueError:
-        raise typer.BadParameter(f"{option}: takes integers separated by commas, not {words!r}") from None

@@ -184,6 +184,17 @@ def rkv_config(**settings: Any) -> RkvConfig:
         raise typer.BadParameter(explain(error, depth=1, named=RKV_SETTINGS.option_of)) from None
 
 
+def integers(option: str, words: str) -> list[int]:
+    """What an option has, separated by commas.
+
+    Raises: typer.BadParameter.
+    """
+    try:
+        return [int(word) for word in words.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{option}: takes integers separated by commas, not {words!r}") from None
+
+
 def missing(*packages: str) -> str:
     """The packages that are not installed, separated by commas."""
     return ", ".join(name for name in packages if find_spec(name) is None)

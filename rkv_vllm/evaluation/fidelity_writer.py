@@ -35,7 +35,10 @@ def write(
     from vllm.sampling_params import RequestOutputKind
 
     requests = asked.requests()
-    prompts = _in_chat_template(engine, [instruction for instruction, _ in requests])
+    try:
+        prompts = in_chat_template(engine, [instruction for instruction, _ in requests])
+    except NoChatTemplate as error:
+        raise ValueError(f"--own-text: {error} to ask it with; give a --text instead") from None
     for (instruction, _), ids in zip(requests, prompts, strict=True):
         check_fits(instruction, len(ids), prompt)
     tokenizer = engine.get_tokenizer()
@@ -98,10 +101,14 @@ def check_tokenizer(engine: LLMEngine, own: OwnText) -> None:
             )
 
 
-def _in_chat_template(engine: LLMEngine, instructions: Sequence[str]) -> list[list[int]]:
+class NoChatTemplate(Exception):
+    """The model cannot be asked in the form that it was trained on."""
+
+
+def in_chat_template(engine: LLMEngine, instructions: Sequence[str]) -> list[list[int]]:
     """Token ids of each instruction as a user's message, rendered as vLLM's server does.
 
-    Raises: ValueError where the model has no chat template.
+    Raises: NoChatTemplate.
     """
     from vllm.renderers import ChatParams
     from vllm.renderers.chat_utils import ChatTemplateResolutionError
@@ -114,7 +121,5 @@ def _in_chat_template(engine: LLMEngine, instructions: Sequence[str]) -> list[li
     try:
         _, prompts = renderer.render_chat(messages, template, unlimited)
     except ChatTemplateResolutionError:
-        raise ValueError(
-            "--own-text: the model has no chat template to ask it with; give a --text instead"
-        ) from None
+        raise NoChatTemplate("the model has no chat template") from None
     return [list(prompt["prompt_token_ids"]) for prompt in prompts]

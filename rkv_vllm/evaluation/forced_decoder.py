@@ -172,14 +172,23 @@ class ForcedDecoder:
         engine: vLLM's, which may do other work between two windows.
     """
 
-    def __init__(self, model: str, options: Sequence[str], config: RkvConfig, length: int) -> None:
+    def __init__(
+        self,
+        model: str,
+        options: Sequence[str],
+        config: RkvConfig,
+        length: int,
+        command: str = "fidelity",
+    ) -> None:
         """Starts the engine.
 
         Args:
             model: as for vLLM.
             options: further engine options, as on vLLM's command line.
             config: the server-wide settings.
-            length: tokens of a window, which is max_model_len unless the options say otherwise.
+            length: tokens of a window, which is max_model_len unless the options say otherwise; -1: as many
+                as model and memory allow.
+            command: of `rkv-vllm`, for messages.
 
         Raises: ValueError for an option that cannot be combined with R-KV, or with which the engine would not
             run in this process.
@@ -189,7 +198,7 @@ class ForcedDecoder:
 
         # Pages that another request has filled change the shapes of the arithmetic, and so its rounding.
         defaults = [model, f"--max-model-len={length}", "--no-enable-prefix-caching"]
-        engine_args = engine_arguments("fidelity", [*defaults, *options], config)
+        engine_args = engine_arguments(command, [*defaults, *options], config)
         engine_args.logits_processors = [*(engine_args.logits_processors or ()), PROCESSOR]
         if engine_args.tensor_parallel_size * engine_args.pipeline_parallel_size > 1:
             raise ValueError(

@@ -30,10 +30,12 @@ class Teaching:
     Attributes:
         logprobs: [generated tokens, vocabulary]; row i: prediction of the i-th generated token.
         compacted_at: logical lengths at which the cache was compacted.
+        kept: after each of them the positions of the tokens that stayed, [layers, KV heads, tokens].
     """
 
     logprobs: torch.Tensor
     compacted_at: list[int]
+    kept: list[torch.Tensor]
 
     def worst_difference(self, tokens: Sequence[int], logprobs: Sequence[float]) -> float:
         """The largest distance between these log-probabilities and those that an engine gave its tokens."""
@@ -51,7 +53,7 @@ class HfReference:
         ).eval()
         self._newest_queries: dict[int, torch.Tensor] = {}
         self._buffer = 0
-        self._positions = torch.empty(0)  # [L, H, N]: where the tokens of the last compaction are in the text
+        self._positions = torch.empty(0)  # [L, H, N]: of the tokens in the cache, in the text
 
     def _attend(
         self,
@@ -94,21 +96,28 @@ class HfReference:
         fed = [*prompt, *tokens[:-1]]
         done, evicted = len(prompt), 0
         logits = [self._feed(fed[:done], 0, cache)[-1:]]
-        compacted_at = []
+        compacted_at, kept = [], []
         while done < len(fed):
             due = max(evicted + budget + buffer, switch_at)
             if done >= due:
+                self._locate(cache.get_seq_length(), done)
                 if page_size is None:
-                    self._compact(cache, budget, policy, done, scope, order)
+                    self._compact(cache, budget, policy, scope, order)
                 else:
                     self._drop_pages(cache, budget, policy, page_size)
                 evicted = done - cache.get_seq_length()
                 compacted_at.append(done)
+                kept.append(self._positions)
                 due = evicted + budget + buffer
             end = min(len(fed), due)
             logits.append(self._feed(fed[done:end], done, cache))
             done = end
-        return Teaching(torch.cat(logits).log_softmax(dim=-1), compacted_at)
+        return Teaching(torch.cat(logits).log_softmax(dim=-1), compacted_at, kept)
+
+    def _locate(self, length: int, done: int) -> None:
+        """Adds the positions of the tokens since the last compaction, of `length` in the cache now."""
+        newer = torch.arange(done - (length - self._positions.shape[2]), done)
+        self._positions = torch.cat((self._positions, newer.expand(*self._positions.shape[:2], -1)), dim=2)
 
     def _feed(self, tokens: Sequence[int], position: int, cache: DynamicCache) -> torch.Tensor:
         """Logits [tokens, vocabulary] of tokens at their logical positions, over whatever the cache holds."""
@@ -129,14 +138,11 @@ class HfReference:
         cache: DynamicCache,
         budget: int,
         policy: str,
-        done: int,
         scope: Literal["head", "layer", "global"],
         order: Literal["temporal", "score"],
     ) -> None:
         layers = [(layer.keys[0], layer.values[0]) for layer in cache.layers]  # [H, N, D] each
-        length, known = cache.get_seq_length(), self._positions.shape[2]
-        newer = torch.arange(done - (length - known), done).expand(*self._positions.shape[:2], -1)
-        self._positions = torch.cat((self._positions, newer), dim=2)
+        length = cache.get_seq_length()
         if policy == "recency":
             scores = self._ages()
         else:
@@ -166,6 +172,7 @@ class HfReference:
         drop = -(-length // page_size) - -(-budget // page_size)
         leaving = sorted(by_page, key=lambda page: (by_page[page], -page))[:drop]
         kept = torch.tensor([slot for slot in range(length) if slot // page_size not in leaving])
+        self._positions = self._positions[:, :, kept]
         for layer_cache in cache.layers:
             layer_cache.keys = layer_cache.keys[:, :, kept]
             layer_cache.values = layer_cache.values[:, :, kept]

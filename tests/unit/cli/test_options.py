@@ -73,6 +73,7 @@ def test_help_says_what_a_field_says() -> None:
         ("eval", "--kv-", (*SHARED_SETTINGS, "auto_usage", "budget", "buffer", "policy", "protect")),
         # What protection brings is measured by answers.
         ("fidelity", "--kv-", (*SHARED_SETTINGS, "budget", "buffer", "policy")),
+        ("inspect", "--kv-", (*SHARED_SETTINGS, "budget", "buffer", "policy", "protect")),
         ("bench", "--kv-", ("budget", "buffer", "policy")),
     ],
 )

@@ -1,0 +1,443 @@
+"use strict";
+// The page of `rkv-vllm inspect`. Its data are those of `--json`; rkv_vllm/inspection/report.py says what they mean.
+
+const LEVELS = 10; // of the colour scale, beside 0
+const LATER = -1;
+const CHUNK = 256; // tokens from which a piece of text may end at a line's end
+const TYPES = { uint8: Uint8Array, uint16: Uint16Array, uint32: Uint32Array };
+const byId = (id) => document.getElementById(id);
+const percent = (share) => `${Math.round(100 * share)} %`;
+const number = (value) => value.toLocaleString("en");
+
+function element(name, properties, ...children) {
+  const made = Object.assign(document.createElement(name), properties);
+  made.append(...children);
+  return made;
+}
+
+async function unpack(packed) {
+  if (!packed) return null;
+  const text = atob(packed.data);
+  const bytes = new Uint8Array(text.length);
+  for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  return new TYPES[packed.dtype](await new Response(stream).arrayBuffer());
+}
+
+// One request: what it wrote, and what of that its cache held when.
+class Run {
+  static async load(data, found) {
+    const run = new Run();
+    Object.assign(run, data, { rows: found.layers * found.heads, prompt: found.prompt_tokens, rounds: [] });
+    run.cached = run.tokens.length - 1; // the last token was never read
+    if (data.forgotten) {
+      run.rounds = data.forgotten.rounds;
+      for (const name of ["left", "importance", "redundancy", "match"]) {
+        run[name] = await unpack(data.forgotten[name]);
+      }
+      run.noMatch = run.match && 2 ** (8 * run.match.BYTES_PER_ELEMENT) - 1;
+    }
+    return run;
+  }
+
+  get name() {
+    if (!this.setting) return "full cache";
+    const { policy, budget, buffer, protect } = this.setting;
+    return `${policy}, budget ${budget}, buffer ${buffer}` + (protect ? `, ${protect} protected` : "");
+  }
+
+  // How many rounds there were when the text had so many tokens.
+  roundsAt(time) {
+    let count = 0;
+    while (count < this.rounds.length && this.rounds[count] <= time) count++;
+    return count;
+  }
+
+  // For each token how many of the rows hold it, or LATER.
+  holders(time, rows) {
+    const counts = new Int32Array(this.tokens.length).fill(rows.length);
+    const round = this.roundsAt(time);
+    if (this.left) {
+      for (const row of rows) {
+        const start = row * this.cached;
+        for (let i = 0; i < this.cached; i++) {
+          const left = this.left[start + i];
+          if (left !== 0 && left <= round) counts[i]--;
+        }
+      }
+    }
+    return counts.fill(LATER, Math.min(time, this.tokens.length));
+  }
+}
+
+// Two runs, or more, are looked at side by side: a setting, its map, its KL and its text.
+class Panel {
+  constructor(view, index) {
+    this.view = view;
+    this.choice = element("select", { ariaLabel: `Setting of panel ${index + 1}` });
+    view.runs.forEach((run, i) => this.choice.append(new Option(run.name, i)));
+    this.choice.selectedIndex = index;
+    this.facts = element("p", { className: "facts" });
+    this.map = element("canvas", { className: "map" });
+    this.map.setAttribute("role", "img");
+    this.kl = element("canvas", { className: "kl" });
+    this.klCaption = element("span", {});
+    this.across = element("span", {});
+    this.text = element("div", { className: "text", tabIndex: 0, ariaLabel: "Text" });
+    this.text.setAttribute("role", "group");
+    this.mapFigure = element(
+      "figure", {},
+      element("figcaption", {}, element("span", {}, "layers and KV heads, layer 0 on top"), this.across),
+      this.map, this.kl, element("figcaption", {}, this.klCaption),
+    );
+    this.root = element("article", {}, element("h2", {}, this.choice), this.facts, this.mapFigure, this.text);
+    this.choice.addEventListener("change", () => { this.write(); view.setStops(); });
+    this.text.addEventListener("mouseover", (event) => this.pointAt(event.target.index, event));
+    this.text.addEventListener("mouseleave", () => this.pointAt(undefined));
+    this.text.addEventListener("blur", () => this.pointAt(undefined));
+    this.text.addEventListener("keydown", (event) => this.step(event));
+    for (const canvas of [this.map, this.kl]) {
+      canvas.addEventListener("mousemove", (event) => this.pointAtMap(canvas, event));
+      canvas.addEventListener("mouseleave", () => this.pointAt(undefined));
+    }
+    this.map.addEventListener("click", (event) => view.choose(this.rowAt(event)));
+  }
+
+  // Writes the text of the chosen run, in pieces that a browser need not lay out while they are not seen.
+  write() {
+    this.run = this.view.runs[this.choice.selectedIndex];
+    this.mapFigure.hidden = !this.run.left;
+    this.spans = this.run.tokens.map((token, index) => {
+      const shown = token === "" ? "◌" : token.replaceAll("\n", "↵\n");
+      return Object.assign(element("span", { className: "t" }, shown), { index });
+    });
+    this.classes = new Array(this.spans.length).fill("t");
+    const pieces = [element("div", {})];
+    this.spans.forEach((span, index) => {
+      const piece = pieces.at(-1);
+      piece.append(span);
+      const full = piece.childNodes.length >= CHUNK && this.run.tokens[index].endsWith("\n");
+      if (full) pieces.push(element("div", {}));
+    });
+    this.text.replaceChildren(...pieces);
+    this.pointed = undefined;
+  }
+
+  draw() {
+    const { time, rows } = this.view;
+    const run = this.run;
+    this.pointAt(undefined);
+    const counts = run.holders(time, rows);
+    const differs = new Set(this.view.differences(run).map((other) => other.first_difference));
+    counts.forEach((count, index) => {
+      const level = count === LATER || !run.left ? "" : ` s${Math.ceil((LEVELS * count) / rows.length - 1e-9)}`;
+      let name = `t${count === LATER ? " later" : level}`;
+      if (differs.has(index)) name += " differs";
+      if (this.classes[index] !== name) this.spans[index].className = this.classes[index] = name;
+    });
+    this.facts.textContent = this.describe(counts);
+    if (run.left) this.drawMap();
+  }
+
+  describe(counts) {
+    const { time, rows } = this.view;
+    const run = this.run;
+    const written = Math.min(time, run.tokens.length);
+    const facts = [];
+    if (run.left) {
+      let held = 0;
+      for (let i = 0; i < written; i++) held += counts[i];
+      facts.push(`round ${run.roundsAt(time)} of ${run.rounds.length}`);
+      const each = held / rows.length;
+      facts.push(`holds ${number(Math.round(each))} of ${number(written)} tokens (${percent(each / written)})`);
+    } else {
+      facts.push(`holds all ${number(written)} tokens`);
+    }
+    if (run.setting && run.first_difference === null) facts.push("the answer is the full cache's");
+    if (run.first_difference !== null) {
+      facts.push(`the answer leaves the full cache's at token ${number(run.first_difference)}`);
+    }
+    if (run.kl) {
+      const mean = run.kl.reduce((sum, kl) => sum + kl, 0) / run.kl.length;
+      facts.push(`mean KL ${mean.toPrecision(2)} nats a token`);
+    }
+    return facts.join(" · ");
+  }
+
+  // A canvas of as many pixels as the screen has for it.
+  begin(canvas) {
+    const ratio = window.devicePixelRatio || 1;
+    canvas.width = Math.max(canvas.clientWidth * ratio, 1);
+    canvas.height = Math.max(canvas.clientHeight * ratio, 1);
+    const context = canvas.getContext("2d");
+    context.scale(ratio, ratio);
+    return context;
+  }
+
+  drawMap() {
+    const { run, map } = this;
+    const { time, length, colours, laterColour } = this.view;
+    const context = this.begin(map);
+    const bins = Math.min(length, map.width);
+    const image = new ImageData(bins, run.rows);
+    const pixels = new Uint32Array(image.data.buffer);
+    const round = run.roundsAt(time);
+    for (let bin = 0; bin < bins; bin++) {
+      const first = Math.floor((bin * length) / bins);
+      const end = Math.min(Math.floor(((bin + 1) * length) / bins), run.cached);
+      const written = Math.min(end, time) - first;
+      for (let row = 0; row < run.rows; row++) {
+        let held = 0;
+        for (let i = row * run.cached + first; i < row * run.cached + first + written; i++) {
+          if (run.left[i] === 0 || run.left[i] > round) held++;
+        }
+        const level = Math.ceil((LEVELS * held) / written - 1e-9);
+        if (first < run.tokens.length) pixels[row * bins + bin] = written > 0 ? colours[level] : laterColour;
+      }
+    }
+    const drawn = element("canvas", { width: bins, height: run.rows });
+    drawn.getContext("2d").putImageData(image, 0, 0);
+    context.imageSmoothingEnabled = false;
+    context.drawImage(drawn, 0, 0, map.clientWidth, map.clientHeight);
+    context.fillStyle = "#d55e00";
+    context.fillRect((run.prompt / length) * map.clientWidth, 0, 1, map.clientHeight);
+    map.setAttribute("aria-label", `Tokens held by ${run.rows} layers and heads. ${this.facts.textContent}`);
+  }
+
+  drawKl() {
+    const { run, kl: canvas } = this;
+    const { length } = this.view;
+    this.across.textContent = `tokens 0 to ${number(length - 1)} of the text →`;
+    canvas.hidden = !run.kl;
+    this.klCaption.textContent = "orange: end of the prompt";
+    if (!run.kl) return;
+    const most = run.kl.reduce((a, b) => Math.max(a, b), 0);
+    this.klCaption.textContent += ` · bars: KL of each token, up to ${most.toPrecision(2)} nats`;
+    const context = this.begin(canvas);
+    const across = canvas.clientWidth / length;
+    context.fillStyle = "#1b1f24";
+    run.kl.forEach((kl, index) => {
+      const height = most > 0 ? (kl / most) * canvas.clientHeight : 0;
+      context.fillRect((run.prompt + index) * across, canvas.clientHeight - height, Math.max(across, 1), height);
+    });
+  }
+
+  rowAt(event) {
+    const { top, height } = this.map.getBoundingClientRect();
+    const row = Math.floor(((event.clientY - top) / height) * this.run.rows);
+    return Math.min(Math.max(row, 0), this.run.rows - 1);
+  }
+
+  pointAtMap(canvas, event) {
+    const { left, width } = canvas.getBoundingClientRect();
+    const index = Math.max(Math.floor(((event.clientX - left) / width) * this.view.length), 0);
+    const rows = canvas === this.map ? [this.rowAt(event)] : this.view.rows;
+    this.pointAt(index < this.run.tokens.length ? index : undefined, event, rows);
+  }
+
+  step(event) {
+    const steps = { ArrowLeft: -1, ArrowRight: 1 };
+    if (!(event.key in steps)) return;
+    event.preventDefault();
+    const last = this.run.tokens.length - 1;
+    const index = Math.min(Math.max((this.pointed ?? -1) + steps[event.key], 0), last);
+    this.spans[index].scrollIntoView({ block: "nearest" });
+    const { left, bottom } = this.spans[index].getBoundingClientRect();
+    this.pointAt(index, { clientX: left, clientY: bottom });
+  }
+
+  // Marks a token, and the newest that was similar, and says what is known of it.
+  pointAt(index, where, rows = this.view.rows) {
+    const tip = byId("tip");
+    const old = this.pointed;
+    if (old !== undefined) this.spans[old].classList.remove("here");
+    for (const span of this.text.querySelectorAll(".like")) span.classList.remove("like");
+    this.pointed = index;
+    tip.hidden = index === undefined;
+    if (index === undefined) return;
+    this.spans[index].classList.add("here");
+    const known = this.know(index, rows);
+    if (known.like !== undefined) this.spans[known.like].classList.add("like");
+    tip.replaceChildren(...known.lines);
+    const { width, height } = tip.getBoundingClientRect();
+    tip.style.left = `${Math.min(where.clientX + 12, window.innerWidth - width - 8)}px`;
+    const above = where.clientY + 16 + height > window.innerHeight;
+    tip.style.top = `${above ? where.clientY - height - 10 : where.clientY + 16}px`;
+  }
+
+  know(index, rows) {
+    const { run } = this;
+    const { time, found } = this.view;
+    const say = (...words) => element("div", {}, ...words);
+    const token = (i) => element("b", {}, JSON.stringify(run.tokens[i]));
+    const lines = [say(token(index), ` token ${number(index)}, ${index < run.prompt ? "prompt" : "answer"}`)];
+    for (const other of this.view.differences(run)) {
+      if (other.first_difference !== index) continue;
+      const [theirs, whose] = run === other ? [this.view.full, "the full cache"] : [other, other.name];
+      lines.push(say(`here ${whose} goes on with `, element("b", {}, JSON.stringify(theirs.tokens[index] ?? "its end"))));
+    }
+    if (run.kl && index >= run.prompt) lines.push(say(`predicted with a KL of ${run.kl[index - run.prompt]} nats`));
+    if (!run.left || index >= run.cached) return { lines };
+    const cells = rows.map((row) => row * run.cached + index);
+    const held = cells.filter((cell) => run.left[cell] === 0 || run.left[cell] > run.roundsAt(time)).length;
+    const one = rows.length === 1;
+    if (one) lines.push(say(`layer ${Math.floor(rows[0] / found.heads)}, KV head ${rows[0] % found.heads}`));
+    const share = `${held} of ${rows.length} layers and heads (${percent(held / rows.length)})`;
+    if (index >= time) lines.push(say("not written yet"));
+    else lines.push(say(one ? (held ? "held" : "forgotten") : `held by ${share}`));
+    lines.push(say(this.leaving(cells)));
+    const weighed = [];
+    for (const [name, words] of [["importance", "more important"], ["redundancy", "more redundant"]]) {
+      const shares = run[name] ? cells.map((cell) => run[name][cell]).filter((share) => share !== 255) : [];
+      const mean = Math.round(shares.reduce((a, b) => a + b, 0) / shares.length);
+      if (shares.length) weighed.push(`${words} than ${mean} %`);
+    }
+    if (weighed.length) {
+      lines.push(say(`when last a candidate ${weighed.join(" and ")} of them${one ? "" : ", on average"}`));
+    }
+    const like = this.newestSimilar(cells);
+    if (like !== undefined) {
+      const often = one ? "" : ` (in ${like.times} of ${like.of})`;
+      lines.push(say("newest similar token: ", token(like.index), ` token ${number(like.index)}${often}`));
+    }
+    return { lines, like: like?.index };
+  }
+
+  // When it left, in words.
+  leaving(cells) {
+    const rounds = cells.map((cell) => this.run.left[cell]).filter((round) => round > 0).sort((a, b) => a - b);
+    if (!rounds.length) return "never left";
+    const at = (round) => `round ${round}, at ${number(this.run.rounds[round - 1])} tokens`;
+    if (cells.length === 1) return `left in ${at(rounds[0])}`;
+    const stayed = cells.length - rounds.length;
+    const half = rounds[Math.floor((rounds.length - 1) / 2)];
+    const when = rounds[0] === rounds.at(-1)
+      ? at(rounds[0]) : `rounds ${rounds[0]} to ${rounds.at(-1)}, half of them by ${at(half)}`;
+    return `left in ${when}` + (stayed ? `; ${stayed} hold it to the end` : "");
+  }
+
+  // What most of the cells match.
+  newestSimilar(cells) {
+    const { match, noMatch } = this.run;
+    const matches = match ? cells.map((cell) => match[cell]).filter((found) => found !== noMatch) : [];
+    if (!matches.length) return undefined;
+    const times = new Map();
+    for (const found of matches) times.set(found, (times.get(found) ?? 0) + 1);
+    const [index, most] = [...times].reduce((a, b) => (b[1] > a[1] ? b : a));
+    return { index, times: most, of: matches.length };
+  }
+}
+
+class View {
+  constructor(found, runs) {
+    this.found = found;
+    // The full cache comes last, so that settings are beside each other.
+    this.full = runs[0];
+    this.runs = [...runs.slice(1), this.full];
+    this.stops = [0];
+    const colour = (name) => {
+      const sample = element("span", { className: name });
+      document.body.append(sample);
+      const [red, green, blue] = getComputedStyle(sample).backgroundColor.match(/\d+/g).map(Number);
+      sample.remove();
+      return (255 << 24) | (blue << 16) | (green << 8) | red;
+    };
+    this.colours = Array.from({ length: LEVELS + 1 }, (_, level) => colour(`s${level}`));
+    this.laterColour = colour("later");
+    byId("about").textContent = `${found.model} on ${found.device}, ${found.dtype} · ${found.layers} layers of `
+      + `${found.heads} KV heads · prompt of ${number(found.prompt_tokens)} tokens`;
+    byId("command").textContent = found.command;
+    for (let level = 0; level <= LEVELS; level++) {
+      const label = { 0: "0 %", 5: "50 %", 10: "100 %" }[level] ?? "\u00a0";
+      byId("scale").append(element("span", { className: `s${level}`, title: `up to ${10 * level} %` }, label));
+    }
+    for (let i = 0; i < found.layers; i++) byId("layer").append(new Option(i, i));
+    for (let i = 0; i < found.heads; i++) byId("head").append(new Option(i, i));
+    this.slider = byId("time");
+    this.slider.addEventListener("input", () => this.drawSoon());
+    for (const id of ["layer", "head"]) byId(id).addEventListener("change", () => this.drawSoon());
+    byId("controls").addEventListener("submit", (event) => event.preventDefault());
+    window.addEventListener("resize", () => this.drawAll());
+    this.panels = this.runs.slice(0, 2).map((_, index) => new Panel(this, index));
+    if (this.runs.length > 2) {
+      const full = new Panel(this, 2);
+      full.choice.selectedIndex = this.runs.length - 1;
+      this.panels.push(full);
+    }
+    byId("panels").append(...this.panels.map((panel) => panel.root));
+    this.panels.forEach((panel) => panel.write());
+    this.setStops();
+  }
+
+  get time() {
+    return this.stops[this.slider.value];
+  }
+
+  // The layers and heads that are chosen, as rows.
+  get rows() {
+    const chosen = (id, count) => {
+      const value = byId(id).value;
+      return value === "all" ? [...Array(count).keys()] : [Number(value)];
+    };
+    const heads = chosen("head", this.found.heads);
+    return chosen("layer", this.found.layers).flatMap((layer) => heads.map((head) => layer * this.found.heads + head));
+  }
+
+  // The runs whose first difference from the full cache is marked in a run's text: its own, or all that are shown.
+  differences(run) {
+    const marked = run === this.full ? this.panels.map((panel) => panel.run) : [run];
+    return marked.filter((other) => other.first_difference !== null);
+  }
+
+  // Chooses one row, or all where it is the chosen one.
+  choose(row) {
+    const [layer, head] = [Math.floor(row / this.found.heads), row % this.found.heads];
+    const chosen = byId("layer").value === String(layer) && byId("head").value === String(head);
+    byId("layer").value = chosen ? "all" : layer;
+    byId("head").value = chosen ? "all" : head;
+    this.drawSoon();
+  }
+
+  // The slider stops before the first round of what is shown, at every round, and at the end.
+  setStops() {
+    const shown = this.panels.map((panel) => panel.run);
+    const rounds = shown.flatMap((run) => run.rounds);
+    const first = rounds.length ? [Math.min(...rounds) - 1] : [];
+    this.length = Math.max(...shown.map((run) => run.tokens.length)); // maps of all have one scale
+    const before = this.stops.length > 1 ? this.time : this.length;
+    this.stops = [...new Set([...first, ...rounds, this.length])].sort((a, b) => a - b);
+    this.slider.max = this.stops.length - 1;
+    const nearest = this.stops.findLastIndex((stop) => stop <= before);
+    this.slider.value = Math.max(nearest, 0);
+    this.drawAll();
+  }
+
+  // Once a frame, however fast the slider moves.
+  drawSoon() {
+    if (this.waiting) return;
+    this.waiting = true;
+    requestAnimationFrame(() => { this.waiting = false; this.draw(); });
+  }
+
+  drawAll() {
+    this.panels.forEach((panel) => panel.drawKl());
+    this.draw();
+  }
+
+  draw() {
+    const said = `after ${number(this.time)} tokens`;
+    byId("now").textContent = `${said} (stop ${Number(this.slider.value) + 1} of ${this.stops.length})`;
+    this.slider.setAttribute("aria-valuetext", said);
+    this.panels.forEach((panel) => panel.draw());
+  }
+}
+
+async function main() {
+  const found = JSON.parse(byId("data").textContent);
+  byId("data").remove();
+  const runs = await Promise.all(found.runs.map((run) => Run.load(run, found)));
+  window.view = new View(found, runs);
+  document.body.dataset.ready = "yes";
+}
+
+main();
