@@ -25,8 +25,8 @@ demo: venv ## serve a small model on this CPU and stream four answers with diffe
 test: venv model ## run the whole test suite; TESTS=tests/server picks a part
 	$(PYTEST) --durations=25 $(TESTS)
 
-test-fast: venv ## the tests that start no engine or server and need no model
-	$(PYTEST) -m "not engine" $(TESTS)
+test-fast: venv ## the tests that start no engine, server or browser and need no model
+	$(PYTEST) -m "not engine and not browser" $(TESTS)
 
 monitoring: venv model ## prove dashboards and alert rules against a served model and Debian's Prometheus
 	@folder=$$($(BIN)/python scripts/install_prometheus.py) && \
