@@ -11,10 +11,10 @@ from typing import NoReturn
 
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.cli.serve import ServeSubcommand
-from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.logger import configure_logging_from_args
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from rkv_vllm.host.moved import cli_env_setup
 from rkv_vllm.host.pool import too_small_remedy
 from rkv_vllm.host.preflight import engine_config, start_problems
 from rkv_vllm.host.process_end import skip_last_collections

@@ -58,7 +58,7 @@ def vllm_arguments(context: typer.Context, path: Path | None) -> list[str]:
     settings: dict[str, Any] = dict(context.meta.get(_VLLMS, {}))
     if not settings:
         return context.args
-    from rkv_vllm.settings.command_line import file_arguments
+    from rkv_vllm.host.command_line import file_arguments
 
     model = settings.pop("model", None)
     given = context.args

@@ -109,7 +109,7 @@ def diagnose(arguments: list[str], config: RkvConfig, length: int | None = None)
     if not arguments:
         found.problems = installation_problems()
         return found
-    from rkv_vllm.settings.command_line import engine_arguments
+    from rkv_vllm.host.command_line import engine_arguments
 
     vllm_config = engine_config(engine_arguments("doctor", arguments, config))
     found.model = vllm_config.model_config.model

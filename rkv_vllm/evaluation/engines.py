@@ -92,7 +92,7 @@ async def in_process(
     """
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from rkv_vllm.settings.command_line import engine_arguments
+    from rkv_vllm.host.command_line import engine_arguments
 
     engine_args = engine_arguments("eval", [model, *arguments], config)
     engine_args.disable_log_stats = not with_metrics

@@ -24,7 +24,7 @@ from rkv_vllm.decisions.messages import RESULT_KEY
 from rkv_vllm.evaluation.fidelity import MEASURES, Schedule, schedule
 from rkv_vllm.evaluation.fidelity_settings import Setting
 from rkv_vllm.evaluation.fidelity_texts import Window
-from rkv_vllm.settings.command_line import engine_arguments
+from rkv_vllm.host.command_line import engine_arguments
 from rkv_vllm.settings.config import RkvConfig, extra_args
 
 if TYPE_CHECKING:

@@ -118,9 +118,9 @@ def test_volumes_that_are_mounted_exist(name: str) -> None:
 @pytest.mark.parametrize("name", VALUE_SETS)
 def test_the_server_takes_the_arguments(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The command itself parses them, its own flags and, with vLLM's parser, all others."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    from rkv_vllm.host.moved import make_arg_parser
     from rkv_vllm.server import launch
 
     given: list[list[str]] = []

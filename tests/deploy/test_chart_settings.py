@@ -167,8 +167,9 @@ def test_no_setting_comes_by_another_way(values: Values, named: str) -> None:
 def test_options_that_the_server_refuses_are_refused_by_the_chart() -> None:
     """Proves that the chart's list names options of vLLM, with all that the server's own list has, and
     that each is refused in every way to write it."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from rkv_vllm.host.moved import make_arg_parser
 
     text = (CHART / "templates" / "_validate.tpl").read_text()
     [names] = re.findall(r"\$refused := list ([^}]*)}}", text)

@@ -26,9 +26,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "server": set(),  # filled below
 }
 MAY_IMPORT["server"] = {folder for folder in MAY_IMPORT if folder != "server"}
-#: Folders that import neither vLLM nor torch; functions of the files below alone import vLLM.
+#: Folders that import neither vLLM nor torch; functions of the file below alone import vLLM.
 PURE = ("settings", "decisions")
-MAY_LOAD_VLLM = {"settings/engine_args.py", "settings/command_line.py"}
+MAY_LOAD_VLLM = {"settings/engine_args.py"}
 #: Whose types, and nothing else, are named by the messages that travel on vLLM's objects.
 MAY_NAME_VLLM_TYPES = {"decisions/messages.py"}
 MOST_LINES, MOST_CLASS_LINES = 300, 250

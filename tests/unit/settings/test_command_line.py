@@ -5,9 +5,9 @@ from __future__ import annotations
 from argparse import Namespace
 
 import pytest
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from rkv_vllm.host.moved import make_arg_parser
 from rkv_vllm.settings.command_line import MIDDLEWARE, OPERATIONS, serve_arguments
 from rkv_vllm.settings.config import RkvConfig
 from rkv_vllm.settings.engine_args import SCHEDULER, VALIDATOR, rkv_serve_flags
