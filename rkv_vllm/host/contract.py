@@ -5,24 +5,25 @@ from __future__ import annotations
 import ast
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from rkv_vllm.host.v0_32 import (
+from rkv_vllm.host.relied_on import (
     CONTRACT,
     CONTRACT_V1_RUNNER,
     CONTRACT_V2_RUNNER,
-    VLLM_VERSION,
+    SUPPORTED,
     Contract,
+    Expected,
 )
 
 __all__ = [
     "CONTRACT",
     "CONTRACT_V1_RUNNER",
     "CONTRACT_V2_RUNNER",
-    "VLLM_VERSION",
+    "SUPPORTED",
     "Contract",
     "contract_problems",
 ]
@@ -32,16 +33,46 @@ def contract_problems(*contracts: Contract) -> list[str]:
     """What differs between the installed vLLM and the contracts, one line each; empty where nothing does."""
     problems = []
     installed = _installed_version()
-    if installed.partition("+")[0] != VLLM_VERSION:
-        problems.append(f"vLLM {installed} is installed; this release works with vLLM {VLLM_VERSION} only")
-    for name, expected in {name: item for contract in contracts for name, item in contract.items()}.items():
-        owner, _, member = name.rpartition(".")
-        found_class = _class(owner)
-        if found_class is None or not _has(found_class, member, is_attribute=expected is None):
-            problems.append(f"{name} does not exist in this vLLM")
-        elif expected is not None and (found := _parameters(found_class, member)) != expected:
-            problems.append(f"{name} takes ({', '.join(found)}) and not ({', '.join(expected)})")
+    release = installed.partition("+")[0]
+    if release not in SUPPORTED:
+        known = " and ".join(SUPPORTED)
+        problems.append(f"vLLM {installed} is installed; this release works with vLLM {known} only")
+    entries = {name: entry for contract in contracts for name, entry in contract.items()}
+    for name, entry in entries.items():
+        problem = _difference(name, _as_of(release, entry))
+        if problem is not None:
+            problems.append(problem)
     return problems
+
+
+def _as_of(release: str, entry: Expected | Mapping[str, Expected]) -> Expected:
+    """What is expected in a release; in one that is not supported what the newest of those has."""
+    if not isinstance(entry, Mapping):
+        return entry
+    count = SUPPORTED.index(release) + 1 if release in SUPPORTED else len(SUPPORTED)
+    return next(entry[since] for since in reversed(SUPPORTED[:count]) if since in entry)
+
+
+def _difference(name: str, expected: Expected) -> str | None:
+    if isinstance(expected, frozenset):
+        abstract = _class(name)
+        if abstract is None:
+            return f"{name} does not exist in this vLLM"
+        wanted = vars(abstract).get("__abstractmethods__", frozenset())
+        if wanted != expected:
+            return f"{name} wants {_listed(sorted(wanted))} of a subclass and not {_listed(sorted(expected))}"
+        return None
+    owner, _, member = name.rpartition(".")
+    found_class = _class(owner)
+    if found_class is None or not _has(found_class, member, is_attribute=expected is None):
+        return f"{name} does not exist in this vLLM"
+    if expected is not None and (found := _parameters(found_class, member)) != expected:
+        return f"{name} takes {_listed(found)} and not {_listed(expected)}"
+    return None
+
+
+def _listed(names: Iterable[str]) -> str:
+    return f"({', '.join(names)})"
 
 
 def _installed_version() -> str:

@@ -103,6 +103,7 @@ class AdmissionControl:
         self._asked: tuple[Request, int, RequestForecast | None] | None = (
             None  # in this step, with its priority
         )
+        self._passed_over = False  # whether somebody was asked for in this step and not admitted
         self._steps_to_forecast = 0
 
     def refusal(self, request: Request) -> str | None:
@@ -153,7 +154,7 @@ class AdmissionControl:
             running: vLLM's list, to which it appends whom it admits.
         """
         self._running = running
-        self._asked = None
+        self._asked, self._passed_over = None, False
         if self._steps_to_forecast:
             self._steps_to_forecast -= 1
             for outlook in self._outlooks.values():
@@ -165,7 +166,8 @@ class AdmissionControl:
     def set_watermark(self, request: Request, num_computed_tokens: int) -> None:
         """Sets how many pages vLLM leaves free if it admits this request: for its growth and that of others.
 
-        vLLM asks for waiting requests one after the other, and stops at the first that it does not admit.
+        vLLM asks for waiting requests one after the other. It stops at the first that finds no pages; one
+        that may compute nothing yet, for want of a query row, it passes over from release 0.33 on.
 
         Args:
             request: who waits.
@@ -183,7 +185,7 @@ class AdmissionControl:
             to_come -= self.autos.surplus(priority)
             watermark = max(to_come, self.autos.growth)
             needed = self.autos.missing_pages(request, request.num_tokens)
-            if needed + to_come <= self._pool.get_num_free_blocks():
+            if not self._passed_over and needed + to_come <= self._pool.get_num_free_blocks():
                 self.autos.wanted(request, needed)
         self._kv_cache_manager.watermark_blocks = self._operators_watermark + watermark
 
@@ -212,6 +214,7 @@ class AdmissionControl:
         request, its_priority, forecast = self._asked
         self._asked = None
         if request.status != RequestStatus.RUNNING:
+            self._passed_over = True
             return
         self.autos.admitted(request)
         if forecast is None or request.request_id in self.autos:

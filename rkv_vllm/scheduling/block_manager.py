@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm.utils.math_utils import cdiv
+from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -248,3 +249,17 @@ def register_compacting_spec() -> None:
     # Registering ours first would make the registry believe that its built-ins are there already.
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(CompactingSpec, CompactingManager, uniform_type_base_spec=FullAttentionSpec)
+
+
+def compacting_manager(kv_cache_manager: KVCacheManager) -> CompactingManager:
+    """The manager that vLLM has made for the one group of layers.
+
+    Raises: ValueError where there are several groups, or it has made another one.
+    """
+    managers = kv_cache_manager.coordinator.single_type_managers
+    if len(managers) != 1 or not isinstance(managers[0], CompactingManager):
+        raise ValueError(
+            "rkv-vllm's scheduler needs one KV cache group under its own manager; found "
+            f"{[type(manager).__name__ for manager in managers]}: is rkv-vllm's worker selected too?"
+        )
+    return managers[0]

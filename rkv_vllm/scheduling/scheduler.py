@@ -35,7 +35,7 @@ from rkv_vllm.host.compatibility import refuse_unsupported
 from rkv_vllm.host.process_end import skip_last_collections_of_engine
 from rkv_vllm.observability.tally import MetricTally
 from rkv_vllm.scheduling.admission import AdmissionControl
-from rkv_vllm.scheduling.block_manager import CompactingManager, register_compacting_spec
+from rkv_vllm.scheduling.block_manager import compacting_manager, register_compacting_spec
 from rkv_vllm.scheduling.request_settings import settings_of
 from rkv_vllm.scheduling.round_planner import RoundPlanner
 from rkv_vllm.scheduling.tracked_request import TrackedRequest, full_cache_result
@@ -67,13 +67,7 @@ class CompactingSchedulerMixin(_Scheduler):
         refuse_unsupported(vllm_config)
         skip_last_collections_of_engine()
         self._rkv_config = RkvConfig.from_additional_config(vllm_config.additional_config)
-        managers = self.kv_cache_manager.coordinator.single_type_managers
-        if len(managers) != 1 or not isinstance(managers[0], CompactingManager):
-            raise ValueError(
-                "rkv-vllm's scheduler needs one KV cache group under its own manager; found "
-                f"{[type(manager).__name__ for manager in managers]}: is rkv-vllm's worker selected too?"
-            )
-        self._manager = managers[0]
+        self._manager = compacting_manager(self.kv_cache_manager)
         self._page_size: int = self._manager.block_size
         self._tracked: dict[str, TrackedRequest] = {}
         self._with_stop_strings: set[str] = set()
@@ -219,8 +213,10 @@ class CompactingSchedulerMixin(_Scheduler):
             num_new_tokens = self._planner.end_of_chunk(request, tracked, num_computed_tokens, num_new_tokens)
         return super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
 
-    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
-        blocks, num_hit_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+    def _get_local_prefix_cache_hit(
+        self, request: Request, *bounds: int | None
+    ) -> tuple[KVCacheBlocks, int, int, bool]:
+        blocks, num_hit_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request, *bounds)
         tracked = self._tracked.get(request.request_id)
         if tracked is not None:
             most = tracked.lengths.cacheable(request.num_tokens) // self._page_size * self._page_size

@@ -127,13 +127,13 @@ def test_pure_folders_need_neither_vllm_nor_torch(folder: str) -> None:
 
 
 def test_host_alone_knows_versions_of_vllm() -> None:
-    """Proves that no other folder compares with `VLLM_VERSION` or with the version of an installed vLLM."""
+    """Proves that no other folder compares with `SUPPORTED` or with the version of an installed vLLM."""
     wrong = []
     for name, tree in TREES.items():
         for node in ast.walk(tree):
             if _folder(name) != "host" and isinstance(node, ast.Compare):
                 text = ast.unparse(node)
-                if "VLLM_VERSION" in text or "vllm.__version__" in text or "version('vllm" in text:
+                if "SUPPORTED" in text or "vllm.__version__" in text or "version('vllm" in text:
                     wrong.append(f"{name}: {text}")
     assert wrong == []
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.outputs import AsyncModelRunnerOutput, KVConnectorOutput, ModelRunnerOutput
 
 from rkv_vllm.decisions.messages import PageCompaction, PageReport, with_reports
 
@@ -51,3 +51,10 @@ class ReportingOutput(AsyncModelRunnerOutput):
         if isinstance(output, AsyncModelRunnerOutput):
             output = output.get_output()
         return with_reports(output, [report for step in self._evicted for report in step.reports()])
+
+    def get_kv_connector_output(self) -> KVConnectorOutput | None:
+        """What vLLM asks for where `get_output` fails, from release 0.33 on."""
+        output = self._model_output
+        if isinstance(output, AsyncModelRunnerOutput):
+            return output.get_kv_connector_output()
+        return output.kv_connector_output

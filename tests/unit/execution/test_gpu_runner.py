@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.outputs import AsyncModelRunnerOutput, KVConnectorOutput, ModelRunnerOutput
 
 from rkv_vllm.decisions.messages import PageCompaction, PageReport, reports_of
 from rkv_vllm.execution.gpu.page_reports import EvictedPageIds, ReportingOutput
@@ -25,7 +25,15 @@ ROUNDS = [
 
 class Pending(AsyncModelRunnerOutput):
     def get_output(self) -> ModelRunnerOutput:
-        return ModelRunnerOutput(req_ids=["a"], req_id_to_index={"a": 0}, sampled_token_ids=[[5]])
+        return ModelRunnerOutput(
+            req_ids=["a"],
+            req_id_to_index={"a": 0},
+            sampled_token_ids=[[5]],
+            kv_connector_output=KVConnectorOutput(),
+        )
+
+    def get_kv_connector_output(self) -> KVConnectorOutput | None:
+        return KVConnectorOutput()
 
 
 class Evicting:
@@ -82,10 +90,11 @@ def test_named_pages_replace_all_that_the_request_had(runner: Any) -> None:
 @pytest.mark.parametrize("output", [Pending(), Pending().get_output()])
 def test_reports_leave_with_the_next_output(runner: Any, output: Any) -> None:
     """Proves that a step whose tokens are still to be sampled keeps the reports, and that the next output,
-    ready or not, takes them along once."""
+    ready or not, takes them along once, and keeps what else vLLM asks of it."""
     assert CompactingRunnerV2._report(runner, None) is None
     reporting = CompactingRunnerV2._report(runner, output)
     assert isinstance(reporting, ReportingOutput)
+    assert reporting.get_kv_connector_output() == KVConnectorOutput()
     received = reporting.get_output()
     assert received.sampled_token_ids == [[5]]
     assert reports_of(received) == (PageReport("a", 0, (31, 32)), PageReport("b", 1, (11,)))

@@ -157,6 +157,26 @@ def test_closed_sessions_leave_nothing_behind() -> None:
     assert not engine.scheduler.requests and not engine.scheduler._with_stop_strings
 
 
+def test_who_is_passed_over_keeps_its_place() -> None:
+    """Proves that room is kept for nobody whom vLLM asked for and did not admit, and that others switch for
+    the first of those alone."""
+    asked = {"rkv_budget": "auto", "rkv_min_budget": 64, "rkv_buffer": 32}
+    engine = make_engine({}, pages=600, max_num_seqs=4)
+    for index in range(4):
+        engine.add(f"{index}", [3 + index] * 20, 900, extra_args=budget(120, 24))
+    run_steps(engine, 20)
+    for name, extra_args in (("first", asked), ("second", budget(120, 24)), ("third", asked)):
+        engine.add(name, [9] * 40, 900, extra_args=extra_args)
+    admission, requests = engine.scheduler._admission, engine.scheduler.requests
+    admission.running_requests_changed()
+    admission.begin_step(engine.scheduler.running)
+    for name in ("first", "second", "third"):
+        admission.set_watermark(requests[name], 0)
+    [outlook] = admission._outlooks.values()
+    assert sorted(outlook.request_ids) == ["0", "1", "2", "3"]
+    assert admission.autos._waiting is not None and admission.autos._waiting[0] is requests["first"]
+
+
 PROMPT_ALONE = "the prompt alone fills 125; send a shorter one, or have the server given a larger pool"
 
 

@@ -1,14 +1,17 @@
-"""What rkv-vllm relies on in vLLM 0.32: methods with their parameters, and attributes."""
+"""What rkv-vllm relies on in vLLM: methods with their parameters, attributes, and what subclasses define."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-#: The one release this was written and tested against.
-VLLM_VERSION = "0.32.0"
+#: The releases this was written and tested against, the oldest first.
+SUPPORTED = ("0.32.0", "0.33.0")
 
-#: Where something lives -> a method's parameters in order, `self` left out; None: an attribute of instances.
-Contract = Mapping[str, tuple[str, ...] | None]
+#: A method's parameters in order, `self` left out; a set: of an abstract class, the methods that a subclass
+#: has to define; None: an attribute of instances.
+Expected = tuple[str, ...] | frozenset[str] | None
+#: Where something lives -> what is expected there. What releases differ in is said by the first of each kind.
+Contract = Mapping[str, Expected | Mapping[str, Expected]]
 
 
 def _attributes(by_class: Mapping[str, str]) -> Contract:
@@ -89,7 +92,10 @@ _CORE_METHODS: Contract = {
         "num_computed_tokens",
         "num_new_tokens",
     ),
-    "vllm.v1.core.sched.scheduler.Scheduler._get_local_prefix_cache_hit": ("request",),
+    "vllm.v1.core.sched.scheduler.Scheduler._get_local_prefix_cache_hit": {
+        "0.32.0": ("request",),
+        "0.33.0": ("request", "max_cache_hit_length"),
+    },
     "vllm.v1.core.sched.scheduler.Scheduler.make_stats": (
         "spec_decoding_stats",
         "kv_connector_stats",
@@ -97,6 +103,23 @@ _CORE_METHODS: Contract = {
         "perf_stats",
         "ec_connector_stats",
     ),
+}
+
+#: What a subclass of ours has to define.
+_CORE_SUBCLASSES: Contract = {
+    "vllm.v1.metrics.loggers.AggregateStatLoggerBase": frozenset(
+        {"__init__", "log_engine_initialized", "record"}
+    ),
+    "vllm.v1.sample.logits_processor.interface.LogitsProcessor": frozenset(
+        {"__init__", "apply", "is_argmax_invariant", "update_state"}
+    ),
+    "vllm.v1.worker.gpu.sample.logits_processor.interface.LogitsProcessor": frozenset({"apply"}),
+}
+_V2_RUNNER_SUBCLASSES: Contract = {
+    "vllm.v1.outputs.AsyncModelRunnerOutput": {
+        "0.32.0": frozenset({"get_output"}),
+        "0.33.0": frozenset({"get_output", "get_kv_connector_output"}),
+    },
 }
 
 #: What the adapter of the V1 model runner relies on (CPU).
@@ -266,6 +289,6 @@ _LAYER_ATTRIBUTES: Contract = {
     )
 }
 
-CONTRACT: Contract = {**_CORE_METHODS, **_CORE_ATTRIBUTES, **_LAYER_ATTRIBUTES}
+CONTRACT: Contract = {**_CORE_METHODS, **_CORE_SUBCLASSES, **_CORE_ATTRIBUTES, **_LAYER_ATTRIBUTES}
 CONTRACT_V1_RUNNER: Contract = {**_V1_RUNNER_METHODS, **_V1_RUNNER_ATTRIBUTES}
-CONTRACT_V2_RUNNER: Contract = {**_V2_RUNNER_METHODS, **_V2_RUNNER_ATTRIBUTES}
+CONTRACT_V2_RUNNER: Contract = {**_V2_RUNNER_METHODS, **_V2_RUNNER_SUBCLASSES, **_V2_RUNNER_ATTRIBUTES}
