@@ -111,7 +111,8 @@ def in_chat_template(engine: LLMEngine, instructions: Sequence[str]) -> list[lis
     Raises: NoChatTemplate.
     """
     from vllm.renderers import ChatParams
-    from vllm.renderers.chat_utils import ChatTemplateResolutionError
+
+    from rkv_vllm.host.moved import ChatTemplateResolutionError
 
     renderer = engine.renderer
     # The length is checked here, against the option that sets it.

@@ -1,10 +1,17 @@
-"""Functions of vLLM that lie in other modules in some of the releases that rkv-vllm works with."""
+"""What lies in other modules of vLLM in some of the releases that rkv-vllm works with."""
 
 try:
     from vllm.entrypoints.common.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.entrypoints.common.startup import cli_env_setup
-except ModuleNotFoundError:  # before 0.33
+    from vllm.exceptions import ChatTemplateResolutionError
+except ImportError:  # before 0.33
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.renderers.chat_utils import ChatTemplateResolutionError
 
-__all__ = ["cli_env_setup", "make_arg_parser", "validate_parsed_serve_args"]
+__all__ = [
+    "ChatTemplateResolutionError",
+    "cli_env_setup",
+    "make_arg_parser",
+    "validate_parsed_serve_args",
+]

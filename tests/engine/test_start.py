@@ -201,7 +201,10 @@ def test_what_an_engine_finds_wrong_is_printed_last(tmp_path: Path) -> None:
 
 def test_vllms_own_words_about_a_pool_are_recognised() -> None:
     """Proves that the advice which names our option follows vLLM's, where it measured the memory itself."""
-    from vllm.v1.core.kv_cache_utils import _check_enough_kv_cache_memory
+    try:
+        from vllm.v1.core.kv_cache_planning import _check_enough_kv_cache_memory
+    except ImportError:  # before 0.33
+        from vllm.v1.core.kv_cache_utils import _check_enough_kv_cache_memory
 
     for memory in (0, 1):
         with pytest.raises(ValueError) as refused:
