@@ -2,13 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 TESTS ?= tests
+OVERLAY_TESTS ?= tests/engine tests/unit/host tests/unit/execution tests/unit/scheduling
 # A file whose tests share an engine stays with one worker.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv model demo test test-fast monitoring image type lint format bench clean
+.PHONY: help venv model demo test test-overlay test-fast monitoring image type lint format bench clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -24,6 +25,10 @@ demo: venv ## serve a small model on this CPU and stream four answers with diffe
 
 test: venv model ## run the whole test suite; TESTS=tests/server picks a part
 	$(PYTEST) --durations=25 $(TESTS)
+
+test-overlay: venv model ## the tests of engines and of the scheduler on the Python of a vLLM without a CPU build
+	folder=$$($(BIN)/python scripts/install_overlay.py) && \
+	PYTHONPATH=$$folder $(PYTEST) $(OVERLAY_TESTS)
 
 test-fast: venv ## the tests that start no engine, server or browser and need no model
 	$(PYTEST) -m "not engine and not browser" $(TESTS)

@@ -12,7 +12,7 @@ from rkv_vllm.decisions.lengths import RequestLengths, make_request_lengths
 from rkv_vllm.decisions.sizing import Pool, peak_slots
 from rkv_vllm.host.cache_dtype import cache_dtype
 from rkv_vllm.host.compatibility import unsupported_features
-from rkv_vllm.host.pool import CPU_SPACE, given_pool, kv_shape
+from rkv_vllm.host.pool import CPU_SPACE, given_pool, kv_shape, page_size
 from rkv_vllm.host.preflight import engine_config, installation_problems, start_problems
 from rkv_vllm.provenance import versions
 from rkv_vllm.settings.config import RkvConfig
@@ -123,7 +123,7 @@ def diagnose(arguments: list[str], config: RkvConfig, length: int | None = None)
 
 
 def _sizes(vllm_config: VllmConfig, config: RkvConfig, length: int | None) -> Sizes:
-    model, cache = vllm_config.model_config, vllm_config.cache_config
+    model = vllm_config.model_config
     if length is None:
         length = model.max_model_len
     elif not 0 < length <= model.max_model_len:
@@ -135,7 +135,7 @@ def _sizes(vllm_config: VllmConfig, config: RkvConfig, length: int | None) -> Si
             source += ", which goes before --kv-cache-memory-bytes"
     else:
         pool_bytes, source = _estimated_bytes(vllm_config)
-        pool = Pool.of_bytes(pool_bytes, cache.block_size, shape.bytes_per_token)
+        pool = Pool.of_bytes(pool_bytes, page_size(vllm_config), shape.bytes_per_token)
     cached: list[RequestLengths | None] = [None]
     if (budget := config.resolve_default(length)) is not None:
         cached.append(make_request_lengths(config.granularity, 0, budget, pool.page_size))

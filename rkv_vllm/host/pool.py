@@ -15,6 +15,8 @@ from rkv_vllm.settings.values import AUTO
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+#: Tokens in a page on a CPU, unless another size is chosen.
+CPU_PAGE_SIZE = 128
 #: Sets the pool on a CPU, in GiB, and goes there before the option for bytes.
 CPU_SPACE = "VLLM_CPU_KVCACHE_SPACE"
 
@@ -46,15 +48,24 @@ def kv_shape(vllm_config: VllmConfig) -> KvShape:
     )
 
 
+def page_size(vllm_config: VllmConfig) -> int:
+    """Tokens in a page; on a CPU vLLM says so from release 0.33 on only when it has loaded the model."""
+    cache = vllm_config.cache_config
+    if vllm_config.device_config.device_type == "cpu" and not cache.user_specified_block_size:
+        return CPU_PAGE_SIZE
+    return cache.block_size
+
+
 def given_pool(vllm_config: VllmConfig) -> GivenPool | None:
     """The pool that was given; None where vLLM measures what is left of the memory."""
     cache = vllm_config.cache_config
     if cache.num_gpu_blocks_override is not None:
-        pool = Pool(cache.num_gpu_blocks_override, cache.block_size)
+        pool = Pool(cache.num_gpu_blocks_override, page_size(vllm_config))
         return GivenPool(pool, None, "--num-gpu-blocks-override")
     if cache.kv_cache_memory_bytes is None:
         return None
-    pool = Pool.of_bytes(cache.kv_cache_memory_bytes, cache.block_size, kv_shape(vllm_config).bytes_per_token)
+    per_token = kv_shape(vllm_config).bytes_per_token
+    pool = Pool.of_bytes(cache.kv_cache_memory_bytes, page_size(vllm_config), per_token)
     by_variable = vllm_config.device_config.device_type == "cpu" and os.environ.get(CPU_SPACE)
     source = CPU_SPACE if by_variable else "--kv-cache-memory-bytes"
     return GivenPool(pool, cache.kv_cache_memory_bytes, source)

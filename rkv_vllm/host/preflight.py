@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from rkv_vllm.host.cache_dtype import FP8, cache_dtype, device_problem
 from rkv_vllm.host.compatibility import unsupported_features, wrong_runner
 from rkv_vllm.host.contract import CONTRACT, CONTRACT_V1_RUNNER, CONTRACT_V2_RUNNER, contract_problems
-from rkv_vllm.host.pool import pool_problems
+from rkv_vllm.host.pool import page_size, pool_problems
 from rkv_vllm.settings.error_text import explain
 
 if TYPE_CHECKING:
@@ -74,9 +74,9 @@ def fp8_problems(vllm_config: VllmConfig) -> list[str]:
     if current_platform.is_cpu():
         from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-        model, cache = vllm_config.model_config, vllm_config.cache_config
+        model = vllm_config.model_config
         try:
-            _get_attn_isa(model.dtype, cache.block_size, model.get_head_size(), dtype)
+            _get_attn_isa(model.dtype, page_size(vllm_config), model.get_head_size(), dtype)
         except NotImplementedError as error:
             return [f"--kv-cache-dtype {dtype}: {error}"]
     return []
