@@ -228,7 +228,7 @@ def test_budget_auto_is_refused_where_whole_pages_leave(tmp_path: Path) -> None:
                 each.resolve(asked)
             assert refused.value.field == "budget"
         assert not each.bounds().budget.auto and each.bounds().budget.full
-        assert resolved(each, budget=64) == (64, 128, "rkv") and resolved(each, budget="full")[0] == 0
+        assert resolved(each, budget=64) == (64, 128, "invariant") and resolved(each, budget="full")[0] == 0
     with pytest.raises(ValueError, match=rf'key {DIGEST[:12]}\.\.\.: budget: the default, "auto", needs'):
         load(tmp_path, f"{DIGEST}: {{budget: auto}}", granularity="page")
     with pytest.raises(ValueError, match='budget: the default, "auto", needs granularity token'):
