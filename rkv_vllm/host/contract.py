@@ -10,14 +10,9 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from rkv_vllm.host.relied_on import (
-    CONTRACT,
-    CONTRACT_V1_RUNNER,
-    CONTRACT_V2_RUNNER,
-    SUPPORTED,
-    Contract,
-    Expected,
-)
+from rkv_vllm.host.releases import SUPPORTED, Contract, Expected, as_of
+from rkv_vllm.host.relied_on import CONTRACT
+from rkv_vllm.host.relied_on_by_runners import CONTRACT_V1_RUNNER, CONTRACT_V2_RUNNER
 
 __all__ = [
     "CONTRACT",
@@ -39,18 +34,10 @@ def contract_problems(*contracts: Contract) -> list[str]:
         problems.append(f"vLLM {installed} is installed; this release works with vLLM {known} only")
     entries = {name: entry for contract in contracts for name, entry in contract.items()}
     for name, entry in entries.items():
-        problem = _difference(name, _as_of(release, entry))
+        problem = _difference(name, as_of(release, entry))
         if problem is not None:
             problems.append(problem)
     return problems
-
-
-def _as_of(release: str, entry: Expected | Mapping[str, Expected]) -> Expected:
-    """What is expected in a release; in one that is not supported what the newest of those has."""
-    if not isinstance(entry, Mapping):
-        return entry
-    count = SUPPORTED.index(release) + 1 if release in SUPPORTED else len(SUPPORTED)
-    return next(entry[since] for since in reversed(SUPPORTED[:count]) if since in entry)
 
 
 def _difference(name: str, expected: Expected) -> str | None:
