@@ -102,8 +102,7 @@ _V2_RUNNER_SUBCLASSES: Contract = {
 _V1_RUNNER_ATTRIBUTES = attributes(
     {
         "worker.cpu_model_runner.CPUModelRunner": (
-            "device input_batch optimistic_seq_lens_cpu positions query_start_loc requests seq_lens "
-            "vllm_config"
+            "attn_groups device input_batch positions query_start_loc requests vllm_config"
         ),
         "worker.gpu_input_batch.InputBatch": (
             "block_table generators num_computed_tokens_cpu req_id_to_index req_ids"
@@ -120,8 +119,8 @@ _V2_RUNNER_ATTRIBUTES = attributes(
     {
         "worker.gpu_worker.Worker": "device model_runner use_v2_model_runner vllm_config",
         "worker.gpu.model_runner.GPUModelRunner": (
-            "block_tables cudagraph_manager device max_num_reqs max_num_tokens model_state req_states "
-            "vllm_config"
+            "attn_groups block_tables cudagraph_manager device max_num_reqs max_num_tokens model_state "
+            "req_states vllm_config"
         ),
         "worker.gpu.states.RequestState": "req_id_to_index",
         "worker.gpu.block_table.BlockTables": "block_sizes block_tables num_blocks",
@@ -139,7 +138,20 @@ _V2_RUNNER_ATTRIBUTES = attributes(
         "outputs.ModelRunnerOutput": "req_ids",
     }
 )
-#: Of a model's attention layers, whichever runner it has.
+#: Of a model's attention layers and what is built for them, whichever runner it has.
+_LAYER_METHODS: Contract = {
+    "vllm.v1.worker.utils.AttentionGroup.build_metadata": (
+        "common_attn_metadata",
+        "ubatch_idx",
+        "common_prefix_len",
+        "kwargs",
+    ),
+    "vllm.v1.worker.utils.AttentionGroup.build_metadata_for_cudagraph_capture": (
+        "common_attn_metadata",
+        "ubatch_idx",
+    ),
+    "vllm.v1.attention.backend.CommonAttentionMetadata.replace": ("kwargs",),
+}
 _LAYER = "vllm.model_executor.layers.attention.Attention"
 _LAYER_ATTRIBUTES: Contract = {
     f"{_LAYER}.{name}": None
@@ -148,11 +160,19 @@ _LAYER_ATTRIBUTES: Contract = {
         *("kv_sharing_target_layer_name", "num_heads", "num_kv_heads", "query_quant", "sliding_window"),
     )
 }
+_METADATA_ATTRIBUTES = attributes(
+    {
+        "attention.backend.CommonAttentionMetadata": (
+            "_num_computed_tokens_cache max_seq_len num_reqs seq_lens seq_lens_cpu_upper_bound"
+        )
+    }
+)
 
-CONTRACT_V1_RUNNER: Contract = {**_V1_RUNNER_METHODS, **_V1_RUNNER_ATTRIBUTES, **_LAYER_ATTRIBUTES}
+CONTRACT_LAYERS: Contract = {**_LAYER_METHODS, **_LAYER_ATTRIBUTES, **_METADATA_ATTRIBUTES}
+CONTRACT_V1_RUNNER: Contract = {**_V1_RUNNER_METHODS, **_V1_RUNNER_ATTRIBUTES, **CONTRACT_LAYERS}
 CONTRACT_V2_RUNNER: Contract = {
     **_V2_RUNNER_METHODS,
     **_V2_RUNNER_SUBCLASSES,
     **_V2_RUNNER_ATTRIBUTES,
-    **_LAYER_ATTRIBUTES,
+    **CONTRACT_LAYERS,
 }

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from request_model import RequestModel, leaving_pages, sampled_token, survivors
+from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
+from vllm.v1.worker.utils import AttentionGroup
 
 from rkv_vllm.decisions.messages import Compaction, PageCompaction, PageReport, TokenCompaction
 from rkv_vllm.execution.cpu.compactor import CpuTables
@@ -181,6 +183,7 @@ class HostRunner:
     def __init__(self, page_size: int, runs_ahead: bool) -> None:
         self._runs_ahead = runs_ahead
         self.requests: dict[str, RequestState] = {}
+        self.attn_groups = [[AttentionGroup(None, [], None, 0, metadata_builders=[Handing()])]]
         self.input_batch = SimpleNamespace(
             req_ids=[], req_id_to_index={}, num_computed_tokens_cpu=[], block_table=BlockTable(page_size)
         )
@@ -265,6 +268,13 @@ class HostRunner:
         )
 
 
+class Handing:
+    """Stands for vLLM's metadata builders: hands on what they are given."""
+
+    def build(self, common_prefix_len: int, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
+        return common
+
+
 def over(host: type, adapter: type) -> type:
     """The adapter's methods on top of another class: what `super()` finds hangs on their `__class__` cell."""
     cell = CellType()
@@ -288,6 +298,8 @@ class SymbolicRunner(over(HostRunner, CompactingCpuRunner)):  # type: ignore[mis
     def __init__(self, memory: Memory, models: dict[str, RequestModel], runs_ahead: bool) -> None:
         HostRunner.__init__(self, memory.page_size, runs_ahead)
         self._evicted = {}
+        self._evicted_of_batch = None
+        self._make_attention_physical()
         self._memory = memory
         self._models = models
         self._query_ring: Any = SymbolicQueryRing(memory)
@@ -335,8 +347,7 @@ class SymbolicRunner(over(HostRunner, CompactingCpuRunner)):  # type: ignore[mis
         self._query_ring.capture(queries)
 
         sampled: list[list[int]] = []
-        lengths, tables = self.seq_lens.tolist(), self.input_batch.block_table.rows
-        assert lengths == self.optimistic_seq_lens_cpu.tolist()
+        lengths, tables = self._attended_lengths(), self.input_batch.block_table.rows
         for row, request_id in enumerate(request_ids):
             state, model = self.requests[request_id], self._models[request_id]
             assert state.block_ids[0] == tables[row], f"{request_id}: the batch and its state disagree"
@@ -354,3 +365,23 @@ class SymbolicRunner(over(HostRunner, CompactingCpuRunner)):  # type: ignore[mis
                 sampled[-1].append(sampled_token(model.attended))
                 state.tokens.append(sampled[-1][0])
         return sampled
+
+    def _attended_lengths(self) -> list[int]:
+        """How many slots of each request attention reads, by the metadata that vLLM builds of its batch."""
+        logical = CommonAttentionMetadata(
+            query_start_loc=self.query_start_loc.gpu,
+            query_start_loc_cpu=self.query_start_loc.gpu,
+            seq_lens=self.seq_lens,
+            num_reqs=len(self.seq_lens),
+            num_actual_tokens=len(self.positions),
+            max_query_len=0,
+            max_seq_len=int(self.optimistic_seq_lens_cpu.max()),
+            block_table_tensor=self.positions,
+            slot_mapping=self.positions,
+            seq_lens_cpu_upper_bound=self.optimistic_seq_lens_cpu,
+        )
+        [[group]] = self.attn_groups
+        metadata = group.build_metadata(logical)
+        lengths: list[int] = metadata.seq_lens.tolist()
+        assert lengths == metadata.seq_lens_cpu_upper_bound.tolist() and metadata.max_seq_len == max(lengths)
+        return lengths

@@ -217,7 +217,12 @@ def capture_the_wrong_tokens(patch: pytest.MonkeyPatch) -> None:
 
 @mutation()
 def write_slots_by_logical_position(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(symbolic_worker.SymbolicRunner, "_make_physical", lambda *args: None)
+    patch.setattr(symbolic_worker.SymbolicRunner, "_map_slots", lambda *args: None)
+
+
+@mutation()
+def read_as_many_slots_as_the_text_has_tokens(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(symbolic_worker.SymbolicRunner, "_physical", lambda runner, common: common)
 
 
 @mutation()

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import ModelRunnerOutput
@@ -21,6 +22,7 @@ from rkv_vllm.decisions.messages import (
     with_reports,
 )
 from rkv_vllm.decisions.query_rows import num_query_rows
+from rkv_vllm.execution.attention_groups import make_physical, with_lengths
 from rkv_vllm.execution.cpu.compactor import CpuCompactor, make_cpu_compactor
 from rkv_vllm.execution.cpu.generator import RewindableGenerator
 from rkv_vllm.execution.cpu.layer_cache import CpuLayerCache
@@ -37,10 +39,11 @@ class CompactingCpuRunner(CPUModelRunner):
     """The V1 runner of vLLM's CPU build with compaction.
 
     `_evicted` maps a compacted request to its evicted tokens. All of vLLM's own state stays logical; what
-    attention reads (sequence lengths, slot mapping, block table) is made physical after vLLM prepared it.
+    attention reads of it (sequence lengths, slot mapping, block table) is physical.
     """
 
     _evicted: dict[str, int]
+    _evicted_of_batch: torch.Tensor | None = None  # int32 [requests]; None: nothing left any of them
     _query_ring: CpuQueryRing
     _compactor: CpuCompactor[Any]
     _rkv_layers: list[Attention]
@@ -60,11 +63,16 @@ class CompactingCpuRunner(CPUModelRunner):
     ) -> None:
         super().initialize_kv_cache(kv_cache_config, is_profiling, **kwargs)
         if not is_profiling:
+            self._make_attention_physical()
             config = RkvConfig.from_additional_config(self.vllm_config.additional_config)
             caches = [CpuLayerCache(layer) for layer in self._rkv_layers]
             self._compactor = make_cpu_compactor(
                 caches, self._query_ring, config, make_policies(config), self._rotary_pairs
             )
+
+    def _make_attention_physical(self) -> None:
+        (groups,) = self.attn_groups
+        make_physical(groups, self._physical)
 
     # -- a step --------------------------------------------------------------------------------------------
 
@@ -110,6 +118,7 @@ class CompactingCpuRunner(CPUModelRunner):
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
         output = super().execute_model(*args, **kwargs)
         self._query_ring.end_step()
+        self._evicted_of_batch = None  # what else may run before the next step is a dummy batch
         return self._report(output)
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
@@ -131,20 +140,28 @@ class CompactingCpuRunner(CPUModelRunner):
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         self._set_captures(plan_of(scheduler_output), num_scheduled_tokens)
         evicted = [self._evicted.get(request_id, 0) for request_id in self.input_batch.req_ids]
-        if any(evicted):
-            self._make_physical(torch.tensor(evicted, dtype=torch.int32), num_scheduled_tokens)
+        self._evicted_of_batch = torch.tensor(evicted, dtype=torch.int32) if any(evicted) else None
+        if self._evicted_of_batch is not None:
+            self._map_slots(self._evicted_of_batch, num_scheduled_tokens)
         return prepared
 
-    def _make_physical(self, evicted: torch.Tensor, num_scheduled_tokens: np.ndarray) -> None:
+    def _map_slots(self, evicted: torch.Tensor, num_scheduled_tokens: np.ndarray) -> None:
+        """Says anew where the step's tokens go, which vLLM has said by their positions in the text."""
         num_requests, num_tokens = len(evicted), int(num_scheduled_tokens.sum())
-        self.seq_lens[:num_requests] -= evicted
-        self.optimistic_seq_lens_cpu[:num_requests] -= evicted
         by_token = evicted.repeat_interleave(torch.from_numpy(num_scheduled_tokens))
         self.input_batch.block_table.compute_slot_mapping(
             num_requests,
             self.query_start_loc.gpu[: num_requests + 1],
             self.positions[:num_tokens] - by_token,
         )
+
+    def _physical(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
+        evicted = self._evicted_of_batch
+        if evicted is None:
+            return common
+        behind = common.num_reqs - len(evicted)  # rows that vLLM pads the batch with
+        evicted = torch.nn.functional.pad(evicted, (0, behind))
+        return with_lengths(common, common.seq_lens - evicted, common.seq_lens_cpu_upper_bound - evicted)
 
     def _set_captures(self, plan: CompactionPlan, num_scheduled_tokens: np.ndarray) -> None:
         tokens: list[int] = []

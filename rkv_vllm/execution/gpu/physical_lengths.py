@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
+from rkv_vllm.execution.attention_groups import with_lengths
 from rkv_vllm.execution.gpu.query_ring import GpuQueryRing
 from rkv_vllm.host.retype import override
 
@@ -23,9 +24,12 @@ class PhysicalLengths:
     Attributes:
         evicted, query_rows: per request slot, written on the host and read by the device.
         seq_lens [max requests], positions [max tokens]: physical, of the batch about to run.
-        is_real: whether those were filled for the batch about to run; otherwise it is one of vLLM's dummies,
-            which hold no compacted request.
+        upper_bound: int32 [requests of the batch about to run], what the host knows of `seq_lens`.
+        is_real: whether those on the device were filled for the batch about to run; otherwise it is one of
+            vLLM's dummies, which hold no compacted request.
     """
+
+    upper_bound: torch.Tensor
 
     def __init__(self, max_num_requests: int, max_num_tokens: int, device: torch.device) -> None:
         self.evicted = UvaBackedTensor(max_num_requests, dtype=torch.int32)
@@ -35,29 +39,34 @@ class PhysicalLengths:
         self.positions = torch.zeros(max_num_tokens, dtype=torch.int64, device=device)
         self.is_real = False
 
+    def begin(self, batch: InputBatch) -> bool:
+        """Gets ready for a batch about to run; whether it is a real one."""
+        is_real, self.is_real = self.is_real, False
+        self.upper_bound = batch.seq_lens_cpu_upper_bound
+        if is_real:
+            slots = batch.idx_mapping_np[: batch.num_reqs]
+            self.upper_bound = self.upper_bound.clone()
+            self.upper_bound[: batch.num_reqs] -= torch.from_numpy(self.evicted.np[slots])
+        else:
+            self.seq_lens[: batch.seq_lens.shape[0]].copy_(batch.seq_lens)
+        return is_real
 
-def make_attention_physical(model_state: ModelState, lengths: PhysicalLengths, ring: GpuQueryRing) -> None:
-    """Makes the model's attention metadata physical; the batch itself stays logical for everything else.
+    def physical(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
+        """Of the batch that was begun, which may be cut to the requests that are no padding."""
+        count = common.num_reqs
+        return with_lengths(common, self.seq_lens[:count], self.upper_bound[:count])
+
+
+def tell_batches(model_state: ModelState, lengths: PhysicalLengths, ring: GpuQueryRing) -> None:
+    """Has `lengths` told of each batch before attention's metadata is built, and nothing of dummies captured.
 
     vLLM picks the class of `model_state` by model and has no hook on its way to attention.
     """
     state_class = type(model_state)
 
     def prepare_attn(state: Any, input_batch: InputBatch, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        count = input_batch.seq_lens.shape[0]
-        upper_bound = input_batch.seq_lens_cpu_upper_bound
-        if lengths.is_real:
-            lengths.is_real = False
-            upper_bound = upper_bound.clone()
-            upper_bound[: input_batch.num_reqs] -= torch.from_numpy(
-                lengths.evicted.np[input_batch.idx_mapping_np[: input_batch.num_reqs]]
-            )
-        else:
-            lengths.seq_lens[:count].copy_(input_batch.seq_lens)
+        if not lengths.begin(input_batch):
             ring.ring_indices.fill_(NOT_CAPTURED)
-        physical = dataclasses.replace(
-            input_batch, seq_lens=lengths.seq_lens[:count], seq_lens_cpu_upper_bound=upper_bound
-        )
-        return state_class.prepare_attn(state, physical, *args, **kwargs)
+        return state_class.prepare_attn(state, input_batch, *args, **kwargs)
 
-    override(model_state, "Physical", prepare_attn=prepare_attn)
+    override(model_state, "Telling", prepare_attn=prepare_attn)

@@ -25,10 +25,11 @@ from rkv_vllm.decisions.messages import (
     plan_of,
 )
 from rkv_vllm.decisions.query_rows import num_query_rows
+from rkv_vllm.execution.attention_groups import make_physical
 from rkv_vllm.execution.gpu.compactor import GpuCompactor, make_gpu_compactor
 from rkv_vllm.execution.gpu.graph_choice import prefer_fastest
 from rkv_vllm.execution.gpu.page_reports import ReportingOutput
-from rkv_vllm.execution.gpu.physical_lengths import NOT_CAPTURED, PhysicalLengths, make_attention_physical
+from rkv_vllm.execution.gpu.physical_lengths import NOT_CAPTURED, PhysicalLengths, tell_batches
 from rkv_vllm.execution.gpu.query_ring import GpuQueryRing
 from rkv_vllm.execution.kv_head_copies import ranks_per_kv_head
 from rkv_vllm.execution.logit_factors import LogitFactors
@@ -62,7 +63,7 @@ class CompactingRunnerV2(GPUModelRunner):
             layers, num_rows, self.device, ranks_per_kv_head(vllm_config), self.max_num_tokens
         )
         self._lengths = PhysicalLengths(self.max_num_reqs, self.max_num_tokens, self.device)
-        make_attention_physical(self.model_state, self._lengths, self._query_ring)
+        tell_batches(self.model_state, self._lengths, self._query_ring)
 
     def initialize_kv_cache(
         self, kv_cache_config: KVCacheConfig, is_profiling: bool = False, **kwargs: Any
@@ -70,6 +71,8 @@ class CompactingRunnerV2(GPUModelRunner):
         super().initialize_kv_cache(kv_cache_config, is_profiling, **kwargs)
         if is_profiling:  # a cache for the moment
             return
+        (groups,) = self.attn_groups
+        make_physical(groups, self._lengths.physical)
         config = RkvConfig.from_additional_config(self.vllm_config.additional_config)
         caches = [typed_cache(layer) for layer in self._rkv_layers]
         if caches[0].shape[0] != kv_cache_config.num_blocks:

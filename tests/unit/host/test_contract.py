@@ -148,7 +148,7 @@ def test_a_renamed_attribute_is_noticed(
     [
         "core.kv_cache_manager.KVCacheManager.watermark_blocks",
         "core.sched.scheduler.Scheduler.prev_step_scheduled_req_ids",
-        "worker.cpu_model_runner.CPUModelRunner.optimistic_seq_lens_cpu",
+        "worker.cpu_model_runner.CPUModelRunner.query_start_loc",
     ],
 )
 def test_attributes_of_vllm_are_read_from_its_source(attribute: str) -> None:
