@@ -35,14 +35,14 @@ def explain(policy: PolicyName, inputs: ScoreInputs) -> Explanation:
     """The parts of the scores that a policy gives to these inputs."""
     match policy:
         case "rkv":
-            keys = inputs.keys[:, :]
+            keys = inputs.keys[:, :].float()
             return Explanation(
-                importance=_attention(inputs),
+                importance=_attention(inputs, keys),
                 redundancy=tiled.redundancy(keys, threshold=SIMILARITY_THRESHOLD)[:, :-WINDOW],
                 match=newest_match(keys, SIMILARITY_THRESHOLD)[:, :-WINDOW],
             )
         case "snapkv":
-            return Explanation(importance=_attention(inputs))
+            return Explanation(importance=_attention(inputs, inputs.keys[:, :].float()))
         case "invariant":
             return _invariant(inputs)
         case _:
@@ -53,12 +53,12 @@ def newest_match(keys: torch.Tensor, threshold: float) -> torch.Tensor:
     """For each key the newest other one that is more similar than the threshold (rkv_spec 1.3, steps 1 to 4).
 
     Args:
-        keys: [H, N, D], oldest first.
+        keys: float32 [H, N, D], oldest first.
         threshold: cosine similarity that a match has to exceed.
 
     Returns: int64 [H, N], slots; `NO_MATCH` where the specification takes slot 0 for want of one.
     """
-    units = torch.nn.functional.normalize(keys.float(), dim=-1)
+    units = torch.nn.functional.normalize(keys, dim=-1)
     heads, length, _ = units.shape
     slots = torch.arange(length, device=units.device)
     found = torch.empty((heads, length), dtype=torch.int64, device=units.device)
@@ -71,11 +71,9 @@ def newest_match(keys: torch.Tensor, threshold: float) -> torch.Tensor:
     return found
 
 
-def _attention(inputs: ScoreInputs) -> torch.Tensor:
+def _attention(inputs: ScoreInputs, keys: torch.Tensor) -> torch.Tensor:
     assert inputs.queries is not None
-    return tiled.importance(
-        inputs.queries, inputs.keys[:, :], window=WINDOW, pool_kernel=POOL_KERNEL, scale=inputs.scale
-    )
+    return tiled.importance(inputs.queries, keys, window=WINDOW, pool_kernel=POOL_KERNEL, scale=inputs.scale)
 
 
 def _invariant(inputs: ScoreInputs) -> Explanation:

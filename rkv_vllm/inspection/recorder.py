@@ -123,6 +123,8 @@ class Recorder:
 
     def record(self, tokens: int) -> Record:
         """What was recorded of a request whose cache has seen so many tokens in the end."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # with whatever stream the rounds ran on
         found = {name: table[:, :, :tokens].cpu().numpy() for name, table in self._tables.items()}
         nothing: np.ndarray = np.zeros((*self._shape[:2], tokens), dtype=np.int32)
         return Record(

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import texts
 from hf_reference import HfReference, Teaching
+from typer.testing import CliRunner
 
+from rkv_vllm.cli import app
 from rkv_vllm.inspection.report import Inspection, Run
 
 #: In no round do two candidates at the edge of the budget have scores within rounding of one another.
@@ -152,12 +154,20 @@ def test_whole_pages_are_followed_too(reference: HfReference, model: Path, ids: 
     assert run.kl is None and run.forgotten is not None and run.forgotten.importance is None
 
 
-def test_wrong_options_are_refused_before_and_after_the_model_is_loaded(model: Path) -> None:
-    """With the option's name, in one message."""
+def test_wrong_options_are_refused_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the option's name: there is no such model, and nobody hears of that."""
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")  # the command would leave it so
     for options, message in (
         (("--kv-budget", "4"), "rkv_budget"),
+        (("--kv-budget", "many"), "--kv-budget: takes integers"),
         (("--kv-policy", "best"), "rkv_policy"),
-        (("--max-tokens", "100000"), "--max-tokens: a prompt of"),
+        (("--kv-budget", "20", "--kv-protect", "20"), "20 protected tokens"),
     ):
-        done = inspect(model, "--prompt", "a", *options)
-        assert done.returncode == 2 and message in done.stderr, done.stderr[-2000:]
+        done = CliRunner().invoke(app, ["inspect", "--model", "nowhere", "--prompt", "a", *options])
+        assert done.exit_code == 2 and message in done.stderr
+
+
+def test_an_answer_that_does_not_fit_is_refused(model: Path) -> None:
+    """What fits is known once the model is loaded, and the option is named."""
+    done = inspect(model, "--prompt", "a", "--max-tokens", "100000")
+    assert done.returncode == 2 and "--max-tokens: a prompt of" in done.stderr

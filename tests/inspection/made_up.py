@@ -19,7 +19,7 @@ def report(
     full = Run(setting=None, tokens=text, first_difference=None, forgotten=None, kl=None)
     runs = [full]
     for budget in budgets:
-        difference = prompt + budget
+        difference = min(prompt + budget, tokens - 1)
         other = text[:difference] + [" other"] + text[difference + 1 :]
         runs.append(
             Run(

@@ -92,8 +92,9 @@ def held(run: Run, time: int) -> np.ndarray:
 
 def expected_classes(run: Run, time: int, rows: slice = slice(None)) -> list[str]:
     shares = held(run, time).reshape(-1, len(run.tokens) - 1)[rows].mean(axis=0)
-    levels = [*np.ceil(10 * shares - 1e-9).astype(int).tolist(), 10]
-    classes = [f"t s{level}" if index < time else "t later" for index, level in enumerate(levels)]
+    names = [f"t s{level}" for level in np.ceil(10 * shares - 1e-9).astype(int)]
+    names.append("t")  # the last token was never read
+    classes = [name if index < time else "t later" for index, name in enumerate(names)]
     assert run.first_difference is not None
     classes[run.first_difference] += " differs"
     return classes
@@ -106,6 +107,13 @@ def classes(tab: Page, panel: int) -> list[str]:
         .evaluate("text => [...text.querySelectorAll('span')].map(span => span.className)")
     )
     return found
+
+
+def told(tab: Page, words: str) -> str:
+    """What is said of a token, once these words are among it."""
+    tip = tab.locator("#tip", has_text=words)
+    tip.wait_for()
+    return tip.inner_text()
 
 
 def choose(tab: Page, layer: str, head: str) -> None:
@@ -200,10 +208,9 @@ def test_a_token_is_told_of_by_mouse_and_by_keys(open_page: OpenPage, found: Ins
         choose(tab, str(layer), str(head))
         span = tab.locator(".text").first.locator("span.t").nth(int(token))
         span.hover()
-        said = tab.inner_text("#tip")
+        said = told(tab, f"token {token}, answer")
         round_ = left[layer, head, token]
         like = int(match[layer, head, token])
-        assert f"token {token}, answer" in said
         assert f"layer {layer}, KV head {head}\nforgotten" in said
         assert f"left in round {round_}, at {run.forgotten.rounds[round_ - 1]} tokens" in said
         assert f"more important than {importance[layer, head, token]} %" in said
@@ -217,8 +224,7 @@ def test_a_token_is_told_of_by_mouse_and_by_keys(open_page: OpenPage, found: Ins
         tab.locator(".text").first.focus()
         for _ in range(3):
             tab.keyboard.press("ArrowRight")
-        said = tab.inner_text("#tip")
-        assert "token 2, prompt" in said
+        said = told(tab, "token 2, prompt")
         count = int(held(run, TOKENS)[..., 2].sum())
         assert f"held by {count} of {LAYERS * HEADS} layers and heads" in said
         most, times = Counter(match[..., 2][match[..., 2] < TOKENS].tolist()).most_common(1)[0]
@@ -243,10 +249,11 @@ def test_the_full_caches_answer_stands_beside(open_page: OpenPage, found: Inspec
         marked = [index for index, name in enumerate(classes(tab, 2)) if "differs" in name]
         assert marked == sorted(run.first_difference or 0 for run in found.runs[1:])
         tab.locator(".text").nth(2).locator("span.differs").first.hover()
-        assert 'here rkv, budget 32, buffer 16 goes on with " other"' in tab.inner_text("#tip")
+        told(tab, 'here rkv, budget 32, buffer 16 goes on with " other"')
         facts = tab.locator(".facts").all_inner_texts()
         assert f"the answer leaves the full cache's at token {PROMPT + BUDGETS[0]}" in facts[0]
-        assert "holds all 150 tokens" in facts[2]
+        assert "holds all 149 tokens" in facts[2]
+        assert f"holds {BUDGETS[0] + 5} of 149 tokens" in facts[0]
 
         tab.locator("article select").first.select_option("full cache")
         tab.evaluate(NEXT_FRAME)
@@ -265,8 +272,22 @@ def test_a_policy_without_scores_has_a_page_too(open_page: OpenPage, found: Insp
         assert tab.locator("article").count() == 2
         assert tab.evaluate("document.documentElement.scrollWidth") <= 420
         tab.locator(".text").first.locator("span.t").nth(30).hover()
-        said = tab.inner_text("#tip")
+        said = told(tab, "token 30, answer")
         assert "layers and heads" in said and "important" not in said and "similar" not in said
+
+
+def test_a_setting_that_never_forgot_has_a_page_too(open_page: OpenPage) -> None:
+    """A budget above the text: there is one stop, and all is held."""
+    found = made_up.report(tokens=60, layers=2, heads=1, budgets=(100,), prompt=20)
+    [_, run] = found.runs
+    found = found.model_copy(
+        update={"runs": [found.runs[0], run.model_copy(update={"first_difference": None})]}
+    )
+    with open_page(found) as tab:
+        assert go(tab, "Home") == 60
+        assert set(classes(tab, 0)) == {"t s10", "t"}
+        facts = tab.locator(".facts").first.inner_text()
+        assert "round 0 of 0" in facts and "the answer is the full cache's" in facts
 
 
 def test_a_long_answer_stays_usable(open_page: OpenPage) -> None:
@@ -274,7 +295,6 @@ def test_a_long_answer_stays_usable(open_page: OpenPage) -> None:
     is to say within the patience of a test, and with the right colours."""
     found = made_up.report(tokens=16384, layers=36, heads=8, budgets=(1024, 512))
     with open_page(found) as tab:
-        tab.set_default_timeout(10_000)
         for keys in (["ArrowLeft"], ["ArrowLeft"] * 20, ["Home"], ["PageUp"], ["End"]):
             time = go(tab, *keys)
             for panel, run in enumerate(found.runs[1:]):
@@ -282,6 +302,6 @@ def test_a_long_answer_stays_usable(open_page: OpenPage) -> None:
         choose(tab, "35", "7")
         assert classes(tab, 0) == expected_classes(found.runs[1], time, slice(287, 288))
         tab.locator(".map").first.hover(position={"x": 200, "y": 100})
-        assert "layer 16, KV head" in tab.inner_text("#tip")
+        told(tab, "layer 16, KV head")
         tab.locator(".text").first.locator("span.t").nth(16_000).hover()
-        assert "token 16,000, answer" in tab.inner_text("#tip")
+        told(tab, "token 16,000, answer")

@@ -45,7 +45,14 @@ class TwoRounds:
         record: what the recorder was told.
     """
 
-    def __init__(self, device: str, policy: PolicyName, scope: Scope, order: Order) -> None:
+    def __init__(
+        self,
+        device: str,
+        policy: PolicyName,
+        scope: Scope,
+        order: Order,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self._policy = policy
         self._cache = PagedCache(
             [FIRST],
@@ -54,6 +61,7 @@ class TwoRounds:
             group=GROUP,
             head_size=SIZE,
             page_size=PAGE,
+            dtype=dtype,
             seed=11,
             device=DEVICE if device == "gpu" else torch.device("cpu"),
         )
@@ -107,16 +115,17 @@ class TwoRounds:
     def _tokens(self, length: int) -> torch.Tensor:
         """[L, H, length, D]: the keys in the first slots."""
         pages = torch.stack([layer[self._cache.source[0]] for layer in self._cache.layers])
-        return pages.transpose(1, 2).flatten(2, 3)[:, :, :length, :SIZE].cpu()
+        return pages.transpose(1, 2).flatten(2, 3)[:, :, :length, :SIZE].cpu().float()
 
     def _write_new_tokens(self) -> torch.Tensor:
         """Fills the slots behind the survivors; [L, H, NEW, D]."""
         new = torch.randn(LAYERS, HEADS, NEW, 2 * SIZE, generator=torch.Generator().manual_seed(5))
+        new = new.to(self._cache.layers[0].dtype)
         for layer, tokens in zip(self._cache.layers, new, strict=True):
             for index in range(NEW):
                 page, slot = divmod(KEEP + index, PAGE)
                 layer[self._cache.source[0][page], :, slot] = tokens[:, index].to(layer.device)
-        return new[..., :SIZE]
+        return new[..., :SIZE].float()
 
 
 @pytest.mark.parametrize(("policy", "scope", "order"), CASES)
@@ -126,7 +135,17 @@ def test_what_is_recorded_is_what_the_cache_holds(
 ) -> None:
     """After each of two rounds the keys in the cache are those of the positions that did not leave, in every
     layer and head, wherever they lie."""
-    rounds = TwoRounds(device, policy, scope, order)
+    check_held(TwoRounds(device, policy, scope, order))
+
+
+def test_a_gpus_cache_in_fp8_is_recorded_and_explained() -> None:
+    """Its keys are read as the numbers that they are, and its queries multiplied by all scales."""
+    rounds = TwoRounds("gpu", "rkv", "head", "temporal", torch.float8_e4m3fn)
+    check_held(rounds)
+    assert rounds.record.importance is not None and len(np.unique(rounds.record.importance)) > 20
+
+
+def check_held(rounds: TwoRounds) -> None:
     assert rounds.record.rounds == (FIRST, FIRST + NEW)
     for number, (held, length) in enumerate(zip(rounds.held, rounds.record.rounds, strict=True), start=1):
         left = rounds.record.left[..., :length]

@@ -93,7 +93,7 @@ def test_old_names_work_and_are_not_shown() -> None:
         assert "rkv.budget=512" in printed and "rkv.mix_lambda=0.2" in printed
     refused = CliRunner().invoke(app, ["eval", "--task=derivation", "--out=x", "--model=m", "--budgets=7"])
     assert "--kv-budget: takes" in refused.stderr
-    for command in ("args", "eval", "fidelity", "bench"):
+    for command in ("args", "eval", "fidelity", "inspect", "bench"):
         text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).stdout
         assert "--kv-budget" in text and "--budget" not in text
 

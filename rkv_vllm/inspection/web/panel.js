@@ -1,76 +1,9 @@
 "use strict";
-// The page of `rkv-vllm inspect`. Its data are those of `--json`; rkv_vllm/inspection/report.py says what they mean.
+// One of the columns: a request, or another that is chosen, with its facts, map, KL and text.
 
 const LEVELS = 10; // of the colour scale, beside 0
-const LATER = -1;
 const CHUNK = 256; // tokens from which a piece of text may end at a line's end
-const TYPES = { uint8: Uint8Array, uint16: Uint16Array, uint32: Uint32Array };
-const byId = (id) => document.getElementById(id);
-const percent = (share) => `${Math.round(100 * share)} %`;
-const number = (value) => value.toLocaleString("en");
 
-function element(name, properties, ...children) {
-  const made = Object.assign(document.createElement(name), properties);
-  made.append(...children);
-  return made;
-}
-
-async function unpack(packed) {
-  if (!packed) return null;
-  const text = atob(packed.data);
-  const bytes = new Uint8Array(text.length);
-  for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
-  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-  return new TYPES[packed.dtype](await new Response(stream).arrayBuffer());
-}
-
-// One request: what it wrote, and what of that its cache held when.
-class Run {
-  static async load(data, found) {
-    const run = new Run();
-    Object.assign(run, data, { rows: found.layers * found.heads, prompt: found.prompt_tokens, rounds: [] });
-    run.cached = run.tokens.length - 1; // the last token was never read
-    if (data.forgotten) {
-      run.rounds = data.forgotten.rounds;
-      for (const name of ["left", "importance", "redundancy", "match"]) {
-        run[name] = await unpack(data.forgotten[name]);
-      }
-      run.noMatch = run.match && 2 ** (8 * run.match.BYTES_PER_ELEMENT) - 1;
-    }
-    return run;
-  }
-
-  get name() {
-    if (!this.setting) return "full cache";
-    const { policy, budget, buffer, protect } = this.setting;
-    return `${policy}, budget ${budget}, buffer ${buffer}` + (protect ? `, ${protect} protected` : "");
-  }
-
-  // How many rounds there were when the text had so many tokens.
-  roundsAt(time) {
-    let count = 0;
-    while (count < this.rounds.length && this.rounds[count] <= time) count++;
-    return count;
-  }
-
-  // For each token how many of the rows hold it, or LATER.
-  holders(time, rows) {
-    const counts = new Int32Array(this.tokens.length).fill(rows.length);
-    const round = this.roundsAt(time);
-    if (this.left) {
-      for (const row of rows) {
-        const start = row * this.cached;
-        for (let i = 0; i < this.cached; i++) {
-          const left = this.left[start + i];
-          if (left !== 0 && left <= round) counts[i]--;
-        }
-      }
-    }
-    return counts.fill(LATER, Math.min(time, this.tokens.length));
-  }
-}
-
-// Two runs, or more, are looked at side by side: a setting, its map, its KL and its text.
 class Panel {
   constructor(view, index) {
     this.view = view;
@@ -130,7 +63,7 @@ class Panel {
     const counts = run.holders(time, rows);
     const differs = new Set(this.view.differences(run).map((other) => other.first_difference));
     counts.forEach((count, index) => {
-      const level = count === LATER || !run.left ? "" : ` s${Math.ceil((LEVELS * count) / rows.length - 1e-9)}`;
+      const level = count < 0 || !run.left ? "" : ` s${Math.ceil((LEVELS * count) / rows.length - 1e-9)}`;
       let name = `t${count === LATER ? " later" : level}`;
       if (differs.has(index)) name += " differs";
       if (this.classes[index] !== name) this.spans[index].className = this.classes[index] = name;
@@ -142,7 +75,7 @@ class Panel {
   describe(counts) {
     const { time, rows } = this.view;
     const run = this.run;
-    const written = Math.min(time, run.tokens.length);
+    const written = Math.min(time, run.cached);
     const facts = [];
     if (run.left) {
       let held = 0;
@@ -274,9 +207,11 @@ class Panel {
     for (const other of this.view.differences(run)) {
       if (other.first_difference !== index) continue;
       const [theirs, whose] = run === other ? [this.view.full, "the full cache"] : [other, other.name];
-      lines.push(say(`here ${whose} goes on with `, element("b", {}, JSON.stringify(theirs.tokens[index] ?? "its end"))));
+      const next = JSON.stringify(theirs.tokens[index] ?? "its end");
+      lines.push(say(`here ${whose} goes on with `, element("b", {}, next)));
     }
     if (run.kl && index >= run.prompt) lines.push(say(`predicted with a KL of ${run.kl[index - run.prompt]} nats`));
+    if (index >= run.cached) lines.push(say("the last token, which was never read"));
     if (!run.left || index >= run.cached) return { lines };
     const cells = rows.map((row) => row * run.cached + index);
     const held = cells.filter((cell) => run.left[cell] === 0 || run.left[cell] > run.roundsAt(time)).length;
@@ -285,17 +220,16 @@ class Panel {
     const share = `${held} of ${rows.length} layers and heads (${percent(held / rows.length)})`;
     if (index >= time) lines.push(say("not written yet"));
     else lines.push(say(one ? (held ? "held" : "forgotten") : `held by ${share}`));
-    lines.push(say(this.leaving(cells)));
+    lines.push(say(run.leaving(cells)));
     const weighed = [];
     for (const [name, words] of [["importance", "more important"], ["redundancy", "more redundant"]]) {
-      const shares = run[name] ? cells.map((cell) => run[name][cell]).filter((share) => share !== 255) : [];
-      const mean = Math.round(shares.reduce((a, b) => a + b, 0) / shares.length);
-      if (shares.length) weighed.push(`${words} than ${mean} %`);
+      const mean = run.meanShare(name, cells);
+      if (mean !== undefined) weighed.push(`${words} than ${mean} %`);
     }
     if (weighed.length) {
       lines.push(say(`when last a candidate ${weighed.join(" and ")} of them${one ? "" : ", on average"}`));
     }
-    const like = this.newestSimilar(cells);
+    const like = run.newestSimilar(cells);
     if (like !== undefined) {
       const often = one ? "" : ` (in ${like.times} of ${like.of})`;
       lines.push(say("newest similar token: ", token(like.index), ` token ${number(like.index)}${often}`));
@@ -303,141 +237,4 @@ class Panel {
     return { lines, like: like?.index };
   }
 
-  // When it left, in words.
-  leaving(cells) {
-    const rounds = cells.map((cell) => this.run.left[cell]).filter((round) => round > 0).sort((a, b) => a - b);
-    if (!rounds.length) return "never left";
-    const at = (round) => `round ${round}, at ${number(this.run.rounds[round - 1])} tokens`;
-    if (cells.length === 1) return `left in ${at(rounds[0])}`;
-    const stayed = cells.length - rounds.length;
-    const half = rounds[Math.floor((rounds.length - 1) / 2)];
-    const when = rounds[0] === rounds.at(-1)
-      ? at(rounds[0]) : `rounds ${rounds[0]} to ${rounds.at(-1)}, half of them by ${at(half)}`;
-    return `left in ${when}` + (stayed ? `; ${stayed} hold it to the end` : "");
-  }
-
-  // What most of the cells match.
-  newestSimilar(cells) {
-    const { match, noMatch } = this.run;
-    const matches = match ? cells.map((cell) => match[cell]).filter((found) => found !== noMatch) : [];
-    if (!matches.length) return undefined;
-    const times = new Map();
-    for (const found of matches) times.set(found, (times.get(found) ?? 0) + 1);
-    const [index, most] = [...times].reduce((a, b) => (b[1] > a[1] ? b : a));
-    return { index, times: most, of: matches.length };
-  }
 }
-
-class View {
-  constructor(found, runs) {
-    this.found = found;
-    // The full cache comes last, so that settings are beside each other.
-    this.full = runs[0];
-    this.runs = [...runs.slice(1), this.full];
-    this.stops = [0];
-    const colour = (name) => {
-      const sample = element("span", { className: name });
-      document.body.append(sample);
-      const [red, green, blue] = getComputedStyle(sample).backgroundColor.match(/\d+/g).map(Number);
-      sample.remove();
-      return (255 << 24) | (blue << 16) | (green << 8) | red;
-    };
-    this.colours = Array.from({ length: LEVELS + 1 }, (_, level) => colour(`s${level}`));
-    this.laterColour = colour("later");
-    byId("about").textContent = `${found.model} on ${found.device}, ${found.dtype} · ${found.layers} layers of `
-      + `${found.heads} KV heads · prompt of ${number(found.prompt_tokens)} tokens`;
-    byId("command").textContent = found.command;
-    for (let level = 0; level <= LEVELS; level++) {
-      const label = { 0: "0 %", 5: "50 %", 10: "100 %" }[level] ?? "\u00a0";
-      byId("scale").append(element("span", { className: `s${level}`, title: `up to ${10 * level} %` }, label));
-    }
-    for (let i = 0; i < found.layers; i++) byId("layer").append(new Option(i, i));
-    for (let i = 0; i < found.heads; i++) byId("head").append(new Option(i, i));
-    this.slider = byId("time");
-    this.slider.addEventListener("input", () => this.drawSoon());
-    for (const id of ["layer", "head"]) byId(id).addEventListener("change", () => this.drawSoon());
-    byId("controls").addEventListener("submit", (event) => event.preventDefault());
-    window.addEventListener("resize", () => this.drawAll());
-    this.panels = this.runs.slice(0, 2).map((_, index) => new Panel(this, index));
-    if (this.runs.length > 2) {
-      const full = new Panel(this, 2);
-      full.choice.selectedIndex = this.runs.length - 1;
-      this.panels.push(full);
-    }
-    byId("panels").append(...this.panels.map((panel) => panel.root));
-    this.panels.forEach((panel) => panel.write());
-    this.setStops();
-  }
-
-  get time() {
-    return this.stops[this.slider.value];
-  }
-
-  // The layers and heads that are chosen, as rows.
-  get rows() {
-    const chosen = (id, count) => {
-      const value = byId(id).value;
-      return value === "all" ? [...Array(count).keys()] : [Number(value)];
-    };
-    const heads = chosen("head", this.found.heads);
-    return chosen("layer", this.found.layers).flatMap((layer) => heads.map((head) => layer * this.found.heads + head));
-  }
-
-  // The runs whose first difference from the full cache is marked in a run's text: its own, or all that are shown.
-  differences(run) {
-    const marked = run === this.full ? this.panels.map((panel) => panel.run) : [run];
-    return marked.filter((other) => other.first_difference !== null);
-  }
-
-  // Chooses one row, or all where it is the chosen one.
-  choose(row) {
-    const [layer, head] = [Math.floor(row / this.found.heads), row % this.found.heads];
-    const chosen = byId("layer").value === String(layer) && byId("head").value === String(head);
-    byId("layer").value = chosen ? "all" : layer;
-    byId("head").value = chosen ? "all" : head;
-    this.drawSoon();
-  }
-
-  // The slider stops before the first round of what is shown, at every round, and at the end.
-  setStops() {
-    const shown = this.panels.map((panel) => panel.run);
-    const rounds = shown.flatMap((run) => run.rounds);
-    const first = rounds.length ? [Math.min(...rounds) - 1] : [];
-    this.length = Math.max(...shown.map((run) => run.tokens.length)); // maps of all have one scale
-    const before = this.stops.length > 1 ? this.time : this.length;
-    this.stops = [...new Set([...first, ...rounds, this.length])].sort((a, b) => a - b);
-    this.slider.max = this.stops.length - 1;
-    const nearest = this.stops.findLastIndex((stop) => stop <= before);
-    this.slider.value = Math.max(nearest, 0);
-    this.drawAll();
-  }
-
-  // Once a frame, however fast the slider moves.
-  drawSoon() {
-    if (this.waiting) return;
-    this.waiting = true;
-    requestAnimationFrame(() => { this.waiting = false; this.draw(); });
-  }
-
-  drawAll() {
-    this.panels.forEach((panel) => panel.drawKl());
-    this.draw();
-  }
-
-  draw() {
-    const said = `after ${number(this.time)} tokens`;
-    byId("now").textContent = `${said} (stop ${Number(this.slider.value) + 1} of ${this.stops.length})`;
-    this.slider.setAttribute("aria-valuetext", said);
-    this.panels.forEach((panel) => panel.draw());
-  }
-}
-
-async function main() {
-  const found = JSON.parse(byId("data").textContent);
-  byId("data").remove();
-  const runs = await Promise.all(found.runs.map((run) => Run.load(run, found)));
-  window.view = new View(found, runs);
-  document.body.dataset.ready = "yes";
-}
-
-main();
