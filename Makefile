@@ -2,7 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 TESTS ?= tests
-OVERLAY_TESTS ?= tests/engine tests/unit/host tests/unit/execution tests/unit/scheduling
+# Of the tests of engines those that compare tokens, count pages or find sizes; `OVERLAY_TESTS=tests/engine` runs all.
+OVERLAY_TESTS ?= tests/unit/host tests/unit/execution tests/unit/scheduling \
+	$(patsubst %,tests/engine/test_%.py,auto doctor full_cache hugging_face isolation small_pool)
 # A file whose tests share an engine stays with one worker.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
