@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
-from itertools import count
-from typing import Protocol
 
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from rkv_vllm.decisions.messages import Compaction, PageCompaction, PageReport, TokenCompaction
+from rkv_vllm.decisions.messages import Compaction, PageReport
 from rkv_vllm.decisions.query_rows import NO_QUERY_ROW, QueryRows
 from rkv_vllm.observability.tally import MetricTally
 from rkv_vllm.scheduling.auto_budgets import Order
-from rkv_vllm.scheduling.block_manager import CompactingManager, PageMove
+from rkv_vllm.scheduling.block_manager import CompactingManager
+from rkv_vllm.scheduling.page_changes import MovedTokens, PageChanges, WholePages
 from rkv_vllm.scheduling.tracked_request import TrackedRequest
 from rkv_vllm.settings.config import Granularity
 
@@ -56,8 +54,8 @@ class RoundPlanner:
         self._tally = tally
         self._preempt_one = preempt_one
         self._final_length = final_length
-        self._page_changes: _PageChanges = (
-            _WholePages(manager, tracked) if granularity == "page" else _MovedTokens(manager)
+        self._page_changes: PageChanges = (
+            WholePages(manager, tracked) if granularity == "page" else MovedTokens(manager)
         )
         self._may_be_due: list[Request] = []  # every request that is due, and some that are not
 
@@ -219,71 +217,3 @@ class RoundPlanner:
             protect=tracked.settings.protect,
         )
         return self._page_changes.begin(counts, reserved)
-
-
-class _PageChanges(Protocol):
-    """How a round takes pages from a request: one class a granularity."""
-
-    def num_needed(self, request_id: str, keep: int) -> int:
-        """Pages that a round which keeps `keep` tokens takes from the pool at least."""
-
-    def can_begin(self, request_id: str, keep: int) -> bool:
-        """Whether such a round finds the pages it needs."""
-
-    def begin(self, counts: Compaction, reserved: int) -> Compaction:
-        """Shortens the request's pages, or sees to it that they can be; the message for the workers.
-
-        Takes none of the pages `reserved` in the pool that it can do without: other rounds need them.
-        """
-
-    def release(self) -> None:
-        """Returns the pages that left in this step's rounds to the pool."""
-
-
-class _MovedTokens:
-    """Survivors move to the front, and the emptied pages leave in the same step."""
-
-    def __init__(self, manager: CompactingManager) -> None:
-        self._manager = manager
-        self._moves: list[PageMove] = []
-
-    def num_needed(self, request_id: str, keep: int) -> int:
-        return self._manager.num_to_copy(request_id, keep)
-
-    def can_begin(self, request_id: str, keep: int) -> bool:
-        return self._manager.can_compact(request_id, keep)
-
-    def begin(self, counts: Compaction, reserved: int) -> Compaction:
-        move = self._manager.compact(counts.request_id, counts.keep, counts.evicted, reserved=reserved)
-        self._moves.append(move)
-        return TokenCompaction(
-            **asdict(counts), source_pages=move.source_pages, target_pages=move.target_pages
-        )
-
-    def release(self) -> None:
-        moves, self._moves = self._moves, []
-        self._manager.release(moves)
-
-
-class _WholePages:
-    """Pages leave whole. Only the device knows which: they are counted as the request's until its report."""
-
-    def __init__(self, manager: CompactingManager, tracked: Mapping[str, TrackedRequest]) -> None:
-        self._manager = manager
-        self._tracked = tracked
-        self._eviction_ids = count()
-
-    def num_needed(self, request_id: str, keep: int) -> int:
-        return 0
-
-    def can_begin(self, request_id: str, keep: int) -> bool:
-        return True
-
-    def begin(self, counts: Compaction, reserved: int) -> Compaction:
-        self._manager.stop_caching(counts.request_id)
-        tracked = self._tracked[counts.request_id]
-        tracked.eviction_id = next(self._eviction_ids)
-        return PageCompaction(**asdict(counts), eviction_id=tracked.eviction_id)
-
-    def release(self) -> None:
-        pass  # until the report
