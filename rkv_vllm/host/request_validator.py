@@ -7,13 +7,17 @@ changes no logits. It implements the interfaces of both model runners.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from vllm.config import ModelConfig
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV1
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV2
 
+from rkv_vllm.settings.engine_args import VALIDATOR
 from rkv_vllm.settings.requested import RequestedSettings
 
 
@@ -37,3 +41,18 @@ class BudgetValidator(LogitsProcessorV2, LogitsProcessorV1):
 
     def apply(self, logits: torch.Tensor, *context: Any) -> torch.Tensor:
         return logits
+
+
+@contextmanager
+def without_validator(model_config: ModelConfig) -> Iterator[None]:
+    """Keeps the validator from a V1 model runner that is built meanwhile.
+
+    The runner has no use for it, and with speculation refuses to be built with any logits processor. The
+    front end, which asks it, may read the same configuration.
+    """
+    named = model_config.logits_processors
+    model_config.logits_processors = [name for name in named or () if name != VALIDATOR]
+    try:
+        yield
+    finally:
+        model_config.logits_processors = named

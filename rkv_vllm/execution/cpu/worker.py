@@ -15,6 +15,7 @@ from rkv_vllm.host.compatibility import NEEDS_V1_RUNNER, refuse_unsupported
 from rkv_vllm.host.contract import CONTRACT_V1_RUNNER
 from rkv_vllm.host.kv_cache_spec import to_compacting_specs
 from rkv_vllm.host.process_end import skip_last_collections_of_engine
+from rkv_vllm.host.request_validator import without_validator
 from rkv_vllm.host.retype import retype
 
 
@@ -28,7 +29,8 @@ class CompactingCpuWorker(CPUWorker):
         skip_last_collections_of_engine()
 
     def init_device(self) -> None:
-        super().init_device()
+        with without_validator(self.vllm_config.model_config):
+            super().init_device()
         if type(self.model_runner) is not CPUModelRunner:
             raise ValueError(NEEDS_V1_RUNNER)
         # vLLM has no factory for its CPU runner.

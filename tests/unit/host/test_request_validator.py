@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.loader import (
     build_custom_logits_processors_params_validator,
 )
 
-from rkv_vllm.host.request_validator import BudgetValidator
+from rkv_vllm.host.request_validator import BudgetValidator, without_validator
 from rkv_vllm.settings.engine_args import VALIDATOR
 
 Validate = Callable[[SamplingParams], None]
@@ -77,3 +78,13 @@ def test_logits_are_left_alone() -> None:
     assert validator.is_argmax_invariant()
     assert not validator.add_request(0, SamplingParams(extra_args={"rkv_budget": 64}))
     assert validator.update_state(None) is None
+
+
+@pytest.mark.parametrize("named", [None, [VALIDATOR], [VALIDATOR, "their:Own"]])
+def test_runners_that_are_built_do_not_see_it(named: list[str] | None) -> None:
+    """Proves that a runner sees the user's processors alone, and the front end all of them again."""
+    config: Any = SimpleNamespace(logits_processors=named)
+    with pytest.raises(RuntimeError), without_validator(config):
+        assert config.logits_processors == [each for each in named or () if each == "their:Own"]
+        raise RuntimeError
+    assert config.logits_processors == named
