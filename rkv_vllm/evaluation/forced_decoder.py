@@ -157,7 +157,7 @@ class TeacherForcing(LogitsProcessorV2, LogitsProcessorV1):
                 prompt, output = self._tokens[row]
                 _comparison.observe(logits[row], variant, prompt + len(output))
         else:
-            # Exact without speculative decoding, which is refused.
+            # Exact without speculation, which is refused.
             lengths = context.seq_lens_upper_bound_np.tolist()
             for row, slot in enumerate(context.idx_mapping_np.tolist()):
                 if slot in self._variants:
@@ -205,6 +205,8 @@ class ForcedDecoder:
                 "tensor_parallel_size, pipeline_parallel_size: predictions are compared in the "
                 "engine's own process, which holds one device"
             )
+        if engine_args.speculative_config is not None:
+            raise ValueError("speculative_config: each token is given, so that there is nothing to draft")
         # -1 is vLLM's `auto`.
         if 0 < (engine_args.max_model_len or 0) < length:
             raise ValueError(

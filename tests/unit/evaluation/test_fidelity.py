@@ -32,7 +32,14 @@ from rkv_vllm.evaluation.fidelity import (
 )
 from rkv_vllm.evaluation.fidelity_settings import settings_of
 from rkv_vllm.evaluation.fidelity_texts import OwnText, Window
-from rkv_vllm.evaluation.forced_decoder import REFERENCE, VARIANT, TeacherForcing, WindowComparison, compare
+from rkv_vllm.evaluation.forced_decoder import (
+    REFERENCE,
+    VARIANT,
+    ForcedDecoder,
+    TeacherForcing,
+    WindowComparison,
+    compare,
+)
 from rkv_vllm.settings.config import CompactionSettings, RkvConfig
 from rkv_vllm.settings.request_size import RequestSize
 
@@ -282,3 +289,11 @@ def test_a_context_below_a_window_is_refused_before_an_engine_starts() -> None:
     result = CliRunner(env={"COLUMNS": "200"}).invoke(app, words)
     assert result.exit_code == 2
     assert "--max-model-len: a window takes 1024 tokens, not 512" in result.output
+
+
+def test_windows_are_read_without_speculation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves that drafts are refused before an engine starts: every token of a window is given."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # which the decoder sets
+    drafts = '--speculative-config={"method": "ngram", "num_speculative_tokens": 3}'
+    with pytest.raises(ValueError, match="nothing to draft"):
+        ForcedDecoder("some/model", [drafts], RkvConfig(), 64)
