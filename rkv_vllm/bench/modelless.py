@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.config import (
+    CacheConfig,
+    ModelConfig,
+    ParallelConfig,
+    SchedulerConfig,
+    SpeculativeConfig,
+    VllmConfig,
+)
 from vllm.config.scheduler import SchedulerPolicy
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
@@ -137,6 +144,7 @@ def make_scheduler(
     prefix_caching: bool = True,
     policy: SchedulerPolicy = "fcfs",
     v2_runner: bool = True,
+    num_drafts: int = 0,
     **scheduler_settings: Any,
 ) -> Scheduler:
     """vLLM's own scheduler, or ours, for a model that exists as a configuration only.
@@ -145,12 +153,25 @@ def make_scheduler(
         rkv: fields of `RkvConfig`; None: stock vLLM.
         num_blocks: of the pool, vLLM's null block included.
         v2_runner: whether it is told, as on a GPU, that Model Runner V2 runs its steps.
+        num_drafts: tokens that n-gram speculation drafts for a request and step.
         **scheduler_settings: other fields of vLLM's `SchedulerConfig`.
     """
     cache_config = CacheConfig(block_size=page_size, enable_prefix_caching=prefix_caching)
     cache_config.num_gpu_blocks = num_blocks
+    model_config = _model_config(max_model_len, vocabulary)
+    speculation = (
+        SpeculativeConfig(
+            method="ngram_gpu" if asynchronous else "ngram",
+            num_speculative_tokens=num_drafts,
+            target_model_config=model_config,
+            target_parallel_config=ParallelConfig(),
+        )
+        if num_drafts
+        else None
+    )
     vllm_config = VllmConfig(
-        model_config=_model_config(max_model_len, vocabulary),
+        model_config=model_config,
+        speculative_config=speculation,
         cache_config=cache_config,
         scheduler_config=SchedulerConfig(
             max_num_seqs=max_num_seqs,

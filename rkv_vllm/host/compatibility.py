@@ -81,11 +81,22 @@ FEATURES: tuple[Feature, ...] = (
         "asked for, or by the checkpoint; tokens are moved as they are stored, "
         "and scores count the scales of keys and queries",
     ),
+    _works(
+        "n-gram speculation (`ngram`, `ngram_gpu`)",
+        "gives the answers without it, sampled ones as likely: drafts end where a compaction is due, "
+        "which waits until it is known how many of them were right",
+    ),
     _refused(
-        "speculative decoding",
-        "rejected tokens would be rolled back past a compaction",
-        lambda c: c.speculative_config is not None,
-        "leave out --speculative-config",
+        "speculation by other means than n-grams",
+        "what drafts has a cache of its own, which would not be compacted",
+        lambda c: c.speculative_config is not None and not c.speculative_config.use_ngram(),
+        '--speculative-config with method "ngram" or "ngram_gpu" works',
+    ),
+    _refused(
+        "speculation with pipeline parallelism",
+        "earlier ranks learn too late which drafts were rejected",
+        lambda c: c.speculative_config is not None and c.parallel_config.pipeline_parallel_size > 1,
+        "leave out --speculative-config or --pipeline-parallel-size",
     ),
     _refused(
         "KV connectors and offloading",

@@ -110,7 +110,8 @@ _CORE_ATTRIBUTES = attributes(
         "core.block_pool.BlockPool": "num_gpu_blocks",
         "core.kv_cache_utils.KVCacheBlock": "block_id is_null ref_cnt",
         "core.sched.scheduler.Scheduler": (
-            "kv_cache_manager prev_step_scheduled_req_ids requests running vllm_config waiting"
+            "kv_cache_manager num_spec_tokens prev_step_scheduled_req_ids requests running vllm_config "
+            "waiting"
         ),
         "core.sched.output.SchedulerOutput": (
             "finished_req_ids num_scheduled_tokens preempted_req_ids scheduled_cached_reqs scheduled_new_reqs"
@@ -118,8 +119,8 @@ _CORE_ATTRIBUTES = attributes(
         "core.sched.output.NewRequestData": "req_id",
         "core.sched.output.CachedRequestData": "resumed_req_ids",
         "request.Request": (
-            "client_index max_tokens num_computed_tokens num_output_tokens num_prompt_tokens num_tokens "
-            "request_id resumable sampling_params status"
+            "client_index max_tokens num_computed_tokens num_in_flight_tokens num_output_tokens "
+            "num_prompt_tokens num_stale_output_tokens num_tokens request_id resumable sampling_params status"
         ),
         "request.RequestStatus": (
             "FINISHED_ABORTED FINISHED_ERROR FINISHED_REPETITION FINISHED_STOPPED RUNNING"

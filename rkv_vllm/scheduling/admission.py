@@ -68,6 +68,7 @@ class AdmissionControl:
         max_num_batched_tokens: int,
         by_priority: bool,
         auto_usage: float,
+        num_drafts: int,
     ) -> None:
         """
         Args:
@@ -78,6 +79,7 @@ class AdmissionControl:
             max_num_batched_tokens: tokens of the largest step.
             by_priority: whether vLLM preempts those of lower priority first, and not the newest.
             auto_usage: share of the pool that is filled before requests with budget "auto" switch.
+            num_drafts: drafts that a request verifies in a step, at most.
         """
         self._kv_cache_manager = kv_cache_manager
         self._manager = manager
@@ -94,6 +96,7 @@ class AdmissionControl:
             self._pool,
             tracked,
             usage=auto_usage,
+            num_drafts=num_drafts,
             by_priority=by_priority,
             final_length=self.final_length,
         )

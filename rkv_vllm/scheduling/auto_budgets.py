@@ -42,6 +42,7 @@ class AutoBudgets:
         tracked: Mapping[str, TrackedRequest],
         *,
         usage: float,
+        num_drafts: int,
         by_priority: bool,
         final_length: Callable[[Request], int],
     ) -> None:
@@ -51,6 +52,8 @@ class AutoBudgets:
             pool: vLLM's.
             tracked: the requests with a budget by id, kept up to date by the scheduler.
             usage: share of the pool that is filled before anybody has to switch.
+            num_drafts: drafts that a request verifies in a step, at most; they may take slots before it can
+                be ordered to switch.
             by_priority: whether less urgent requests are to switch first.
             final_length: tokens that a request has when it ends at the latest.
         """
@@ -60,6 +63,7 @@ class AutoBudgets:
         self._usable_pages = pool.num_gpu_blocks - 1  # one is vLLM's null page
         self._tracked = tracked
         self._usage = usage
+        self._margin = NOTICE_MARGIN + num_drafts
         self._by_priority = by_priority
         self._final_length = final_length
         self._lengths: dict[str, AutoLengths] = {}
@@ -83,7 +87,7 @@ class AutoBudgets:
         """Keeps the request in mind if it has budget "auto"."""
         if isinstance(lengths, AutoLengths):
             self._lengths[request.request_id] = lengths
-            self._notice = max(self._notice, lengths.settings.num_queries + NOTICE_MARGIN)
+            self._notice = max(self._notice, lengths.settings.num_queries + self._margin)
 
     def ended(self, request_id: str) -> None:
         self._lengths.pop(request_id, None)

@@ -35,6 +35,7 @@ class RoundPlanner:
         tally: MetricTally,
         preempt_one: Callable[[], Request],
         final_length: Callable[[Request], int],
+        has_drafts: bool,
     ) -> None:
         """
         Args:
@@ -46,6 +47,7 @@ class RoundPlanner:
             tally: told what was planned, deferred and cancelled.
             preempt_one: preempts the request that vLLM would preempt next, and returns it.
             final_length: tokens that a request has when it ends at the latest.
+            has_drafts: whether steps verify drafts, some of which they reject.
         """
         self._requests = requests
         self._tracked = tracked
@@ -54,6 +56,7 @@ class RoundPlanner:
         self._tally = tally
         self._preempt_one = preempt_one
         self._final_length = final_length
+        self._has_drafts = has_drafts
         self._page_changes: PageChanges = (
             WholePages(manager, tracked) if granularity == "page" else MovedTokens(manager)
         )
@@ -71,7 +74,11 @@ class RoundPlanner:
             for request in self._may_be_due
             if (tracked := self._tracked.get(request.request_id)) and self._is_due(request, tracked)
         }
-        self._may_be_due = []
+        self._may_be_due = [
+            request
+            for request in self._may_be_due
+            if request.request_id in self._tracked and self._may_be_rolled_back(request)
+        ]
         needed = {
             request: self._page_changes.num_needed(request.request_id, tracked.lengths.kept_slots)
             for request, tracked in due.items()
@@ -180,8 +187,21 @@ class RoundPlanner:
         # Logical; the steps that compute these tokens are all enqueued, whether their output is known or not.
         if request.status != RequestStatus.RUNNING or not tracked.lengths.is_due(request.num_computed_tokens):
             return False
+        if self._may_be_rolled_back(request):
+            return False
         # Where the last token is among those not known yet, nothing will read the cache again.
         return request.num_tokens + request.num_output_placeholders < self._final_length(request)
+
+    def _may_be_rolled_back(self, request: Request) -> bool:
+        """Whether tokens that count as computed may be drafts that a step in flight rejects.
+
+        No draft is among tokens whose successors are known. Beyond those, all that is in flight counts as
+        drafts: next to nothing else is.
+        """
+        if not self._has_drafts or request.num_computed_tokens <= request.num_tokens:
+            return False
+        # Output of a life that a preemption has ended rolls nothing back.
+        return request.num_in_flight_tokens > request.num_stale_output_tokens
 
     def _preempt_until_compactable(self, request: Request, tracked: TrackedRequest) -> bool:
         """Preempts, as vLLM does where slots run out, until there are pages to compact into.

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -83,6 +82,7 @@ class CompactingSchedulerMixin(_Scheduler):
             max_num_batched_tokens=self.max_num_scheduled_tokens,
             by_priority=self.policy == SchedulingPolicy.PRIORITY,
             auto_usage=self._rkv_config.auto_usage,
+            num_drafts=self.num_spec_tokens,
         )
         self._planner = RoundPlanner(
             granularity=self._rkv_config.granularity,
@@ -93,7 +93,9 @@ class CompactingSchedulerMixin(_Scheduler):
             tally=self._tally,
             preempt_one=self._preempt_one,
             final_length=self._admission.final_length,
+            has_drafts=self.num_spec_tokens > 0,
         )
+        self._most_rejected: int = self.num_spec_tokens * vllm_config.max_concurrent_batches  # drafts
 
     # -- a request's life ----------------------------------------------------------------------------------
 
@@ -169,7 +171,7 @@ class CompactingSchedulerMixin(_Scheduler):
         self._manager.forget_max_slots(request.request_id)
         self._with_stop_strings.discard(request.request_id)
         self._planner.forget(request.request_id)
-        # Connectors are refused at start, so that nothing else answers in this field.
+        # Connectors, which answer in this field too, are refused at start.
         _, ec_transfer_params = super()._free_request(request, delay_free_blocks)
         return {RESULT_KEY: result}, ec_transfer_params
 
@@ -207,6 +209,8 @@ class CompactingSchedulerMixin(_Scheduler):
         if request.status != RequestStatus.RUNNING:
             self._admission.set_watermark(request, num_computed_tokens)
             self._admission.autos.order_on_arrival(request)
+            if num_computed_tokens + num_new_tokens > request.num_tokens:
+                return num_new_tokens  # see `TrackedRequest.most_hit_tokens`
         tracked = self._tracked.get(request.request_id)
         # Asked for every request in every step, most of which are far from the request's next round.
         if tracked is not None and num_computed_tokens + num_new_tokens > tracked.unconstrained_until:
@@ -219,7 +223,8 @@ class CompactingSchedulerMixin(_Scheduler):
         blocks, num_hit_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request, *bounds)
         tracked = self._tracked.get(request.request_id)
         if tracked is not None:
-            most = tracked.lengths.cacheable(request.num_tokens) // self._page_size * self._page_size
+            most = tracked.most_hit_tokens(num_hit_tokens, request.num_tokens, self.num_spec_tokens)
+            most = most // self._page_size * self._page_size
             if num_hit_tokens > most:
                 blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, most)
                 num_hit_tokens = most
@@ -272,7 +277,7 @@ class CompactingSchedulerMixin(_Scheduler):
             tracked = self._tracked.get(request.request_id)
             logical = request.num_computed_tokens
             slots = tracked.lengths.allocated_slots(logical) if tracked else logical
-            self._manager.check_pages(request.request_id, cdiv(slots, self._page_size))
+            self._manager.check_pages(request.request_id, slots, slots + self._most_rejected)
         self._manager.check_integrity()
         self._query_rows.check_integrity()
         saved = sum(tracked.lengths.evicted // self._page_size for tracked in self._tracked.values())

@@ -66,6 +66,18 @@ class TrackedRequest:
             return "switch_at"
         return self.order_cause or "max_budget"
 
+    def most_hit_tokens(self, num_hit_tokens: int, num_tokens: int, num_drafts: int) -> int:
+        """How many of the tokens that the prefix cache has found may come from there.
+
+        vLLM pads one that has a single token to compute with `num_drafts` drafts, all of which it rejects,
+        and relies on their number. As they must not be cut, they have to end before the next round's first
+        query. A prompt of a single token cannot be spared them, and has no query of a round among them.
+        """
+        most = self.lengths.cacheable(num_tokens)
+        if num_hit_tokens + 1 < num_tokens or num_hit_tokens + num_drafts <= most:
+            return most
+        return max(min(most, num_hit_tokens - 1), 0)
+
     def found_in_cache(self, holders: list[int]) -> None:
         """Records how many requests hold each page of its prefix, when vLLM looks it up."""
         self.hit_pages_of_one = holders.count(1)

@@ -173,11 +173,11 @@ def test_the_pool_is_the_one_that_the_server_takes(model: Path) -> None:
 
 def test_everything_that_is_refused_is_listed(model: Path) -> None:
     """Proves that each refused feature is named, with exit code 1 for scripts."""
-    speculation = json.dumps({"method": "ngram", "num_speculative_tokens": 3})
-    result = doctor(model, "--kv-cache-dtype=fp8_per_token_head", "--speculative-config", speculation)
+    connector = json.dumps({"kv_connector": "ExampleConnector", "kv_role": "kv_both"})
+    result = doctor(model, "--kv-cache-dtype=fp8_per_token_head", "--kv-transfer-config", connector)
     assert result.exit_code == 1
     assert "R-KV refuses this configuration" in result.stdout
-    assert "speculative decoding is not supported" in result.stdout
+    assert "KV connectors and offloading is not supported" in result.stdout
     assert "KV cache quantised in another way is not supported" in result.stdout
 
 

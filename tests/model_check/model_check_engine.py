@@ -10,7 +10,8 @@ from typing import Any
 from unittest.mock import patch
 
 from request_model import STOP_TOKEN, VOCABULARY, RequestModel, unshortened
-from symbolic_worker import Memory, SymbolicRunner
+from symbolic_worker import Drafter, Memory, SymbolicRunner
+from vllm.config import VllmConfig
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.utils.math_utils import cdiv
@@ -80,7 +81,8 @@ class Setup:
 
     Without `keeps_room` requests are admitted as in stock vLLM, so that more of them are preempted.
     `query_rows` are as many as on a server of `max_num_seqs` where it is None. `restless` is an operator who
-    pauses the engine now and then, and a data-parallel neighbour that asks for steps without prefill.
+    pauses the engine now and then, and a data-parallel neighbour that asks for steps without prefill. With
+    `drafts` a step verifies up to so many a request, each right with a chance of `luck`.
     """
 
     num_pages: int
@@ -96,6 +98,8 @@ class Setup:
     long_prefill_token_threshold: int = 0
     restless: bool = False
     v2_runner: bool = False
+    drafts: int = 0
+    luck: float = 0.7
     config: RkvConfig = field(default_factory=RkvConfig)
     reset_at_steps: frozenset[int] = frozenset()
     seed: int = 0
@@ -120,7 +124,10 @@ class Outcome:
 
 
 def make_scheduler(setup: Setup) -> CompactingScheduler | CompactingAsyncScheduler:
-    with patch.object(scheduler_module, "num_query_rows", lambda max_num_seqs: setup.num_query_rows):
+    with (
+        patch.object(scheduler_module, "num_query_rows", lambda max_num_seqs: setup.num_query_rows),
+        patch.object(VllmConfig, "max_concurrent_batches", setup.depth),
+    ):
         scheduler = modelless.make_scheduler(
             setup.config.model_dump(exclude_unset=True),
             num_blocks=setup.num_pages,
@@ -133,6 +140,7 @@ def make_scheduler(setup: Setup) -> CompactingScheduler | CompactingAsyncSchedul
             prefix_caching=setup.prefix_caching,
             policy="priority" if setup.priorities else "fcfs",
             v2_runner=setup.v2_runner,
+            num_drafts=setup.drafts,
             watermark=setup.watermark,
             long_prefill_token_threshold=setup.long_prefill_token_threshold,
         )
@@ -155,8 +163,10 @@ class Engine:
         }
         self.arrivals = {arrival.request_id: arrival for arrival in arrivals}
         self.memory = Memory(setup.num_pages, setup.page_size, setup.num_query_rows)
-        self.runner = SymbolicRunner(self.memory, self.models, runs_ahead=setup.depth > 1)
+        drafter = Drafter(setup.drafts, setup.luck, setup.seed) if setup.drafts else None
+        self.runner = SymbolicRunner(self.memory, self.models, runs_ahead=setup.depth > 1, drafter=drafter)
         self._due: list[str] = []
+        self._known_to_be_due: list[str] = []
         self._watch_preemptions()
         self._watch_orders()
         self.requests: dict[str, Request] = {}
@@ -169,7 +179,7 @@ class Engine:
             str, float
         ] = {}  # what a server would show, by metric, summed over labels but outcome
         self._gauges: dict[tuple[str, ...], float] = {}
-        self._computed: Counter[str] = Counter()
+        self._replayed_until: dict[str, int] = {}
         self._random = random.Random(setup.seed)
         self._operator = random.Random(setup.seed + 1)
         self._step = 0
@@ -183,6 +193,8 @@ class Engine:
         def watched(request: Request, *args: Any, **kwargs: Any) -> None:
             held, name = len(self._manager.req_to_blocks[request.request_id]), request.request_id
             self.peak_pages[name] = max(self.peak_pages[name], held)
+            computed = request.num_computed_tokens
+            self._replayed_until[name] = max(computed, self._replayed_until.get(name, 0))
             preempt(request, *args, **kwargs)
 
         self.scheduler._preempt_request = watched  # type: ignore[method-assign]
@@ -267,9 +279,11 @@ class Engine:
         planned = {round_.request_id for round_ in plan.rounds}
         by_token = [round_ for round_ in plan.rounds if isinstance(round_, TokenCompaction)]
         assert len(by_token) == (0 if self.setup.evicted_page_size else len(plan.rounds))
-        assert planned == set(due) - preempted, (
+        assert set(self._known_to_be_due) - preempted <= planned <= set(due) - preempted, (
             f"{due} were due, {planned} are planned, {preempted} preempted"
         )
+        self.counts["rounds that wait for drafts"] += len(set(due) - preempted - planned)
+        self.counts["drafts"] += sum(map(len, output.scheduled_spec_decode_tokens.values()))
         self.counts["schedules"] += 1
         self.counts["preemptions"] += len(preempted)
         self.counts["compactions"] += len(plan.rounds)
@@ -278,10 +292,12 @@ class Engine:
         for compaction in by_token:
             heads = zip(compaction.source_pages, compaction.target_pages, strict=False)
             self.counts["copied pages"] += sum(source != target for source, target in heads)
-        for request_id, count in output.num_scheduled_tokens.items():
-            end, highest = self.requests[request_id].num_computed_tokens, self._computed[request_id]
-            self.counts["replayed tokens"] += max(min(end, highest) - (end - count), 0)
-            self._computed[request_id] = max(end, highest)
+        for request_id in self._replayed_until.keys() & output.num_scheduled_tokens.keys():
+            end, until = self.requests[request_id].num_computed_tokens, self._replayed_until[request_id]
+            first = end - output.num_scheduled_tokens[request_id]
+            self.counts["replayed tokens"] += max(min(end, until) - first, 0)
+            if end >= until:
+                del self._replayed_until[request_id]
         self.check_pages()
         if self._step % 16 == 0:  # as it travels to a worker in another process
             output = pickle.loads(pickle.dumps(output))
@@ -294,7 +310,9 @@ class Engine:
         def watched(orders: Any) -> None:
             order_switches(orders)
             self._hear_orders()
-            self._due = [each.request_id for each in self.scheduler.running if self._is_due(each)]
+            due = [each for each in self.scheduler.running if self._is_due(each)]
+            self._due = [each.request_id for each in due]
+            self._known_to_be_due = [each.request_id for each in due if self._is_known(each)]
 
         self.scheduler._planner.order_switches = watched  # type: ignore[method-assign]
 
@@ -310,14 +328,21 @@ class Engine:
         """Whether the definition says that the request is compacted in the coming step."""
         model = self.models[request.request_id]
         due_now = model.due is not None and request.num_computed_tokens >= model.due
+        due_now &= model.due == model.logical or not self.setup.drafts  # drafts may turn out to be wrong
         due_now &= not self._is_complete(request)
         self.counts["compactions that wait"] += due_now and model.awaited is not None
         return due_now and model.awaited is None
 
+    def _is_known(self, request: Request) -> bool:
+        """Whether the scheduler can know how many of its tokens are computed, rejected drafts left out."""
+        in_flight = any(request.request_id in output.num_scheduled_tokens for output, _ in self._in_flight)
+        past_known = request.num_computed_tokens > len(request.all_token_ids)
+        return not (self.setup.drafts and in_flight and past_known)
+
     def _is_complete(self, request: Request) -> bool:
         """Whether the last token that it may have was computed, though it may not be known yet."""
         to_come = sum(
-            bool(answer.sampled_token_ids[answer.req_id_to_index[request.request_id]])
+            len(answer.sampled_token_ids[answer.req_id_to_index[request.request_id]])
             for _, answer in self._in_flight
             if request.request_id in answer.req_id_to_index
         )
@@ -343,9 +368,15 @@ class Engine:
                     self.results[request_id] = answer.kv_transfer_params[RESULT_KEY]
                     if REFUSAL_KEY in answer.kv_transfer_params:
                         self.refused.add(request_id)
-                elif len(self.tokens[request_id]) == self.arrivals[request_id].abort_after_tokens:
+                elif self._has_enough(request_id):
                     self._abort(request_id)
+        if self.setup.drafts and self.setup.depth == 1:
+            self.scheduler.update_draft_token_ids(self.runner.take_draft_token_ids())
         self.check_pages()
+
+    def _has_enough(self, request_id: str) -> bool:
+        limit = self.arrivals[request_id].abort_after_tokens
+        return limit is not None and len(self.tokens[request_id]) >= limit
 
     def _read_tally(self, tally: dict[str, int]) -> None:
         for reading in read(tally):

@@ -6,16 +6,25 @@ sees, however far ahead the scheduler is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import random
+from dataclasses import dataclass, field
 from types import CellType, FunctionType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from request_model import RequestModel, leaving_pages, sampled_token, survivors
+from request_model import (
+    VOCABULARY,
+    RequestModel,
+    attend,
+    leaving_pages,
+    sampled_token,
+    survivors,
+    symbol_of,
+)
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, DraftTokenIds, ModelRunnerOutput
 from vllm.v1.worker.utils import AttentionGroup
 
 from rkv_vllm.decisions.messages import Compaction, PageCompaction, PageReport, TokenCompaction
@@ -26,6 +35,8 @@ from rkv_vllm.settings.policy_table import RING_SIZE
 
 #: In a slot, or at an index of a query ring, that nobody wrote.
 UNWRITTEN = -1
+#: No token: a draft that is rejected.
+WRONG = -1
 
 
 class Memory:
@@ -174,14 +185,38 @@ class RequestState:
     tokens: list[int]
     block_ids: tuple[list[int], ...]
     num_computed_tokens: int
+    drafts: list[int] = field(default_factory=list)
     generator: None = None  # no request has a seed
+
+
+class Drafter:
+    """Guesses what a request will say, each token right with some chance."""
+
+    def __init__(self, count: int, luck: float, seed: int) -> None:
+        self._count = count
+        self._luck = luck
+        self._chance = random.Random(seed)
+
+    def guess(self, model: RequestModel, sampled: int, *, as_many_as_can_be: bool) -> list[int]:
+        """What follows the token that was sampled last, as long as no round comes between."""
+        count = self._count if as_many_as_can_be else self._chance.randint(0, self._count)
+        drafts: list[int] = []
+        attended, token = model.attended, sampled
+        for position in range(model.logical, model.logical + count):
+            attended = attend(attended, symbol_of(token, position, attended))
+            token = sampled_token(attended)
+            if self._chance.random() > self._luck:
+                token = self._chance.randrange(VOCABULARY)
+            drafts.append(token)
+        return drafts
 
 
 class HostRunner:
     """What vLLM's V1 runner does about requests, rows and lengths, and in which order."""
 
-    def __init__(self, page_size: int, runs_ahead: bool) -> None:
+    def __init__(self, page_size: int, runs_ahead: bool, drafter: Drafter | None) -> None:
         self._runs_ahead = runs_ahead
+        self._drafter = drafter
         self.requests: dict[str, RequestState] = {}
         self.attn_groups = [[AttentionGroup(None, [], None, 0, metadata_builders=[Handing()])]]
         self.input_batch = SimpleNamespace(
@@ -206,12 +241,18 @@ class HostRunner:
             to_add.append(new.req_id)
         for index, request_id in enumerate(cached.req_ids):
             state = self.requests[request_id]
-            state.num_computed_tokens = cached.num_computed_tokens[index]
+            told = cached.num_computed_tokens[index]
+            if self._runs_ahead and self._drafter and request_id not in cached.resumed_req_ids:
+                # The scheduler takes the drafts in flight for right; how many were is known here alone.
+                assert told >= state.num_computed_tokens
+            else:
+                state.num_computed_tokens = told
             new_block_ids = cached.new_block_ids[index]
             row = self.input_batch.req_id_to_index.get(request_id)
             if request_id in cached.resumed_req_ids:
                 assert row is None and new_block_ids is not None
                 state.block_ids = new_block_ids
+                state.drafts = []
                 if self._runs_ahead or request_id in cached.all_token_ids:
                     state.tokens = list(cached.all_token_ids[request_id])
             elif new_block_ids is not None:
@@ -295,8 +336,14 @@ def over(host: type, adapter: type) -> type:
 class SymbolicRunner(over(HostRunner, CompactingCpuRunner)):  # type: ignore[misc]
     """rkv-vllm's adapter, as it stands, over `HostRunner`."""
 
-    def __init__(self, memory: Memory, models: dict[str, RequestModel], runs_ahead: bool) -> None:
-        HostRunner.__init__(self, memory.page_size, runs_ahead)
+    def __init__(
+        self,
+        memory: Memory,
+        models: dict[str, RequestModel],
+        runs_ahead: bool,
+        drafter: Drafter | None = None,
+    ) -> None:
+        HostRunner.__init__(self, memory.page_size, runs_ahead, drafter)
         self._evicted = {}
         self._evicted_of_batch = None
         self._make_attention_physical()
@@ -320,7 +367,7 @@ class SymbolicRunner(over(HostRunner, CompactingCpuRunner)):  # type: ignore[mis
             ModelRunnerOutput(
                 req_ids=list(request_ids),
                 req_id_to_index=dict(self.input_batch.req_id_to_index),
-                sampled_token_ids=self._forward(counts),
+                sampled_token_ids=self._forward(counts, scheduler_output.scheduled_spec_decode_tokens),
             )
         )
 
@@ -328,30 +375,32 @@ class SymbolicRunner(over(HostRunner, CompactingCpuRunner)):  # type: ignore[mis
         state = self.requests[request_id]
         self._models[request_id].start(state.tokens[: state.num_computed_tokens])
 
-    def _forward(self, counts: list[int]) -> list[list[int]]:
+    def _forward(self, counts: list[int], drafts: dict[str, list[int]]) -> list[list[int]]:
         """Writes each scheduled token at its slot, then reads every slot of every request."""
         request_ids, starts = self.input_batch.req_ids, self.query_start_loc.np.tolist()
         positions, mapping = self.positions.tolist(), self.input_batch.block_table.slot_mapping
         queries: list[int] = []
+        sampled: list[list[int]] = []
         for row, request_id in enumerate(request_ids):
-            state, model = self.requests[request_id], self._models[request_id]
-            first = state.num_computed_tokens
-            assert first == model.logical, f"{request_id} is at {model.logical}, the scheduler at {first}"
-            model.compute(state.tokens[first : first + counts[row]])
-            new = model.symbols[len(model.symbols) - counts[row] :]
-            assert len(new) == counts[row] and positions[starts[row]] == first
+            new, tokens = self._compute(request_id, counts[row], drafts.get(request_id, []))
+            assert (
+                len(new) == counts[row]
+                and positions[starts[row]] == self.input_batch.num_computed_tokens_cpu[row]
+            )
             for symbol, slot in zip(new, mapping[starts[row] : starts[row + 1]], strict=True):
                 assert slot != UNWRITTEN, f"{request_id}: a token lies behind its pages"
                 self._memory.slots[slot] = symbol
             queries += new
+            sampled.append(tokens)
         self._query_ring.capture(queries)
 
-        sampled: list[list[int]] = []
         lengths, tables = self._attended_lengths(), self.input_batch.block_table.rows
         for row, request_id in enumerate(request_ids):
             state, model = self.requests[request_id], self._models[request_id]
             assert state.block_ids[0] == tables[row], f"{request_id}: the batch and its state disagree"
+            rejected = max(len(drafts.get(request_id, [])) + 1 - len(sampled[row]), 0) if sampled[row] else 0
             found = self._memory.read(tables[row], lengths[row])
+            found = found[: len(found) - rejected]
             wrong = [
                 slot
                 for slot, pair in enumerate(zip(found, model.symbols, strict=False))
@@ -360,10 +409,6 @@ class SymbolicRunner(over(HostRunner, CompactingCpuRunner)):  # type: ignore[mis
             assert found == model.symbols, (
                 f"{request_id}: wrong KV at slots {wrong}; {len(found)} slots, {len(model.symbols)} expected"
             )
-            sampled.append([])
-            if model.logical == len(state.tokens):  # no prefill chunk
-                sampled[-1].append(sampled_token(model.attended))
-                state.tokens.append(sampled[-1][0])
         return sampled
 
     def _attended_lengths(self) -> list[int]:
@@ -385,3 +430,39 @@ class SymbolicRunner(over(HostRunner, CompactingCpuRunner)):  # type: ignore[mis
         lengths: list[int] = metadata.seq_lens.tolist()
         assert lengths == metadata.seq_lens_cpu_upper_bound.tolist() and metadata.max_seq_len == max(lengths)
         return lengths
+
+    def _compute(self, request_id: str, count: int, drafts: list[int]) -> tuple[list[int], list[int]]:
+        """Symbols of the request's next tokens, rejected drafts included, and the tokens that it says."""
+        state, model = self.requests[request_id], self._models[request_id]
+        first = state.num_computed_tokens
+        assert first == model.logical, f"{request_id} is at {model.logical}, the scheduler at {first}"
+        if self._runs_ahead:  # the scheduler does not know them
+            drafts = (state.drafts + [WRONG] * len(drafts))[: len(drafts)]
+        known = state.tokens[first : first + count - len(drafts)]
+        assert len(known) == count - len(drafts)
+        model.compute(known)
+        new = model.symbols[len(model.symbols) - len(known) :]
+        sampled: list[int] = []
+        if model.logical == len(state.tokens):  # no prefill chunk
+            sampled.append(sampled_token(model.attended))
+        assert sampled or not drafts, f"{request_id}: drafts before all of its tokens are computed"
+        for draft in drafts:
+            if draft != sampled[-1]:
+                break
+            model.compute([draft])
+            new.append(model.symbols[-1])
+            sampled.append(sampled_token(model.attended))
+        attended = model.attended
+        for draft in drafts[len(sampled) - 1 :] if drafts else ():
+            new.append(symbol_of(draft, first + len(new), attended))
+            attended = attend(attended, new[-1])
+        state.tokens += sampled
+        state.num_computed_tokens = model.logical
+        if sampled and self._drafter:
+            state.drafts = self._drafter.guess(model, sampled[-1], as_many_as_can_be=self._runs_ahead)
+        return new, sampled
+
+    def take_draft_token_ids(self) -> DraftTokenIds:
+        """As vLLM's runner after a step: of the requests that were in it."""
+        request_ids = list(self.input_batch.req_ids)
+        return DraftTokenIds(request_ids, [list(self.requests[each].drafts) for each in request_ids])

@@ -13,7 +13,7 @@ from model_check_engine import Engine
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-from workload import by_page, random_arrivals, random_setup, with_auto
+from workload import by_page, random_arrivals, random_setup, with_auto, with_drafts
 
 from rkv_vllm.decisions.lengths import AutoLengths, PageLengths, RequestLengths
 from rkv_vllm.decisions.query_rows import QueryRows
@@ -25,8 +25,9 @@ from rkv_vllm.scheduling.scheduler import CompactingSchedulerMixin
 from rkv_vllm.scheduling.tracked_request import TrackedRequest
 
 Break = Callable[[pytest.MonkeyPatch], None]
-#: What the runs are like: single tokens leave, or whole pages, or tokens where memory is short.
-Workload = Literal["by token", "by page", "auto"]
+#: What the runs are like: single tokens leave, or whole pages, or tokens where memory is short, or tokens of
+#: requests that speculate.
+Workload = Literal["by token", "by page", "auto", "drafts"]
 #: Seeds of the runs.
 RUNS: dict[Workload, range] = {
     "by token": range(60),
@@ -34,6 +35,7 @@ RUNS: dict[Workload, range] = {
     "by page": range(120),
     # In some of these a prompt fills the pool, or finds most of itself in the cache.
     "auto": range(130, 190),
+    "drafts": range(60),
 }
 
 
@@ -394,6 +396,23 @@ def overlook_an_order_that_is_due_at_once(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(RoundPlanner, "order_switches", order)
 
 
+@mutation(workload="drafts")
+def compact_before_drafts_are_known(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(RoundPlanner, "_may_be_rolled_back", lambda planner, request: False)
+
+
+@mutation(workload="drafts")
+def verify_drafts_past_a_round(patch: pytest.MonkeyPatch) -> None:
+    """Only chunks of prompts and replays end where a round is due."""
+    end_of_chunk = RoundPlanner.end_of_chunk
+
+    def end(planner: RoundPlanner, request: Any, tracked: Any, computed: int, num_new_tokens: int) -> int:
+        fewer = end_of_chunk(planner, request, tracked, computed, num_new_tokens)
+        return num_new_tokens if computed + 1 >= request.num_tokens else fewer
+
+    patch.setattr(RoundPlanner, "end_of_chunk", end)
+
+
 def run_random_engines(workload: Workload) -> None:
     for seed in RUNS[workload]:
         chance = random.Random(seed)
@@ -403,6 +422,8 @@ def run_random_engines(workload: Workload) -> None:
         setup = replace(random_setup(chance, arrivals), depth=1 + seed % 3)
         if workload == "by page":
             setup = by_page(setup, arrivals)
+        if workload == "drafts":
+            setup = with_drafts(chance, setup)
         Engine(setup, arrivals).run(most_steps=2_000)
 
 

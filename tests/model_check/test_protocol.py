@@ -11,7 +11,7 @@ from model_check_engine import Arrival, Engine, Outcome, Setup, make_scheduler
 from request_model import VOCABULARY
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
-from workload import by_page, random_arrivals, random_setup, smallest_pool, with_auto
+from workload import by_page, random_arrivals, random_setup, smallest_pool, with_auto, with_drafts
 
 from rkv_vllm.decisions.messages import PageReport, plan_of
 from rkv_vllm.settings.config import Granularity, RkvConfig
@@ -27,24 +27,27 @@ PAGE_RUNS_PER_TEST = 16
         *((seed, "token") for seed in range(0, 96, RUNS_PER_TEST)),
         *((seed, "page") for seed in range(0, 48, PAGE_RUNS_PER_TEST)),
         *((seed, "auto") for seed in range(0, 96, PAGE_RUNS_PER_TEST)),
+        *((seed, "drafts") for seed in range(0, 96, PAGE_RUNS_PER_TEST)),
     ],
 )
 def test_every_slot_holds_what_it_should(first_seed: int, granularity: str, totals: Counter[str]) -> None:
     """Proves on random small engines of depth 1 to 3 that no step reads wrong KV, queries or cached pages.
 
     Where whole pages leave, the scheduler learns which one to three steps late. With budget "auto" it decides
-    when a request is first compacted.
+    when a request is first compacted. With drafts, it learns one to three steps late which were rejected.
     """
     seen: Counter[str] = Counter()
     runs = RUNS_PER_TEST if granularity == "token" else PAGE_RUNS_PER_TEST
     for seed in range(first_seed, first_seed + runs):
         chance = random.Random(seed)
         arrivals = random_arrivals(chance, count=chance.randrange(4, 14), by_step=True)
-        if granularity == "auto":
+        if granularity == "auto" or (granularity == "drafts" and seed % 4 == 0):
             arrivals = with_auto(chance, arrivals)
         setup = random_setup(chance, arrivals)
-        if granularity == "page":
+        if granularity == "page" or (granularity == "drafts" and seed % 4 == 1):
             setup = by_page(setup, arrivals)
+        if granularity == "drafts":
+            setup = with_drafts(chance, setup)
         setup = replace(
             setup,
             depth=1 + seed % 3,
@@ -52,7 +55,12 @@ def test_every_slot_holds_what_it_should(first_seed: int, granularity: str, tota
         )
         seen += Engine(setup, arrivals).run().counts
     totals.update(seen, runs=runs)
-    own = {"token": "copied pages", "page": "late reports", "auto": "switches"}[granularity]
+    own = {
+        "token": "copied pages",
+        "page": "late reports",
+        "auto": "switches",
+        "drafts": "rounds that wait for drafts",
+    }[granularity]
     assert all(seen[what] for what in ("compactions", own, "preemptions", "replayed compactions"))
 
 
@@ -111,6 +119,44 @@ def test_answers_are_those_of_the_request_alone(seed: int, granularity: str, tot
         totals.update(outcome.counts, runs=1)
         assert outcome.tokens == tokens, variant
         assert outcome.points == points, variant
+
+
+@pytest.mark.parametrize(("seed", "granularity"), [(0, "token"), (1, "token"), (2, "token"), (3, "page")])
+def test_drafts_change_no_answer(seed: int, granularity: str, totals: Counter[str]) -> None:
+    """Proves that tokens and compaction points are those without drafts, at any depth and in any pool."""
+    chance = random.Random(2000 + seed)
+    # A client that leaves after so many tokens may get some more with drafts.
+    arrivals = [replace(each, abort_after_tokens=None) for each in random_arrivals(chance, count=8)]
+    setup = random_setup(chance, arrivals)
+    if granularity == "page":
+        setup = by_page(setup, arrivals)
+    expected = Engine(replace(setup, num_pages=400), arrivals).run()
+    for depth in (1, 2, 3):
+        for drafts, luck in ((4, 0.9), (15, 0.6), (15, 0.0)):
+            for num_pages in (400, smallest_pool(setup, arrivals) + 1):
+                speculating = replace(setup, depth=depth, drafts=drafts, luck=luck, num_pages=num_pages)
+                outcome = Engine(speculating, arrivals).run()
+                totals.update(outcome.counts, runs=1)
+                assert outcome.tokens == expected.tokens, speculating
+                assert outcome.points == expected.points, speculating
+                if luck == 0.9 and num_pages == 400 and depth == setup.depth:
+                    assert outcome.counts["schedules"] < expected.counts["schedules"]
+
+
+@pytest.mark.parametrize("length", [1, 33])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_newcomer_is_padded_with_drafts_before_its_window_alone(depth: int, length: int) -> None:
+    """Proves that one with a single token to compute, which vLLM pads with drafts, starts though a round is
+    due within them, or no query row is free: by a shorter hit, or in spite of both."""
+    # Due at 40 and without a window, so that 32 tokens may be hit; or at 17, with a window from 9 on.
+    budget, buffer, policy = (24, 16, "recency") if length > 1 else (9, 8, "rkv")
+    short = {"rkv_budget": budget, "rkv_buffer": buffer, "rkv_policy": policy}
+    first = Arrival("first", prompt(length), 60, short, stops_early=False)
+    again = [replace(first, request_id=f"again-{n}", at_step=20 + 5 * n) for n in range(3)]
+    setup = Setup(num_pages=40, depth=depth, drafts=15, luck=0.5, query_rows=1)
+    outcome = Engine(setup, [first, *again]).run()
+    assert all(outcome.tokens[each.request_id] == outcome.tokens["first"] for each in again)
+    assert all(points == outcome.points["first"] for points in outcome.points.values())
 
 
 def test_compaction_points_follow_from_the_definition() -> None:

@@ -100,6 +100,11 @@ def by_page(setup: Setup, arrivals: list[Arrival]) -> Setup:
     return replace(paged, num_pages=smallest_pool(paged, arrivals) + spare)
 
 
+def with_drafts(chance: random.Random, setup: Setup) -> Setup:
+    """The same engine, but it speculates: from all drafts wrong to nearly all of them right."""
+    return replace(setup, drafts=chance.choice((1, 4, 4, 15)), luck=chance.choice((0.0, 0.5, 0.8, 0.97)))
+
+
 def smallest_pool(setup: Setup, arrivals: list[Arrival]) -> int:
     """Pages with which each request can finish when it is alone, and the null page."""
     return max(cdiv(arrival.peak_slots(setup), setup.page_size) for arrival in arrivals) + 1

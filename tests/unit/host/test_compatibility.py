@@ -42,6 +42,7 @@ def configuration(**changes: Any) -> Any:
             decode_context_parallel_size=1,
             prefill_context_parallel_size=1,
             use_ubatching=False,
+            pipeline_parallel_size=1,
             world_size=1,
         ),
         additional_config={"rkv": {}},
@@ -79,8 +80,15 @@ FP8 = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "
 #: vLLM's names of caches that can be read; all others are refused.
 READ = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
 
+DRAFTS = SimpleNamespace(use_ngram=lambda: True)
+EAGLE = SimpleNamespace(use_ngram=lambda: False)
+
 REFUSED: list[tuple[str, dict[str, Any]]] = [
-    ("speculative decoding", {"speculative_config": object()}),
+    ("speculation by other means than n-grams", {"speculative_config": EAGLE}),
+    (
+        "speculation with pipeline parallelism",
+        {"speculative_config": DRAFTS, "parallel_config__pipeline_parallel_size": 2},
+    ),
     ("KV connectors and offloading", {"kv_transfer_config": object()}),
     ("KV connectors and offloading", {"cache_config__kv_offloading_size": 4.0}),
     ("context parallelism", {"parallel_config__decode_context_parallel_size": 2}),
@@ -169,6 +177,12 @@ def test_each_refused_feature_is_refused(feature: str, change: dict[str, Any]) -
     assert problem.startswith(f"{feature} is not supported: ")
 
 
+def test_ngram_speculation_passes() -> None:
+    """Proves that drafts from n-grams, which keep no cache, are let through on one pipeline stage."""
+    refuse_unsupported(configuration(speculative_config=DRAFTS))
+    refuse_unsupported(configuration(parallel_config__pipeline_parallel_size=2))
+
+
 def test_several_ranks_are_refused_for_common_decisions_only() -> None:
     """Proves that tensor and pipeline parallelism pass by token and head, and one rank passes by any."""
     for settings in ({}, {"order": "score"}):
@@ -203,6 +217,7 @@ def test_all_problems_in_one_error() -> None:
     changes = {name: value for _, change in REFUSED for name, value in change.items()}
     fields = {"sliding_window": 1024, "num_kv_shared_layers": 1, "num_key_value_heads": [2, 4]}
     changes["model_config__hf_text_config"] = text_config(**fields)
+    changes["speculative_config"] = EAGLE  # on two pipeline stages
     contract = {"vllm.config.VllmConfig.no_such_method": ()}
     with pytest.raises(ValueError) as refused:
         refuse_unsupported(configuration(**changes), contract)
