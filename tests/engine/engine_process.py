@@ -46,7 +46,8 @@ class Settings:
     `rkv`: with R-KV's classes, or stock; `pages`: of the pool, the null page included; `ranks`: workers that
     share each layer (tensor parallelism); `beyond_pool`: budget and buffer of a server that lets
     max_model_len exceed the pool; `dummy_weights`: of a folder that holds a configuration alone;
-    `cache_dtype`: vLLM's name of what the cache holds.
+    `cache_dtype`: vLLM's name of what the cache holds; `drafts`: tokens that n-gram speculation drafts for a
+    request and step.
     """
 
     rkv: bool = True
@@ -60,6 +61,7 @@ class Settings:
     beyond_pool: tuple[int, int] | None = None
     dummy_weights: bool = False
     cache_dtype: str = "auto"
+    drafts: int = 0
 
 
 @dataclass(frozen=True)
@@ -218,6 +220,7 @@ class _Host:
         model_files: dict[str, Any] = {}
         if settings.dummy_weights:
             model_files = {"load_format": "dummy", "skip_tokenizer_init": True}
+        speculation = {"method": "ngram", "num_speculative_tokens": settings.drafts, "prompt_lookup_max": 2}
         engine = LLM(
             model=str(model),
             dtype="float32",
@@ -230,6 +233,7 @@ class _Host:
             max_num_seqs=64,
             max_num_batched_tokens=512,
             enforce_eager=True,
+            speculative_config=speculation if settings.drafts else None,
             **model_files,
             **rkv,
         ).llm_engine

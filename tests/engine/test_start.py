@@ -29,6 +29,7 @@ pytestmark = pytest.mark.engine
 STARTS, REFUSED, USAGE = 0, 1, 2
 PAGES = ("--block-size=32", "--max-model-len=4096")
 BUDGET = ("--kv-budget=256",)
+NGRAM = '{"method": "ngram", "num_speculative_tokens": 3}'
 CONNECTOR = '{"kv_connector": "ExampleConnector", "kv_role": "kv_both"}'
 
 
@@ -70,6 +71,7 @@ CASES = (
     Case("bert", fate=REFUSED, reason="pooling models"),
     Case("llama", ("--kv-cache-dtype=int8_per_token_head",), REFUSED, "--kv-cache-dtype fp8 works"),
     Case("llama", ("--kv-cache-dtype-skip-layers=0",), REFUSED, "leave out --kv-cache-dtype-skip-layers"),
+    Case("llama", (f"--speculative-config={NGRAM}",)),
     Case("llama", (f"--kv-transfer-config={CONNECTOR}",), REFUSED, "leave out --kv-transfer-config"),
     Case("llama", ("--block-size=16",), REFUSED, "CPU_ATTN takes multiples of 32"),
     # A request of 4,096 tokens takes 128 pages, and vLLM keeps one for itself.
