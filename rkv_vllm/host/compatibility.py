@@ -82,7 +82,7 @@ FEATURES: tuple[Feature, ...] = (
         "and scores count the scales of keys and queries",
     ),
     _works(
-        "n-gram speculation (`ngram`, `ngram_gpu`)",
+        "n-gram speculation on a CPU (`ngram`)",
         "gives the answers without it, sampled ones as likely: drafts end where a compaction is due, "
         "which waits until it is known how many of them were right",
     ),
@@ -90,7 +90,13 @@ FEATURES: tuple[Feature, ...] = (
         "speculation by other means than n-grams",
         "what drafts has a cache of its own, which would not be compacted",
         lambda c: c.speculative_config is not None and not c.speculative_config.use_ngram(),
-        '--speculative-config with method "ngram" or "ngram_gpu" works',
+        'on a CPU --speculative-config with method "ngram" works',
+    ),
+    _refused(
+        "speculation on GPUs",
+        "model checks pass, n-grams and async scheduling included, but no GPU has run it yet",
+        lambda c: c.speculative_config is not None and c.use_v2_model_runner,
+        "leave out --speculative-config",
     ),
     _refused(
         "speculation with pipeline parallelism",

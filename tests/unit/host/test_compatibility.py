@@ -33,6 +33,7 @@ def configuration(**changes: Any) -> Any:
     """What the check reads of a VllmConfig; a change is named `part__field`, or `field` of the whole."""
     config = SimpleNamespace(
         speculative_config=None,
+        use_v2_model_runner=False,
         quant_config=None,
         kv_transfer_config=None,
         cache_config=SimpleNamespace(
@@ -85,6 +86,7 @@ EAGLE = SimpleNamespace(use_ngram=lambda: False)
 
 REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("speculation by other means than n-grams", {"speculative_config": EAGLE}),
+    ("speculation on GPUs", {"speculative_config": DRAFTS, "use_v2_model_runner": True}),
     (
         "speculation with pipeline parallelism",
         {"speculative_config": DRAFTS, "parallel_config__pipeline_parallel_size": 2},
@@ -178,8 +180,9 @@ def test_each_refused_feature_is_refused(feature: str, change: dict[str, Any]) -
 
 
 def test_ngram_speculation_passes() -> None:
-    """Proves that drafts from n-grams, which keep no cache, are let through on one pipeline stage."""
+    """Proves that drafts from n-grams, which keep no cache, pass on a CPU and one pipeline stage."""
     refuse_unsupported(configuration(speculative_config=DRAFTS))
+    refuse_unsupported(configuration(use_v2_model_runner=True))
     refuse_unsupported(configuration(parallel_config__pipeline_parallel_size=2))
 
 
