@@ -11,6 +11,7 @@ from rkv_vllm.cli import options
 from rkv_vllm.cli.options import OptionGroup
 from rkv_vllm.provenance import command_line
 from rkv_vllm.settings.config import RkvConfig
+from rkv_vllm.settings.policy_table import DEFAULT_POLICY
 
 
 @options.takes(OptionGroup("shared", RkvConfig, prefix="--kv-", names=(*options.SHARED_SETTINGS, "protect")))
@@ -19,7 +20,9 @@ def inspect(
     model: Annotated[str, typer.Option(help="Directory or name of the model.")],
     prompt: Annotated[str, typer.Option(help="What the model is asked.")],
     budgets: Annotated[str, typer.Option("--kv-budget", help="Budgets, separated by commas.")] = "512",
-    policies: Annotated[str, typer.Option("--kv-policy", help="Policies, separated by commas.")] = "rkv",
+    policies: Annotated[
+        str, typer.Option("--kv-policy", help="Policies, separated by commas.")
+    ] = DEFAULT_POLICY,
     buffers: Annotated[str, typer.Option("--kv-buffer", help="Buffers, separated by commas.")] = "128",
     max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 2048,
     ignore_eos: Annotated[
