@@ -20,6 +20,7 @@ from rkv_vllm.demo import model as demo_model
 from rkv_vllm.demo.server import serving
 from rkv_vllm.server.protocol import FIELD, KvCacheReport
 from rkv_vllm.server.request import FULL
+from rkv_vllm.settings.policy_table import DEFAULT_POLICY
 from rkv_vllm.settings.values import AUTO
 
 BUDGETS: tuple[int | Literal["auto", "full"], ...] = (FULL, AUTO, 256, 128)
@@ -147,7 +148,9 @@ def print_lines(console: Console, completion: Completion, text: str, width: int 
 
 def table(completions: list[Completion]) -> Table:
     result = Table(
-        title=f"Pages of {PAGE_SIZE} tokens; buffer 128, policy rkv", title_justify="left", title_style="none"
+        title=f"Pages of {PAGE_SIZE} tokens; buffer 128, policy {DEFAULT_POLICY}",
+        title_justify="left",
+        title_style="none",
     )
     for column in (
         "tokens",

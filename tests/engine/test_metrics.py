@@ -69,7 +69,7 @@ def test_counters_equal_the_answers_reports(url: str) -> None:
     while (found := samples(url))["rkv_pages_held", ""] > 0 and time.monotonic() < deadline:
         time.sleep(0.2)  # the statistics of the last step come behind its tokens
 
-    for policy in ("rkv", "recency"):
+    for policy in ("invariant", "recency"):
         of_policy = [report for report in reports if report.get("policy") == policy]
         assert found["rkv_compactions_total", policy] == sum(r["compactions"] for r in of_policy) > 0
         assert found["rkv_evicted_tokens_total", policy] == sum(r["evicted_tokens"] for r in of_policy)

@@ -65,7 +65,7 @@ def test_results_are_exact(mixed_prompts: list[list[int]], mixed_run: Run) -> No
         assert run.answers[index].result == {
             "budget": budget,
             "buffer": buffer,
-            "policy": extra.get("rkv_policy", "rkv") if budget else None,
+            "policy": extra.get("rkv_policy", "invariant") if budget else None,
             "protect": None,
             "compactions": len(rounds),
             "evicted_tokens": rounds[-1] - budget if rounds and budget else 0,

@@ -31,7 +31,7 @@ ENVIRONMENT = {
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",
 }
 #: The report's members that are the same for every client.
-EXPECTED = {"budget": 32, "buffer": 16, "policy": "rkv", "page_size": 32}
+EXPECTED = {"budget": 32, "buffer": 16, "policy": "invariant", "page_size": 32}
 
 
 @dataclass(frozen=True)
