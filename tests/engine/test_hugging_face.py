@@ -13,7 +13,7 @@ POLICIES = ("rkv", "invariant", "recency")
 CASES = {
     "numbers": (texts.multiples(7), 64, 24),
     "prose": (texts.KING, 48, 24),
-    "long prompt": (texts.squares(22), 96, 24),
+    "long prompt": (texts.squares(20), 96, 24),
 }
 TOKENS = 170
 

@@ -306,7 +306,7 @@ def test_top_shows_what_the_clients_did(server: Server) -> None:
     recent = summary["last_minute"]
     if time.monotonic() - asked < 50:
         assert recent["rounds"] >= rounds and recent["output_tokens"] >= 128
-    assert 50 < recent["seconds"] < 75
+    assert 0 < recent["seconds"] < 75  # less than a minute of a server that is younger
     assert summary["pool"]["pages"] == server.metric("rkv_pool_pages")
     assert summary["requests"]["running"] == summary["requests"]["waiting"] == 0
 
