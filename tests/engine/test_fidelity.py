@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_process import run_command
 
 #: Budgets, in tokens: two that are exceeded, and one above every window.
 SMALL, LARGE, ABOVE = 24, 48, 1024
@@ -23,21 +22,10 @@ OWN_SIZE = ("--prompt", str(OWN_PROMPT), "--tokens", str(OWN_FORCED))
 
 def fidelity(model: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """The command, one request at a time, so that nothing is rounded twice."""
-    command = [
-        *(sys.executable, "-m", "rkv_vllm.cli", "fidelity"),
-        *("--model", str(model), "--json", "--kv-policy", "recency", "--kv-buffer", str(BUFFER)),
+    return run_command(
+        *("fidelity", "--model", str(model), "--json", "--kv-policy", "recency", "--kv-buffer", str(BUFFER)),
         *(*options, "--max-num-seqs", "1", "--dtype", "float32", "--enforce-eager"),
         *("--kv-cache-memory-bytes", str(1 << 26)),
-    ]
-    environment = {
-        "COLUMNS": "300",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    return subprocess.run(
-        command, env={**os.environ, **environment}, text=True, capture_output=True, check=False
     )
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args
@@ -13,6 +11,7 @@ from typing import Literal, get_args
 import numpy as np
 import pytest
 import texts
+from command_process import run_command
 from hf_reference import HfReference, Teaching
 from typer.testing import CliRunner
 
@@ -29,22 +28,12 @@ Ids = Callable[[Run], tuple[list[int], list[int]]]
 
 
 def inspect(model: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        *(sys.executable, "-m", "rkv_vllm.cli", "inspect", "--model", str(model), "--no-chat"),
+    return run_command(
+        *("inspect", "--model", str(model), "--no-chat"),
         *("--kv-budget", str(BUDGET), "--kv-buffer", str(BUFFER), "--max-tokens", str(TOKENS), *options),
         "--ignore-eos",
         *("--max-num-seqs", "1", "--dtype", "float32", "--enforce-eager", "--block-size", str(PAGE_SIZE)),
         *("--kv-cache-memory-bytes", str(1 << 26)),
-    ]
-    environment = {
-        "COLUMNS": "300",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    return subprocess.run(
-        command, env={**os.environ, **environment}, text=True, capture_output=True, check=False
     )
 
 
@@ -142,7 +131,7 @@ def test_whole_pages_are_followed_too(reference: HfReference, model: Path, ids: 
     done = inspect(
         model,
         *("--prompt", texts.KING, "--kv-budget", "64", "--kv-granularity", "page", "--out", str(out)),
-        *("--no-scores", "--no-kl"),
+        *("--kv-policy", "rkv", "--no-scores", "--no-kl"),
     )
     assert done.returncode == 0, done.stderr[-3000:]
     [data] = re.findall(r'<script type="application/json" id="data">(.*)</script>', out.read_text())
