@@ -36,6 +36,25 @@ CASES: list[tuple[PolicyName, Scope, Order]] = [
 ]
 
 
+def on_gpu(
+    kind: type[GpuTokenCompactor | GpuPageCompactor], cache: PagedCache, config: RkvConfig, longest: int
+) -> Any:
+    """The GPU's compactor of a cache; in Triton's interpreter it takes the CPU's clock."""
+    compactor: Any = kind(
+        cache.layers,
+        cache.queries,
+        lambda: cache.factors,
+        config,
+        make_policies(config),
+        pairs=PAIRS,
+        longest=longest,
+        ranks_per_kv_head=1,
+    )
+    if DEVICE.type == "cpu":
+        compactor.stopwatch = CpuStopwatch()
+    return compactor
+
+
 class TwoRounds:
     """A request in random pages, compacted twice, with NEW tokens in between.
 
@@ -68,18 +87,7 @@ class TwoRounds:
         config = RkvConfig(mix_lambda=0.3, scope=scope, order=order)
         compactor: Any
         if device == "gpu":
-            compactor = GpuTokenCompactor(
-                self._cache.layers,
-                self._cache.queries,
-                lambda: self._cache.factors,
-                config,
-                make_policies(config),
-                pairs=PAIRS,
-                longest=FIRST,
-                ranks_per_kv_head=1,
-            )
-            if DEVICE.type == "cpu":
-                compactor.stopwatch = CpuStopwatch()
+            compactor = on_gpu(GpuTokenCompactor, self._cache, config, FIRST)
         else:
             caches: Any = [PlainCache(layer, SCALE, PAGE) for layer in self._cache.layers]
             queries: Any = PlainQueries(self._cache.queries)
@@ -174,18 +182,7 @@ def test_pages_that_leave_a_gpus_block_table_are_recorded() -> None:
     cache = PagedCache(
         [length], layers=LAYERS, heads=HEADS, group=GROUP, head_size=SIZE, page_size=PAGE, seed=3
     )
-    compactor: Any = GpuPageCompactor(
-        cache.layers,
-        cache.queries,
-        lambda: cache.factors,
-        config,
-        make_policies(config),
-        pairs=PAIRS,
-        longest=length,
-        ranks_per_kv_head=1,
-    )
-    if DEVICE.type == "cpu":
-        compactor.stopwatch = CpuStopwatch()
+    compactor = on_gpu(GpuPageCompactor, cache, config, length)
     row = torch.tensor(cache.source[0], dtype=torch.int32, device=DEVICE)
     tables: Any = Row(row)
     recorder = Recorder()
