@@ -29,11 +29,13 @@ from rkv_vllm.kernels.rotary_pairs import RotaryPairs
 from rkv_vllm.kernels.select import select
 from rkv_vllm.kernels.span_records import KeyTiles, SpanRecords
 from rkv_vllm.kernels.standard_scores import standard_scores
+from rkv_vllm.policies import weights
 from rkv_vllm.policies.invariant import POOL_KERNEL
 from rkv_vllm.provenance import command_line
+from rkv_vllm.settings.config import RkvConfig
 
 STAGES = ("statistics", "attention", "redundancy", "standard", "select", "move")
-LAM = 0.4
+LAM = weights(RkvConfig())["invariant"]
 
 
 class InvariantSetup(Setup):

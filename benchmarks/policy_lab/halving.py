@@ -33,7 +33,7 @@ from rkv_vllm.provenance import command_line
 
 #: Tokens of a whole problem.
 LENGTHS = {"derivation": 2097, "program": 2107}
-SETTINGS = InvariantSettings(lam=0.4)
+SETTINGS = InvariantSettings()
 BUFFER = 128
 REQUESTS, LIVES = 64, 2
 #: Cuts are moved to the next multiple, so that many rows are cut in the same step.

@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from rkv_vllm.policies import weights
+from rkv_vllm.settings.config import RkvConfig
+
 
 @dataclass(frozen=True)
 class RkvSettings:
@@ -35,7 +38,7 @@ class InvariantSettings:
         values: share of the values' similarity in redundancy, the rest being the keys'; 0: keys alone.
     """
 
-    lam: float = 0.4
+    lam: float = weights(RkvConfig())["invariant"]
     queries: int = 16
     pool: int = 3
     values: float = 0.0
