@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from prometheus_client import REGISTRY, CollectorRegistry, Metric
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client import Metric
+from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from rkv_vllm.observability.metric_table import (
     AUTO_REQUESTS,
@@ -57,7 +56,7 @@ class Sums:
 
 def read_sums() -> Sums | None:
     """The reading of this moment, from what `/metrics` shows; None where vLLM keeps no statistics."""
-    return sums_of(_registry().collect())
+    return sums_of(get_prometheus_registry().collect())
 
 
 def sums_of(families: Iterable[Metric]) -> Sums | None:
@@ -92,12 +91,3 @@ def sums_of(families: Iterable[Metric]) -> Sums | None:
         output_tokens=total(OUTPUT_TOKENS),
         preemptions=total(PREEMPTIONS),
     )
-
-
-def _registry() -> CollectorRegistry:
-    """That of several API servers where there are some, as in vLLM's `/metrics`."""
-    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
-        return REGISTRY
-    registry = CollectorRegistry()
-    MultiProcessCollector(registry)
-    return registry
