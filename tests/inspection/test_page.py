@@ -224,12 +224,14 @@ def test_a_token_is_told_of_by_mouse_and_by_keys(open_page: OpenPage, found: Ins
         tab.locator(".text").first.focus()
         for _ in range(3):
             tab.keyboard.press("ArrowRight")
-        said = told(tab, "token 2, prompt")
+        said = told(tab, "token 2, prompt")  # although the mouse rests on another token, which is drawn anew
         count = int(held(run, TOKENS)[..., 2].sum())
         assert f"held by {count} of {LAYERS * HEADS} layers and heads" in said
         most, times = Counter(match[..., 2][match[..., 2] < TOKENS].tolist()).most_common(1)[0]
         if times > 1:
             assert f"token {most}" in said.splitlines()[-1]
+        tab.locator(".text").first.locator("span.t").nth(1).hover()
+        told(tab, "token 1, prompt")
 
 
 def test_the_full_caches_answer_stands_beside(open_page: OpenPage, found: Inspection) -> None:

@@ -25,13 +25,13 @@ class Panel {
     );
     this.root = element("article", {}, element("h2", {}, this.choice), this.facts, this.mapFigure, this.text);
     this.choice.addEventListener("change", () => { this.write(); view.setStops(); });
-    this.text.addEventListener("mouseover", (event) => this.pointAt(event.target.index, event));
-    this.text.addEventListener("mouseleave", () => this.pointAt(undefined));
+    this.text.addEventListener("mouseover", (event) => this.follow(event, event.target.index));
+    this.text.addEventListener("mouseleave", (event) => this.follow(event, undefined));
     this.text.addEventListener("blur", () => this.pointAt(undefined));
     this.text.addEventListener("keydown", (event) => this.step(event));
     for (const canvas of [this.map, this.kl]) {
       canvas.addEventListener("mousemove", (event) => this.pointAtMap(canvas, event));
-      canvas.addEventListener("mouseleave", () => this.pointAt(undefined));
+      canvas.addEventListener("mouseleave", (event) => this.follow(event, undefined));
     }
     this.map.addEventListener("click", (event) => view.choose(this.rowAt(event)));
   }
@@ -165,7 +165,7 @@ class Panel {
     const { left, width } = canvas.getBoundingClientRect();
     const index = Math.max(Math.floor(((event.clientX - left) / width) * this.view.length), 0);
     const rows = canvas === this.map ? [this.rowAt(event)] : this.view.rows;
-    this.pointAt(index < this.run.tokens.length ? index : undefined, event, rows);
+    this.follow(event, index < this.run.tokens.length ? index : undefined, rows);
   }
 
   step(event) {
@@ -176,7 +176,18 @@ class Panel {
     const index = Math.min(Math.max((this.pointed ?? -1) + steps[event.key], 0), last);
     this.spans[index].scrollIntoView({ block: "nearest" });
     const { left, bottom } = this.spans[index].getBoundingClientRect();
+    this.byKeys = true;
     this.pointAt(index, { clientX: left, clientY: bottom });
+  }
+
+  // Points where the mouse is. A text that scrolls or is coloured anew below a mouse that rests sends the same
+  // events: they say nothing against the token that keys have chosen.
+  follow(event, index, rows) {
+    const rests = this.mouse?.x === event.clientX && this.mouse?.y === event.clientY;
+    this.mouse = { x: event.clientX, y: event.clientY };
+    if (this.byKeys && rests) return;
+    this.byKeys = false;
+    this.pointAt(index, event, rows);
   }
 
   // Marks a token, and the newest that was similar, and says what is known of it.
