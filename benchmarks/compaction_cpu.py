@@ -25,6 +25,7 @@ from rkv_vllm.decisions.messages import TokenCompaction
 from rkv_vllm.execution.cpu.compactor import CpuTokenCompactor
 from rkv_vllm.execution.cpu.layer_cache import CpuLayerCache
 from rkv_vllm.execution.cpu.query_ring import CpuQueryRing
+from rkv_vllm.execution.layer_groups import LayerGroup
 from rkv_vllm.execution.stored_types import FP8_TYPES
 from rkv_vllm.kernels.rotary_pairs import RotaryPairs
 from rkv_vllm.policies import make_policies
@@ -75,11 +76,13 @@ def milliseconds(arguments: argparse.Namespace, policy: PolicyName, length: int,
     cache = CpuLayerCache(layer(arguments, source + target))
     config = RkvConfig()
     pairs = RotaryPairs(arguments.head_size)
-    compactor = CpuTokenCompactor([cache], Queries(arguments), config, make_policies(config), pairs)
+    compactor = CpuTokenCompactor(
+        [cache], Queries(arguments), config, make_policies(config), pairs, LayerGroup(0, 0, (0,))
+    )
     compaction = TokenCompaction(
         request_id="",
-        source_pages=tuple(range(source)),
-        target_pages=tuple(range(source, source + target)),
+        source_pages=(tuple(range(source)),),
+        target_pages=(tuple(range(source, source + target)),),
         length=length,
         keep=keep,
         evicted=length - keep,

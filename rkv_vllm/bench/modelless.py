@@ -6,6 +6,7 @@ import functools
 import json
 import tempfile
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, KVCacheSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
@@ -56,8 +57,10 @@ class ModellessEngine:
         max_model_len: int,
         asynchronous: bool = True,
         policy: SchedulerPolicy = "fcfs",
+        groups: Sequence[KVCacheSpec | None] = (None,),
     ) -> None:
-        """`rkv`: fields of `RkvConfig`; None: stock vLLM. `pages`: that requests can hold."""
+        """`rkv`: fields of `RkvConfig`; None: stock vLLM. `pages`: that requests can hold. `groups`: as of
+        `make_scheduler`."""
         self.scheduler = make_scheduler(
             rkv,
             num_blocks=pages + 1,  # one of which vLLM keeps for itself
@@ -67,6 +70,7 @@ class ModellessEngine:
             max_model_len=max_model_len,
             asynchronous=asynchronous,
             policy=policy,
+            groups=groups,
         )
         self._block_hasher = get_request_block_hasher(page_size, sha256)
         self._in_flight: deque[tuple[SchedulerOutput, set[str]]] = deque()
@@ -145,6 +149,8 @@ def make_scheduler(
     policy: SchedulerPolicy = "fcfs",
     v2_runner: bool = True,
     num_drafts: int = 0,
+    groups: Sequence[KVCacheSpec | None] = (None,),
+    dense_retention: bool = False,
     **scheduler_settings: Any,
 ) -> Scheduler:
     """vLLM's own scheduler, or ours, for a model that exists as a configuration only.
@@ -154,6 +160,8 @@ def make_scheduler(
         num_blocks: of the pool, vLLM's null block included.
         v2_runner: whether it is told, as on a GPU, that Model Runner V2 runs its steps.
         num_drafts: tokens that n-gram speculation drafts for a request and step.
+        groups: KV cache groups of its layers; None: full attention.
+        dense_retention: whether the prefix cache keeps all pages of windows.
         **scheduler_settings: other fields of vLLM's `SchedulerConfig`.
     """
     cache_config = CacheConfig(block_size=page_size, enable_prefix_caching=prefix_caching)
@@ -186,7 +194,7 @@ def make_scheduler(
     )
     vllm_config.scheduler_config.async_scheduling = asynchronous  # the CPU platform turns it off
     spec_class = FullAttentionSpec if rkv is None else CompactingSpec
-    spec = spec_class(block_size=page_size, num_kv_heads=1, head_size=8, dtype=torch.float32)
+    full = spec_class(block_size=page_size, num_kv_heads=1, head_size=8, dtype=torch.float32)
     classes: tuple[type[Scheduler], type[Scheduler]] = (
         (Scheduler, AsyncScheduler) if rkv is None else (CompactingScheduler, CompactingAsyncScheduler)
     )
@@ -195,7 +203,10 @@ def make_scheduler(
         kv_cache_config=KVCacheConfig(
             num_blocks=num_blocks,
             kv_cache_tensors=[],
-            kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
+            kv_cache_groups=[
+                KVCacheGroupSpec([f"layer.{index}"], spec or full) for index, spec in enumerate(groups)
+            ],
+            prefix_cache_retention_interval=None if dense_retention else 0,
         ),
         structured_output_manager=StructuredOutputManager(vllm_config),
         block_size=page_size,

@@ -12,7 +12,7 @@ from rkv_vllm.decisions.lengths import RequestLengths, make_request_lengths
 from rkv_vllm.decisions.sizing import Pool, peak_slots
 from rkv_vllm.host.cache_dtype import cache_dtype
 from rkv_vllm.host.compatibility import unsupported_features
-from rkv_vllm.host.pool import CPU_SPACE, given_pool, kv_shape, page_size
+from rkv_vllm.host.pool import CPU_SPACE, given_pool, kv_shape, page_kinds, page_size
 from rkv_vllm.host.preflight import engine_config, installation_problems, start_problems
 from rkv_vllm.provenance import versions
 from rkv_vllm.settings.config import RkvConfig
@@ -42,6 +42,9 @@ class Sizes(BaseModel):
 
     Attributes:
         dtype: what the cache holds, by vLLM's name.
+        layers: those that share a page.
+        groups, window_groups: kinds of pages that a request has, of layers that see the whole text, and of
+            layers with windows.
         pool_bytes: None where the number of pages was given.
         largest_graph: tokens of the largest CUDA graph; None: there are none.
     """
@@ -59,6 +62,8 @@ class Sizes(BaseModel):
     pool_source: str
     pool_is_estimate: bool
     pool_pages: int
+    groups: int
+    window_groups: int
     rows: list[Row]
 
 
@@ -135,7 +140,8 @@ def _sizes(vllm_config: VllmConfig, config: RkvConfig, length: int | None) -> Si
             source += ", which goes before --kv-cache-memory-bytes"
     else:
         pool_bytes, source = _estimated_bytes(vllm_config)
-        pool = Pool.of_bytes(pool_bytes, page_size(vllm_config), shape.bytes_per_token)
+        size, kinds = page_size(vllm_config), page_kinds(vllm_config)
+        pool = Pool.of_bytes(pool_bytes, size, shape.bytes_per_token, kinds)
     cached: list[RequestLengths | None] = [None]
     if (budget := config.resolve_default(length)) is not None:
         cached.append(make_request_lengths(config.granularity, 0, budget, pool.page_size))
@@ -153,6 +159,8 @@ def _sizes(vllm_config: VllmConfig, config: RkvConfig, length: int | None) -> Si
         pool_source=source,
         pool_is_estimate=given is None,
         pool_pages=pool.pages,
+        groups=pool.kinds.compacted,
+        window_groups=len(pool.kinds.windows),
         rows=[_row(pool, length, each) for each in cached],
     )
 
@@ -164,8 +172,8 @@ def _row(pool: Pool, length: int, lengths: RequestLengths | None) -> Row:
         auto=lengths is not None and lengths.settings.auto is not None,
         buffer=lengths.settings.buffer if lengths else None,
         tokens_held=slots,
-        pages_per_request=pool.pages_for(slots),
-        requests=pool.requests_that_fit(slots),
+        pages_per_request=pool.pages_for(slots, length),
+        requests=pool.requests_that_fit(slots, length),
     )
 
 

@@ -95,6 +95,11 @@ def _show_sizes(sizes: Sizes, console: Console) -> None:
         f"{sizes.kv_bytes_per_token:,} (K and V, {sizes.layers} layers, {sizes.kv_heads} KV heads of "
         f"{sizes.head_size}, {sizes.dtype})",
     )
+    if sizes.window_groups:
+        facts.add_row(
+            "groups of layers",
+            f"{sizes.groups} of full attention, {sizes.window_groups} with windows, a page each",
+        )
     facts.add_row("page", f"{sizes.page_size} tokens, {sizes.kv_bytes_per_token * sizes.page_size:,} bytes")
     size = "" if sizes.pool_bytes is None else f"{sizes.pool_bytes / GIB:.2f} GiB, "
     guess = "estimate: " if sizes.pool_is_estimate else ""

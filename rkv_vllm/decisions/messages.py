@@ -87,18 +87,22 @@ class TokenCompaction(Compaction):
     """A round by token: the survivors of each layer and KV head move to the target pages.
 
     Attributes:
-        source_pages: the request's pages before, in order; `ceil(length / page_size)` of them.
-        target_pages: its pages afterwards, in order; `ceil(keep / page_size)` of them. Any of them may be a
-            source page too, at the same or another place.
+        source_pages: for each KV cache group that is compacted, the request's pages before, in order;
+            `ceil(length / page_size)` of them.
+        target_pages: likewise its pages afterwards; `ceil(keep / page_size)` of them. Any of them may be a
+            source page of the same group too, at the same or another place.
     """
 
-    source_pages: tuple[int, ...]
-    target_pages: tuple[int, ...]
+    source_pages: tuple[tuple[int, ...], ...]
+    target_pages: tuple[tuple[int, ...], ...]
 
     @property
     def num_copied_pages(self) -> int:
-        pages = zip(self.source_pages, self.target_pages, strict=False)
-        return sum(source != target for source, target in pages)
+        return sum(
+            source != target
+            for sources, targets in zip(self.source_pages, self.target_pages, strict=True)
+            for source, target in zip(sources, targets, strict=False)
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -56,6 +56,7 @@ class RequestForecast:
         steps_remaining: steps after which it will have ended.
         due_slots: right before each compaction after its next one; 0 where that never comes.
         shared_pages: pages that others hold too, until its next compaction.
+        other_pages: that it holds at most for layers which are not compacted.
         prompt_steps: steps in which a prompt longer than `due_slots` is still held whole.
     """
 
@@ -65,6 +66,7 @@ class RequestForecast:
     steps_remaining: int
     due_slots: int = 0
     shared_pages: int = 0
+    other_pages: int = 0
     prompt_steps: int = 0
 
 
@@ -105,6 +107,7 @@ class PoolForecast:
         early_stops: float,
         page_size: int,
         horizon: int,
+        groups: int = 1,
     ) -> None:
         """Looks ahead closely while those that run and the first newcomer grow, and coarsely after that.
 
@@ -114,8 +117,9 @@ class PoolForecast:
             early_stops: rate of early stops per token.
             page_size: tokens in a page.
             horizon: steps in which any newcomer may grow.
+            groups: of layers that are compacted, each of which has pages of its own.
         """
-        self._page_size, self._early_stops = page_size, early_stops
+        self._page_size, self._groups, self._early_stops = page_size, groups, early_stops
         cycling = _columns([request for request in requests if request.cycle_steps])
         growing = _columns([request for request in requests if not request.cycle_steps])
         self._longest_cycle = int(cycling.cycle_steps.max(initial=1))
@@ -131,6 +135,7 @@ class PoolForecast:
         low = cycling.peak_slots - cycling.cycle_steps  # [R, 1], right after a compaction
         phase = (cycling.slots_now - low + self._begins[: next_cycle.size]) % cycling.cycle_steps  # [R, I1]
         in_next_cycle = self._pages(np.minimum(low + phase + stride, cycling.peak_slots))
+        in_next_cycle = in_next_cycle + cycling.other_pages
         # Where in its later cycles a request will be is not looked for: it is taken to be where all of them
         # together are at their largest in the next cycle. A part of them may peak at another moment.
         at_peak = in_next_cycle[:, [in_next_cycle.sum(axis=0).argmax()]]  # [R, 1]
@@ -138,8 +143,8 @@ class PoolForecast:
             (in_next_cycle, np.tile(at_peak, self._ends.size - next_cycle.size)), axis=1
         )  # [R, I]
         # Two standard deviations of a request's place in its cycle, in pages.
-        deviation = 2 * cycling.cycle_steps / page_size / 12**0.5  # [R, 1]
-        limit = self._pages(cycling.peak_slots)  # [R, 1]
+        deviation = 2 * cycling.cycle_steps * groups / page_size / 12**0.5  # [R, 1]
+        limit = self._pages(cycling.peak_slots) + cycling.other_pages  # [R, 1]
         self._sums = self._sum(cycling, pages, limit, deviation) + self._grown(growing)  # [3, I]
 
     def peak_pages(self, newcomer: RequestForecast | None = None) -> int:
@@ -179,15 +184,16 @@ class PoolForecast:
         before a later one.
         """
         slots = np.minimum(requests.slots_now + self._ends, requests.peak_slots)  # [R, I]
-        before = self._pages(slots) - requests.shared_pages
-        after = np.where(requests.due_slots > 0, self._pages(requests.due_slots), before)
+        before = self._pages(slots) - requests.shared_pages + requests.other_pages
+        compacted = self._pages(requests.due_slots) + requests.other_pages
+        after = np.where(requests.due_slots > 0, compacted, before)
         in_prompt = self._begins < requests.prompt_steps
         at_peak = np.where(in_prompt, np.maximum(before, after), after)
         pages = np.where(slots < requests.peak_slots, before, at_peak)
         return self._sum(requests, pages, pages, 0.0)
 
     def _pages(self, slots: _Ints) -> _Ints:
-        return -(-slots // self._page_size)
+        return -(-slots // self._page_size) * self._groups
 
     def _sum(self, requests: _Columns, pages: _Ints, limit: _Ints, deviation: _Floats | float) -> _Floats:
         """Mean, variance and upper limit of all pages in each interval: [3, I]; who ends in it counts.
@@ -216,6 +222,7 @@ class _Columns(NamedTuple):
     steps_remaining: _Ints
     due_slots: _Ints
     shared_pages: _Ints
+    other_pages: _Ints
     prompt_steps: _Ints
 
 

@@ -20,7 +20,7 @@ class QueryRing:
 
     Attributes:
         queries: [layers, rows, RING_SIZE, query heads, head size] in the model's dtype, which holds queries
-            that attention is given in FP8 as they are.
+            that attention is given in FP8 as they are. Layers are those that are compacted.
         ranks_per_kv_head: ranks that hold the same KV head, and other query heads of its group.
     """
 

@@ -46,7 +46,9 @@ def _of_transformers(model: nn.Module) -> Iterator[RotaryPairs]:
     """One frequency a pair; which dimensions make one is in a function of the model's own file."""
     for module in model.modules():
         file = type(module).__module__
-        frequencies = dict(module.named_buffers(recurse=False)).get("inv_freq")
+        buffers = dict(module.named_buffers(recurse=False))
+        # Where windows are rotated otherwise than full attention, both have frequencies in one module.
+        frequencies = buffers.get("inv_freq", buffers.get("full_attention_inv_freq"))
         if frequencies is None or not file.startswith("transformers.models."):
             continue
         rotate_half = vars(sys.modules[file]).get("rotate_half")

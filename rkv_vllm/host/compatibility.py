@@ -77,6 +77,11 @@ FEATURES: tuple[Feature, ...] = (
     _works("KV events", "a page is announced as long as it holds what its hash says"),
     _works("several API servers", "metrics add up over them; limits count for each"),
     _works(
+        "sliding-window and chunked attention beside full attention (gpt-oss, Gemma, Llama 4)",
+        "layers of full attention are compacted, windows stay as they are",
+    ),
+    _works("layers that read another one's cache", "they find what the other one's queries have kept"),
+    _works(
         "FP8 KV cache (`fp8`, `fp8_e4m3`, `fp8_e5m2`)",
         "asked for, or by the checkpoint; tokens are moved as they are stored, "
         "and scores count the scales of keys and queries",
@@ -158,25 +163,24 @@ FEATURES: tuple[Feature, ...] = (
         "leave out --kv-granularity and --kv-scope",
     ),
     _refused(
-        "sliding-window attention",
-        "the mask is cut by distance between slots; `--disable-sliding-window` works, up to the window",
-        lambda c: model_layers.has_windows(c.model_config),
+        "sliding-window attention in all layers",
+        "no layer keeps more than its window; `--disable-sliding-window` works, up to the window",
+        lambda c: model_layers.has_only_windows(c.model_config),
     ),
     _refused(
-        "chunked attention",
-        "the mask is cut by distance between slots",
-        lambda c: c.model_config.attention_chunk_size is not None,
+        "windows without the hybrid KV cache manager",
+        "layers with a window would share pages with those that are compacted",
+        lambda c: (
+            bool(c.scheduler_config.disable_hybrid_kv_cache_manager)
+            and model_layers.has_windows(c.model_config)
+        ),
+        "leave out --disable-hybrid-kv-cache-manager",
     ),
     _refused("ALiBi", "the bias is a distance between slots", lambda c: c.model_config.uses_alibi),
     _refused(
         "layers with other head counts or sizes than the first",
         "all share one ring of queries",
         lambda c: model_layers.has_unequal_heads(c.model_config),
-    ),
-    _refused(
-        "cross-layer KV sharing",
-        "one cache would be scored by several layers' queries",
-        lambda c: model_layers.shares_caches(c.model_config),
     ),
     _refused("streaming input sessions", "such a request keeps its full cache; others are compacted"),
 )
@@ -217,7 +221,7 @@ def wrong_runner(vllm_config: VllmConfig, on_cpu: bool) -> list[str]:
 
 
 def refuse_unsupported_layers(layers: Mapping[str, Attention]) -> None:
-    """Checks the loaded model's attention layers.
+    """Checks the layers of a loaded model that are to be compacted.
 
     Raises: ValueError with every problem in it, each named with the first layer that has it.
     """
@@ -227,12 +231,8 @@ def refuse_unsupported_layers(layers: Mapping[str, Attention]) -> None:
     for name, layer in layers.items():
         if shapes[name] != next(iter(shapes.values())):
             problems.setdefault("attention whose heads differ from the first layer's", name)
-        if layer.sliding_window is not None:
-            problems.setdefault("sliding-window attention", name)
         if layer.impl.alibi_slopes is not None:
             problems.setdefault("ALiBi", name)
-        if layer.kv_sharing_target_layer_name is not None:
-            problems.setdefault("cross-layer KV sharing", name)
         if dtypes[name] not in (*PLAIN, *FP8):
             problems.setdefault(f"a KV cache of type {dtypes[name]} (--kv-cache-dtype fp8 works)", name)
         elif dtypes[name] != next(iter(dtypes.values())):
@@ -245,7 +245,7 @@ def refuse_unsupported_layers(layers: Mapping[str, Attention]) -> None:
             problems.setdefault(f"attention of type {layer.attn_type}", name)
     found = [f"{problem} is not supported (layer {name})" for problem, name in problems.items()]
     found += filter(None, map(device_problem, dict.fromkeys(dtypes.values())))
-    _raise_if(found if layers else ["the model has no attention layer"])
+    _raise_if(found if layers else ["the model has no layer of full attention"])
 
 
 def _raise_if(problems: list[str]) -> None:

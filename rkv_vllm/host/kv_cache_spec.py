@@ -1,11 +1,17 @@
-"""The KV cache spec that puts a model's full-attention layers under rkv-vllm's block manager."""
+"""The KV cache spec that puts layers of full attention under rkv-vllm's block manager."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
 from vllm.config import VllmConfig
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheSpec,
+    SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
+)
 
 from rkv_vllm.decisions.pages import num_pages
 from rkv_vllm.host.pool import slots_beyond_pool
@@ -34,17 +40,39 @@ class CompactingSpec(FullAttentionSpec):
         return min(whole, num_pages(slots, self.block_size) * self.page_size_bytes)
 
 
-def to_compacting_specs(specs: dict[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:
-    """The same layers under `CompactingSpec`.
+def is_compactable(spec: KVCacheSpec | None) -> bool:
+    """Whether a layer is plain full attention: it has a row for each token, and sees all of them."""
+    return (
+        spec is not None
+        and type(spec) is FullAttentionSpec
+        and spec.sliding_window is None
+        and spec.attention_chunk_size is None
+        and not spec.non_causal
+    )
 
-    Raises: ValueError for a layer that is not plain full attention.
+
+def has_compacting_spec(spec: KVCacheSpec) -> bool:
+    """Whether the spec of a KV cache group is that of layers that are compacted."""
+    if isinstance(spec, UniformTypeKVCacheSpecs):  # layers of one kind and several shapes
+        return all(map(has_compacting_spec, spec.kv_cache_specs.values()))
+    return isinstance(spec, CompactingSpec)
+
+
+def to_compacting_specs(specs: dict[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:
+    """The same layers, those of full attention under `CompactingSpec`; windows stay as they are.
+
+    Raises: ValueError for a layer of another kind, or where no layer is one of full attention.
     """
     for layer, spec in specs.items():
-        if type(spec) is not FullAttentionSpec:
+        if not is_compactable(spec) and type(spec) not in (SlidingWindowSpec, ChunkedLocalAttentionSpec):
             raise ValueError(
-                f"rkv-vllm works with full attention only; layer {layer} has a {type(spec).__name__}"
+                f"rkv-vllm works with full attention, and windows beside it; layer {layer} has a "
+                f"{type(spec).__name__}"
             )
-    return {
-        layer: CompactingSpec(**{f.name: getattr(spec, f.name) for f in fields(spec) if f.init})
-        for layer, spec in specs.items()
-    }
+    if specs and not any(map(is_compactable, specs.values())):
+        raise ValueError("rkv-vllm needs layers of full attention; all of this model's have windows")
+    return {layer: _compacting(spec) if is_compactable(spec) else spec for layer, spec in specs.items()}
+
+
+def _compacting(spec: KVCacheSpec) -> CompactingSpec:
+    return CompactingSpec(**{f.name: getattr(spec, f.name) for f in fields(spec) if f.init})

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rkv_vllm.decisions.lengths import make_request_lengths
-from rkv_vllm.decisions.sizing import KvShape, Pool
+from rkv_vllm.decisions.sizing import KvShape, PageKinds, Pool, WindowPages
 from rkv_vllm.host.cache_dtype import cache_dtype
+from rkv_vllm.host.kv_cache_groups import planned_groups
+from rkv_vllm.host.model_layers import has_windows
 from rkv_vllm.settings.config import RkvConfig
 from rkv_vllm.settings.values import AUTO
 
@@ -39,12 +41,40 @@ def kv_shape(vllm_config: VllmConfig) -> KvShape:
     """What one token leaves on the first device."""
     from vllm.utils.torch_utils import get_dtype_size, kv_cache_dtype_str_to_dtype
 
+    from rkv_vllm.host.kv_cache_spec import has_compacting_spec
+
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    return KvShape(
-        layers=model.get_num_layers(parallel),
-        kv_heads=model.get_num_kv_heads(parallel),
-        head_size=model.get_head_size(),
-        element_bytes=get_dtype_size(kv_cache_dtype_str_to_dtype(cache_dtype(vllm_config), model)),
+    element_bytes = get_dtype_size(kv_cache_dtype_str_to_dtype(cache_dtype(vllm_config), model))
+    if not has_windows(model):
+        layers, heads = model.get_num_layers(parallel), model.get_num_kv_heads(parallel)
+        return KvShape(layers, heads, model.get_head_size(), element_bytes)
+    groups = planned_groups(vllm_config, page_size(vllm_config))
+    spec = next(group.kv_cache_spec for group in groups if has_compacting_spec(group.kv_cache_spec))
+    layers = max(len(group.layer_names) for group in groups)
+    return KvShape(layers, spec.num_kv_heads, spec.head_size, element_bytes)
+
+
+def page_kinds(vllm_config: VllmConfig) -> PageKinds:
+    """Which pages requests hold on the first device."""
+    from rkv_vllm.host.kv_cache_spec import has_compacting_spec
+
+    if not has_windows(vllm_config.model_config):
+        return PageKinds()
+    specs = [group.kv_cache_spec for group in planned_groups(vllm_config, page_size(vllm_config))]
+    most_len, batches = vllm_config.model_config.max_model_len, vllm_config.max_concurrent_batches
+    windows = [spec for spec in specs if not has_compacting_spec(spec)]
+    return PageKinds(
+        compacted=len(specs) - len(windows),
+        windows=tuple(
+            WindowPages(
+                page_size=spec.block_size,
+                most=spec.max_admission_blocks_per_request(batches, most_len),
+                most_in_prompt=spec.max_admission_blocks_per_request(
+                    vllm_config.max_in_flight_tokens, most_len
+                ),
+            )
+            for spec in windows
+        ),
     )
 
 
@@ -60,12 +90,13 @@ def given_pool(vllm_config: VllmConfig) -> GivenPool | None:
     """The pool that was given; None where vLLM measures what is left of the memory."""
     cache = vllm_config.cache_config
     if cache.num_gpu_blocks_override is not None:
-        pool = Pool(cache.num_gpu_blocks_override, page_size(vllm_config))
+        pool = Pool(cache.num_gpu_blocks_override, page_size(vllm_config), page_kinds(vllm_config))
         return GivenPool(pool, None, "--num-gpu-blocks-override")
     if cache.kv_cache_memory_bytes is None:
         return None
     per_token = kv_shape(vllm_config).bytes_per_token
-    pool = Pool.of_bytes(cache.kv_cache_memory_bytes, page_size(vllm_config), per_token)
+    size, kinds = page_size(vllm_config), page_kinds(vllm_config)
+    pool = Pool.of_bytes(cache.kv_cache_memory_bytes, size, per_token, kinds)
     by_variable = vllm_config.device_config.device_type == "cpu" and os.environ.get(CPU_SPACE)
     source = CPU_SPACE if by_variable else "--kv-cache-memory-bytes"
     return GivenPool(pool, cache.kv_cache_memory_bytes, source)
@@ -92,10 +123,11 @@ def pool_problems(vllm_config: VllmConfig) -> list[str]:
     least = slots_beyond_pool(config, model.max_model_len, pool.page_size)
     if least is not None and least < tokens:
         tokens, what = least, f"a request at the default budget ({least:,} tokens with its buffer)"
-    if pool.pages_for(tokens) <= pool.usable_pages:
+    needed = pool.pages_to_start(tokens, model.max_model_len)
+    if needed <= pool.usable_pages:
         return []
     return [
-        f"the pool is too small: {what} takes {pool.pages_for(tokens):,} pages of {pool.page_size}, and "
+        f"the pool is too small: {what} takes {needed:,} pages of {pool.page_size}, and "
         f"requests can hold {pool.usable_pages:,} ({given.source}, one page less); "
         f"{too_small_remedy(config, pool, given.source)}"
     ]

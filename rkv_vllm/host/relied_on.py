@@ -55,9 +55,26 @@ _CORE_METHODS: Contract = {
         "has_scheduled_reqs",
         "skip_zeroing_group_ids",
     ),
-    "vllm.v1.core.kv_cache_manager.KVCacheManager.truncate_computed_blocks": (
-        "blocks",
+    "vllm.v1.core.kv_cache_manager.KVCacheManager.create_kv_cache_blocks": ("blocks",),
+    "vllm.v1.core.kv_cache_coordinator.KVCacheCoordinator.cache_blocks": ("request", "num_computed_tokens"),
+    "vllm.v1.core.kv_cache_coordinator.KVCacheCoordinator.find_longest_cache_hit": (
+        "block_hashes",
+        "max_cache_hit_length",
+    ),
+    # What layers with windows hold.
+    "vllm.v1.core.single_type_kv_cache_manager.SlidingWindowManager.get_num_skipped_tokens": (
         "num_computed_tokens",
+    ),
+    "vllm.v1.core.single_type_kv_cache_manager.ChunkedLocalAttentionManager.get_num_skipped_tokens": (
+        "num_computed_tokens",
+    ),
+    "vllm.v1.kv_cache_interface.SlidingWindowSpec.max_admission_blocks_per_request": (
+        "max_in_flight_tokens",
+        "max_model_len",
+    ),
+    "vllm.v1.kv_cache_interface.ChunkedLocalAttentionSpec.max_admission_blocks_per_request": (
+        "max_in_flight_tokens",
+        "max_model_len",
     ),
     "vllm.v1.core.sched.scheduler.Scheduler.schedule": ("throttle_prefills",),
     "vllm.v1.core.sched.scheduler.Scheduler.update_from_output": (
@@ -102,10 +119,13 @@ _CORE_SUBCLASSES: Contract = {
 }
 _CORE_ATTRIBUTES = attributes(
     {
-        "core.kv_cache_manager.KVCacheManager": "block_pool coordinator watermark_blocks",
+        "core.kv_cache_manager.KVCacheManager": "block_pool coordinator kv_cache_config watermark_blocks",
+        "kv_cache_interface.KVCacheConfig": "kv_cache_groups",
+        "kv_cache_interface.KVCacheGroupSpec": "kv_cache_spec layer_names",
+        "kv_cache_interface.UniformTypeKVCacheSpecs": "kv_cache_specs",
         "core.kv_cache_coordinator.KVCacheCoordinator": "single_type_managers",
         "core.single_type_kv_cache_manager.FullAttentionManager": (
-            "block_pool block_size num_cached_block req_to_blocks"
+            "block_pool block_size kv_cache_group_id num_cached_block req_to_blocks"
         ),
         "core.block_pool.BlockPool": "num_gpu_blocks",
         "core.kv_cache_utils.KVCacheBlock": "block_id is_null ref_cnt",
@@ -119,7 +139,7 @@ _CORE_ATTRIBUTES = attributes(
         "core.sched.output.NewRequestData": "req_id",
         "core.sched.output.CachedRequestData": "resumed_req_ids",
         "request.Request": (
-            "client_index max_tokens num_computed_tokens num_in_flight_tokens num_output_tokens "
+            "block_hashes client_index max_tokens num_computed_tokens num_in_flight_tokens num_output_tokens "
             "num_prompt_tokens num_stale_output_tokens num_tokens request_id resumable sampling_params status"
         ),
         "request.RequestStatus": (

@@ -26,7 +26,9 @@ _V1_RUNNER_METHODS: Contract = {
         "query_start_loc",
         "positions",
     ),
-    "vllm.v1.worker.block_table.MultiGroupBlockTable.add_row": ("block_ids", "row_idx"),
+    "vllm.v1.worker.block_table.BlockTable.add_row": ("block_ids", "row_idx"),
+    "vllm.v1.worker.block_table.MultiGroupBlockTable.__getitem__": ("idx",),
+    "vllm.v1.worker.gpu_model_runner.GPUModelRunner.get_kv_cache_spec": (),
     "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackendImpl.forward": (
         "layer",
         "query",
@@ -73,11 +75,15 @@ _V2_RUNNER_METHODS: Contract = {
         "max_query_len",
         "num_ubatches",
     ),
-    "vllm.v1.worker.gpu.block_table.BlockTables.append_block_ids": (
-        "req_index",
-        "new_block_ids",
-        "overwrite",
+    "vllm.v1.worker.gpu.model_runner.GPUModelRunner.get_kv_cache_spec": (),
+    "vllm.v1.worker.gpu.block_table.BlockTables.compute_slot_mappings": (
+        "idx_mapping",
+        "query_start_loc",
+        "positions",
+        "num_tokens_padded",
+        "out",
     ),
+    "vllm.v1.worker.gpu.buffer_utils.StagedWriteTensor.stage_write": ("index", "start", "x"),
     "vllm.v1.worker.gpu.model_states.default.DefaultModelState.prepare_attn": (
         "input_batch",
         "cudagraph_mode",
@@ -123,11 +129,12 @@ _V2_RUNNER_ATTRIBUTES = attributes(
             "req_states vllm_config"
         ),
         "worker.gpu.states.RequestState": "req_id_to_index",
-        "worker.gpu.block_table.BlockTables": "block_sizes block_tables num_blocks",
+        "worker.gpu.block_table.BlockTables": "block_sizes block_tables num_blocks slot_mappings",
         "worker.gpu.buffer_utils.UvaBackedTensor": "gpu np",
         "worker.gpu.buffer_utils.StagedWriteTensor": "gpu",
         "worker.gpu.input_batch.InputBatch": (
-            "idx_mapping idx_mapping_np num_reqs positions query_start_loc seq_lens seq_lens_cpu_upper_bound"
+            "idx_mapping idx_mapping_np num_reqs num_tokens_after_padding positions query_start_loc seq_lens "
+            "seq_lens_cpu_upper_bound"
         ),
         "worker.gpu.cudagraph_utils.ModelCudaGraphManager": "graphs",
         "worker.gpu.cudagraph_utils.BatchExecutionDescriptor": (
@@ -151,13 +158,14 @@ _LAYER_METHODS: Contract = {
         "ubatch_idx",
     ),
     "vllm.v1.attention.backend.CommonAttentionMetadata.replace": ("kwargs",),
+    "vllm.model_executor.layers.attention.Attention.get_kv_cache_spec": ("vllm_config",),
 }
 _LAYER = "vllm.model_executor.layers.attention.Attention"
 _LAYER_ATTRIBUTES: Contract = {
     f"{_LAYER}.{name}": None
     for name in (
         *("attn_backend", "attn_type", "dtype", "head_size", "impl", "kv_cache", "kv_cache_dtype"),
-        *("kv_sharing_target_layer_name", "num_heads", "num_kv_heads", "query_quant", "sliding_window"),
+        *("kv_sharing_target_layer_name", "layer_name", "num_heads", "num_kv_heads", "query_quant"),
     )
 }
 _METADATA_ATTRIBUTES = attributes(

@@ -18,7 +18,7 @@ class _Recording(CpuCompactor[Any]):
 
     def _inputs(self, compaction: Compaction, layer: int, keys: torch.Tensor) -> ScoreInputs:
         inputs = super()._inputs(compaction, layer, keys)
-        self.recorder.explain(compaction, layer, inputs)
+        self.recorder.explain(compaction, self.group.layers[layer], inputs)
         return inputs
 
 
@@ -26,12 +26,12 @@ class RecordingCpuTokens(_Recording, CpuTokenCompactor):
     """By token."""
 
     def _run(self, compaction: TokenCompaction, tables: CpuTables) -> None:
-        self.recorder.begin(compaction)
+        self.recorder.begin(compaction, self.group)
         super()._run(compaction, tables)
 
     def _survivors(self, compaction: TokenCompaction, layer: int, scores: torch.Tensor) -> torch.Tensor:
         kept = super()._survivors(compaction, layer, scores)
-        self.recorder.keep(compaction, layer, kept)
+        self.recorder.keep(compaction, self.group.layers[layer], kept)
         return kept
 
 
@@ -39,12 +39,12 @@ class RecordingCpuPages(_Recording, CpuPageCompactor):
     """By page."""
 
     def _run(self, compaction: PageCompaction, tables: CpuTables) -> None:
-        self.recorder.begin(compaction)
+        self.recorder.begin(compaction, self.group)
         before = torch.tensor(tables.pages_of(compaction.request_id))
         super()._run(compaction, tables)
         after = torch.tensor(tables.pages_of(compaction.request_id))
         kept = slots_of_pages(before, after, self._caches[0].page_size, compaction.length)
-        for layer in range(len(self._caches)):
+        for layer in self.group.layers:
             self.recorder.keep_in_all_heads(compaction, layer, kept)
 
 

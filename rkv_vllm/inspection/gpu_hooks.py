@@ -30,7 +30,7 @@ class _Recording(GpuCompactor[Any]):
     recorder: Recorder
 
     def _begin(self, compaction: Compaction, pages: torch.Tensor) -> None:
-        self.recorder.begin(compaction)
+        self.recorder.begin(compaction, self.group)
         if not self.recorder.explains:
             return
         factors = self._scorers.factors()  # [L, H]
@@ -39,7 +39,7 @@ class _Recording(GpuCompactor[Any]):
                 self._inputs(compaction, pages, layer),
                 queries=self._newest(compaction, layer, factors[layer]),
             )
-            self.recorder.explain(compaction, layer, inputs)
+            self.recorder.explain(compaction, self.group.layers[layer], inputs)
 
     def _newest(self, compaction: Compaction, layer: int, factors: torch.Tensor) -> torch.Tensor | None:
         """float32 [Hq, n, D], multiplied by what makes logits of them; None where the policy needs none."""
@@ -57,16 +57,17 @@ class RecordingGpuTokens(_Recording, GpuTokenCompactor):
 
     def _run(self, rounds: Sequence[TokenCompaction], tables: GpuTables) -> None:
         for compaction in rounds:  # one request runs alone: there is one
-            self._begin(compaction, torch.tensor(compaction.source_pages, device=self._kv.device))
-            retype(self._round, RecordingRound).tell(self.recorder, compaction)
+            sources = compaction.source_pages[self.group.place]
+            self._begin(compaction, torch.tensor(sources, device=self._kv.device))
+            retype(self._round, RecordingRound).tell(self.recorder, compaction, self.group.layers)
             super()._run([compaction], tables)
 
 
 class RecordingRound(CompactionRound):
     """Of one request at a time."""
 
-    def tell(self, recorder: Recorder, compaction: TokenCompaction) -> None:
-        self._recorder, self._compaction = recorder, compaction
+    def tell(self, recorder: Recorder, compaction: TokenCompaction, layers: Sequence[int]) -> None:
+        self._recorder, self._compaction, self._layers = recorder, compaction, layers
 
     def _select(self, work: WorkSlice, scores: torch.Tensor) -> None:
         super()._select(work, scores)
@@ -77,7 +78,7 @@ class RecordingRound(CompactionRound):
         window = torch.arange(compaction.length - self.window, compaction.length, device=chosen.device)
         for index in range(work.layers):
             kept = torch.cat((chosen[index], window.expand(heads, -1)), dim=1)
-            self._recorder.keep(compaction, work.first_layer + index, kept)
+            self._recorder.keep(compaction, self._layers[work.first_layer + index], kept)
 
 
 class RecordingGpuPages(_Recording, GpuPageCompactor):
@@ -91,7 +92,7 @@ class RecordingGpuPages(_Recording, GpuPageCompactor):
             super()._run([compaction], tables)
             after = row[: self._num_pages(compaction.keep)]
             kept = slots_of_pages(before, after, self._kv.page_size, compaction.length)
-            for layer in range(self._kv.num_layers):
+            for layer in self.group.layers:
                 self.recorder.keep_in_all_heads(compaction, layer, kept)
 
 

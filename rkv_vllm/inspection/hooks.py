@@ -23,5 +23,6 @@ def attach(worker: Any, recorder: Recorder) -> tuple[int, int]:
         from rkv_vllm.inspection import cpu_hooks as hooks
     else:
         from rkv_vllm.inspection import gpu_hooks as hooks  # type: ignore[no-redef]
-    hooks.record_rounds(runner._compactor, recorder)
+    for compactor, _ in runner._compactors.compactors:
+        hooks.record_rounds(compactor, recorder)
     return len(runner._rkv_layers), runner._rkv_layers[0].num_kv_heads

@@ -18,6 +18,7 @@ from rkv_vllm.inspection.explanation import explain
 
 if TYPE_CHECKING:
     from rkv_vllm.decisions.messages import Compaction
+    from rkv_vllm.execution.layer_groups import LayerGroup
     from rkv_vllm.policies import ScoreInputs
 
 #: Of the shares in a `Record`, in percent, and of its matches.
@@ -75,12 +76,12 @@ class Recorder:
         """Whether it wants to know what rounds are scored by."""
         return self._is_on and self._with_scores
 
-    def begin(self, compaction: Compaction) -> None:
-        """A round begins.
+    def begin(self, compaction: Compaction, group: LayerGroup) -> None:
+        """A round begins in a group of layers; it counts once.
 
         Raises: RuntimeError where it is one that has been: a preempted request starts over.
         """
-        if not self._is_on:
+        if not self._is_on or group.place:
             return
         if self._rounds and compaction.logical_length <= self._rounds[-1]:
             raise RuntimeError("the request was preempted: give the engine more memory for its cache")

@@ -84,8 +84,14 @@ class MetricTally:
     that a step's cost does not grow with the requests in it.
     """
 
-    def __init__(self, page_size: int, pool_pages: int) -> None:
-        self._page_size = page_size
+    def __init__(self, page_size: int, pool_pages: int, groups: int = 1) -> None:
+        """
+        Args:
+            page_size: tokens in a page.
+            pool_pages: that requests can hold.
+            groups: of layers that are compacted, each of which has pages of its own.
+        """
+        self._page_size, self._groups = page_size, groups
         self._gauges: dict[str, int] = {}
         self._tally: dict[str, int] = {}
         self._set(POOL_PAGES.name, pool_pages)
@@ -157,12 +163,13 @@ class MetricTally:
         policy = compaction.policy
         self._grow(COMPACTIONS, 1, policy, "executed")
         self._grow(EVICTED_TOKENS, compaction.length - compaction.keep, policy)
-        pages_before = num_pages(compaction.length, self._page_size)
-        self._grow(FREED_PAGES, pages_before - num_pages(compaction.keep, self._page_size), policy)
+        freed = num_pages(compaction.length, self._page_size) - num_pages(compaction.keep, self._page_size)
+        self._grow(FREED_PAGES, freed * self._groups, policy)
         self._grow(COPIED_PAGES, compaction.num_copied_pages, policy)
         self._forget_saved(compaction.request_id)
         # By whole pages: what a request would hold without compaction is this much more, or one page above.
-        self._saved_pages[compaction.request_id] = saved = compaction.evicted // self._page_size
+        saved = compaction.evicted // self._page_size * self._groups
+        self._saved_pages[compaction.request_id] = saved
         self._total_saved_pages += saved
 
     def cancelled(self, compaction: Compaction) -> None:

@@ -9,11 +9,11 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.request import Request, RequestStatus
 
-from rkv_vllm.decisions.pages import num_pages
 from rkv_vllm.decisions.pool_forecast import EarlyStopRate, PoolForecast, RequestForecast
 from rkv_vllm.decisions.sizing import peak_slots
 from rkv_vllm.scheduling.auto_budgets import AutoBudgets
-from rkv_vllm.scheduling.block_manager import CompactingManager
+from rkv_vllm.scheduling.page_groups import PageGroups
+from rkv_vllm.scheduling.too_large import too_large
 from rkv_vllm.scheduling.tracked_request import TrackedRequest
 
 #: Steps between two forecasts; an arrival or departure forces one.
@@ -36,13 +36,13 @@ class _Outlook:
 
     Attributes:
         forecast: of their own pages: those that nobody else holds.
-        request_ids: who they are.
+        requests: who they are.
         shared_pages: how many of the pages that they hold together are not their own.
         held_pages: pages that they hold in this step; None: not counted yet.
     """
 
     forecast: PoolForecast
-    request_ids: list[str]
+    requests: list[Request]
     shared_pages: int
     held_pages: int | None = None
 
@@ -61,7 +61,7 @@ class AdmissionControl:
     def __init__(
         self,
         kv_cache_manager: KVCacheManager,
-        manager: CompactingManager,
+        groups: PageGroups,
         tracked: Mapping[str, TrackedRequest],
         *,
         max_model_len: int,
@@ -73,7 +73,7 @@ class AdmissionControl:
         """
         Args:
             kv_cache_manager: vLLM's, whose watermark is set.
-            manager: holds the requests' pages.
+            groups: hold the requests' pages.
             tracked: the requests with a budget by id, kept up to date by the scheduler.
             max_model_len: tokens of the longest request.
             max_num_batched_tokens: tokens of the largest step.
@@ -82,8 +82,7 @@ class AdmissionControl:
             num_drafts: drafts that a request verifies in a step, at most.
         """
         self._kv_cache_manager = kv_cache_manager
-        self._manager = manager
-        self._page_size: int = manager.block_size
+        self._groups = groups
         self._tracked = tracked
         self._max_model_len = max_model_len
         self._max_num_batched_tokens = max_num_batched_tokens
@@ -92,7 +91,7 @@ class AdmissionControl:
         self._pool = kv_cache_manager.block_pool
         self._usable_pages = self._pool.num_gpu_blocks - 1  # one is vLLM's null page
         self.autos = AutoBudgets(
-            manager,
+            groups,
             self._pool,
             tracked,
             usage=auto_usage,
@@ -110,34 +109,12 @@ class AdmissionControl:
         self._steps_to_forecast = 0
 
     def refusal(self, request: Request) -> str | None:
-        """Why a request has to be refused: the whole pool cannot hold it; None where it can.
-
-        It would wait for ever, and all requests behind it. None is refused unless the server lets
-        max_model_len exceed the pool.
-        """
+        """Why a request has to be refused: the whole pool cannot hold it; None where it can."""
         # A streaming-input session may grow as far as the model allows.
         length = self._max_model_len if request.resumable else self.final_length(request)
-        tracked = self._tracked.get(request.request_id)
-        needed = self._pages(peak_slots(length, tracked.lengths if tracked else None))
-        if needed <= self._usable_pages:
-            return None
-        return (
-            f"needs {needed} pages of {self._page_size} tokens, and the whole pool has {self._usable_pages}: "
-            f"{self._advice(request)}"
+        return too_large(
+            request, length, self._tracked.get(request.request_id), self._groups, self._usable_pages
         )
-
-    def _advice(self, request: Request) -> str:
-        """What would let the pool hold a request that it cannot hold."""
-        if request.resumable:
-            return "a streaming-input session is reckoned with max_model_len; it needs a larger pool"
-        prompt = self._pages(request.num_prompt_tokens)
-        if prompt > self._usable_pages:
-            return (
-                f"the prompt alone fills {prompt}; send a shorter one, or have the server given a larger pool"
-            )
-        if request.request_id in self._tracked:
-            return "ask for fewer tokens (max_tokens) or for a smaller KV budget"
-        return "ask for fewer tokens (max_tokens) or for a KV budget"
 
     def running_requests_changed(self) -> None:
         """Forces a forecast in the next step: a request came, went or was preempted."""
@@ -204,10 +181,11 @@ class AdmissionControl:
             rivals = [each for each in self._running if self._priority(each) <= priority]
             outlook = self._outlooks[priority] = self._look_ahead(rivals, newcomer)
         if outlook.held_pages is None:
-            outlook.held_pages = sum(map(self._manager.num_pages, outlook.request_ids))
+            outlook.held_pages = sum(map(self._held_pages, outlook.requests))
         # Hit pages that one request holds will no longer be its own.
         own_pages = outlook.held_pages - outlook.shared_pages - tracked.hit_pages_of_one
-        own_pages += self._pages(newcomer.slots_now) - newcomer.shared_pages
+        others = self._groups.others.most_pages(request.num_tokens)
+        own_pages += self._pages(newcomer.slots_now) - newcomer.shared_pages + others
         return outlook.forecast.peak_pages(newcomer) - own_pages
 
     def _count_if_admitted(self) -> None:
@@ -225,31 +203,31 @@ class AdmissionControl:
         for priority, outlook in self._outlooks.items():
             if its_priority <= priority:
                 outlook.forecast.add(forecast)
-                outlook.request_ids.append(request.request_id)
+                outlook.requests.append(request)
                 tracked = self._tracked[request.request_id]
                 outlook.shared_pages += forecast.shared_pages + tracked.hit_pages_of_one
                 if outlook.held_pages is not None:
-                    outlook.held_pages += self._manager.num_pages(request.request_id)
+                    outlook.held_pages += self._held_pages(request)
 
     def _look_ahead(self, rivals: Sequence[Request], newcomer: RequestForecast) -> _Outlook:
-        forecasts, generated = {}, 0
+        forecasts: dict[Request, RequestForecast] = {}
+        generated = 0
         for request in rivals:
             tracked = self._tracked.get(request.request_id)
             if tracked is not None and request.request_id not in self.autos:
-                shared = 0 if tracked.rounds else self._manager.num_shared_pages(request.request_id)
-                forecasts[request.request_id] = self._forecast(
-                    request, tracked, request.num_computed_tokens, shared
-                )
+                shared = 0 if tracked.rounds else self._groups.num_shared_pages(request.request_id)
+                forecasts[request] = self._forecast(request, tracked, request.num_computed_tokens, shared)
                 generated += request.num_output_tokens
         return _Outlook(
             forecast=PoolForecast(
                 list(forecasts.values()),
                 newcomer,
                 self.early_stop_rate.per_token(generated),
-                self._page_size,
+                self._groups.page_size,
                 self._max_model_len,
+                self._groups.num_compacted,
             ),
-            request_ids=list(forecasts),
+            requests=list(forecasts),
             shared_pages=sum(each.shared_pages for each in forecasts.values()),
         )
 
@@ -262,12 +240,14 @@ class AdmissionControl:
         prompt_steps = cdiv(to_compute, self._max_num_batched_tokens)
         steps_remaining = prompt_steps + max(final_length - request.num_tokens, 0)
         due_slots = lengths.due_slots + lengths.eviction_slack
+        other_pages = self._groups.others.most_pages(final_length)
         if tracked.rounds:
             return RequestForecast(
                 slots_now=lengths.physical(num_computed_tokens) + lengths.eviction_slack,
                 peak_slots=due_slots,
                 cycle_steps=lengths.due_slots - lengths.kept_slots,
                 steps_remaining=steps_remaining,
+                other_pages=other_pages,
             )
         if request.request_id in self.autos:
             peak = self.autos.reserved_slots(request, num_computed_tokens)
@@ -280,6 +260,7 @@ class AdmissionControl:
             steps_remaining=steps_remaining,
             due_slots=due_slots if final_length > lengths.next_due else 0,
             shared_pages=shared_pages,
+            other_pages=other_pages,
             prompt_steps=_PROMPT_DELAY * prompt_steps,
         )
 
@@ -291,5 +272,10 @@ class AdmissionControl:
         """Tokens that the request has when it ends at the latest."""
         return min(request.num_prompt_tokens + request.max_tokens, self._max_model_len)
 
+    def _held_pages(self, request: Request) -> int:
+        """Pages of a running request, in all groups."""
+        others = self._groups.others.num_pages(request.num_computed_tokens)
+        return self._groups.num_pages(request.request_id) + others
+
     def _pages(self, slots: int) -> int:
-        return num_pages(slots, self._page_size)
+        return self._groups.pages(slots)

@@ -10,10 +10,9 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.request import Request, RequestStatus
 
 from rkv_vllm.decisions.lengths import AutoLengths, RequestLengths
-from rkv_vllm.decisions.pages import num_pages
 from rkv_vllm.decisions.pressure import NOTICE_MARGIN, Candidate, PoolState, to_switch
 from rkv_vllm.observability.metric_table import SwitchCause
-from rkv_vllm.scheduling.block_manager import CompactingManager
+from rkv_vllm.scheduling.page_groups import PageGroups
 from rkv_vllm.scheduling.tracked_request import TrackedRequest
 
 #: Steps between two counts of the pages that are kept, which only a metric shows.
@@ -37,7 +36,7 @@ class AutoBudgets:
 
     def __init__(
         self,
-        manager: CompactingManager,
+        groups: PageGroups,
         pool: BlockPool,
         tracked: Mapping[str, TrackedRequest],
         *,
@@ -48,7 +47,7 @@ class AutoBudgets:
     ) -> None:
         """
         Args:
-            manager: holds the requests' pages.
+            groups: hold the requests' pages.
             pool: vLLM's.
             tracked: the requests with a budget by id, kept up to date by the scheduler.
             usage: share of the pool that is filled before anybody has to switch.
@@ -57,8 +56,8 @@ class AutoBudgets:
             by_priority: whether less urgent requests are to switch first.
             final_length: tokens that a request has when it ends at the latest.
         """
-        self._manager = manager
-        self._page_size: int = manager.block_size
+        self._groups = groups
+        self._pages = groups.pages
         self._pool = pool
         self._usable_pages = pool.num_gpu_blocks - 1  # one is vLLM's null page
         self._tracked = tracked
@@ -108,15 +107,16 @@ class AutoBudgets:
             switch = lengths.switch_on_arrival(request.num_tokens)
             if switch <= later and self.missing_pages(request, later) > self._pool.get_num_free_blocks():
                 tracked.order_switch(switch, "arrival")
-        self._manager.set_max_slots(request.request_id, lengths.max_slots)
+        self._groups.set_max_slots(request.request_id, lengths.max_slots)
 
     def missing_pages(self, request: Request, num_tokens: int) -> int:
         """Pages that a request which waits has to be given for so many tokens."""
         tracked = self._tracked.get(request.request_id)
+        others = self._groups.others.most_pages(num_tokens)
         if tracked is None:
-            return self._pages(num_tokens)
+            return self._pages(num_tokens) + others
         found = tracked.hit_pages_of_one + tracked.hit_pages_of_several
-        return self._pages(min(num_tokens, tracked.lengths.max_slots)) - found
+        return self._pages(min(num_tokens, tracked.lengths.max_slots)) - found + others
 
     def reserved_slots(self, request: Request, num_computed_tokens: int) -> int:
         """Slots that are kept for a request with budget "auto", whatever others do."""
@@ -143,7 +143,6 @@ class AutoBudgets:
             return []
         if waiting is not None and waiting[0].status not in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
             waiting = None
-        wanted = 0 if waiting is None else waiting[1]
         if not self._steps_to_count:
             self._steps_to_count = _STEPS_PER_COUNT
             autos = (each for each in running if each.request_id in self._lengths)
@@ -153,13 +152,12 @@ class AutoBudgets:
             usable=self._usable_pages,
             free=self._pool.get_num_free_blocks(),
             growth=self._most_growth(),
-            wanted=wanted,
+            wanted=0 if waiting is None else waiting[1],
         )
         if not state.shortage(self._usage):
             return []
         state = replace(state, growth=sum(self._net_growth_of(request) for request in running))
-        with_waiting = state.shortage(self._usage)
-        if not with_waiting:
+        if not (with_waiting := state.shortage(self._usage)):
             return []
         candidates = list(filter(None, (self._candidate(*each) for each in enumerate(running))))
         filled = int(self._usable_pages * self._usage)
@@ -201,6 +199,7 @@ class AutoBudgets:
         if request.request_id not in self._lengths:
             return 0
         surplus = self._own_pages(request.request_id) - self._reserved(request)
+        surplus -= self._groups.others.growth(request.num_computed_tokens, self._final_length(request))
         return max(surplus, 0) if self._priority(request) > priority else surplus
 
     def _reserved(self, request: Request) -> int:
@@ -217,15 +216,18 @@ class AutoBudgets:
         """No less than `growth`, in a fraction of the time; enough where memory is far from short."""
         to_compute = sum(max(each.num_tokens - each.num_computed_tokens, 0) for each in self._running)
         # A page each beside what the tokens fill: they may begin anywhere in one.
-        return self._pages(to_compute + len(self._running) * (self._notice + self._page_size))
+        tokens = to_compute + len(self._running) * self._notice
+        slots = tokens + len(self._running) * self._groups.page_size
+        return self._pages(slots) + self._groups.others.pages_of_many(tokens, len(self._running))
 
     def _growth_of(self, request: Request) -> int:
         """Pages that a running request takes within the notice, before any round."""
-        held = self._manager.num_pages(request.request_id)
+        held = self._groups.num_pages(request.request_id)
         tracked = self._tracked.get(request.request_id)
         later = self._later(request)
         slots = later if tracked is None else tracked.lengths.physical(min(later, tracked.lengths.next_due))
-        return max(self._pages(slots) - held, 0)
+        others = self._groups.others.growth(request.num_computed_tokens, later)
+        return max(self._pages(slots) - held, 0) + others
 
     def _net_growth_of(self, request: Request) -> int:
         """The same, less the pages that a round frees meanwhile."""
@@ -236,7 +238,8 @@ class AutoBudgets:
         if later <= lengths.next_due:
             return growth
         after = self._pages(lengths.kept_slots + later - lengths.next_due)
-        return after - self._own_pages(request.request_id)
+        others = self._groups.others.growth(request.num_computed_tokens, later)
+        return after - self._own_pages(request.request_id) + others
 
     def _later(self, request: Request) -> int:
         """Tokens that a request has at the end of the notice."""
@@ -255,7 +258,7 @@ class AutoBudgets:
         if switch > logical + lengths.settings.num_queries or switch + 1 >= self._final_length(request):
             return None
         later = self._pages(min(logical + self._notice, self._final_length(request)))
-        shared = self._manager.num_pages(request.request_id) - self._own_pages(request.request_id)
+        shared = self._groups.num_pages(request.request_id) - self._own_pages(request.request_id)
         after = self._pages(lengths.kept_slots + logical + self._notice - switch)
         return Candidate(
             request_id=request.request_id,
@@ -272,8 +275,5 @@ class AutoBudgets:
 
     def _own_pages(self, request_id: str) -> int:
         """Pages that no other request holds."""
-        held = self._manager.num_pages(request_id)
-        return held if self._tracked[request_id].rounds else held - self._manager.num_shared_pages(request_id)
-
-    def _pages(self, slots: int) -> int:
-        return num_pages(slots, self._page_size)
+        held = self._groups.num_pages(request_id)
+        return held if self._tracked[request_id].rounds else held - self._groups.num_shared_pages(request_id)

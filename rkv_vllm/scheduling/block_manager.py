@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, KeysView, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vllm.utils.math_utils import cdiv
-from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -46,6 +45,11 @@ class CompactingManager(FullAttentionManager):
         super().__init__(*args, **kwargs)
         self._evicted: dict[str, int] = {}
         self._max_slots: dict[str, int] = {}
+
+    @property
+    def compacted(self) -> KeysView[str]:
+        """Requests that were compacted since they last started from nothing."""
+        return self._evicted.keys()
 
     # -- the request's pages -------------------------------------------------------------------------------
 
@@ -167,15 +171,6 @@ class CompactingManager(FullAttentionManager):
         least, most = cdiv(slots, self.block_size), cdiv(most_slots, self.block_size)
         assert least <= held <= most, f"{request_id} holds {held} pages, not {least} to {most}"
 
-    def check_integrity(self) -> None:
-        """Raises: AssertionError where a page of the pool is neither free nor owned, or both."""
-        pool = self.block_pool
-        owned = {page.block_id for pages in self.req_to_blocks.values() for page in pages}
-        free = pool.get_num_free_blocks()
-        assert free + len(owned) + 1 == pool.num_gpu_blocks, (  # vLLM's null block is the one
-            f"{free} free + {len(owned)} owned + 1 null is not {pool.num_gpu_blocks}"
-        )
-
     def _split(self, request_id: str, keep: int) -> tuple[list[KVCacheBlock], list[KVCacheBlock]]:
         """The request's pages: those that `keep` tokens fill, and the rest."""
         pages, num_kept = self.req_to_blocks[request_id], cdiv(keep, self.block_size)
@@ -250,17 +245,3 @@ def register_compacting_spec() -> None:
     # Registering ours first would make the registry believe that its built-ins are there already.
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(CompactingSpec, CompactingManager, uniform_type_base_spec=FullAttentionSpec)
-
-
-def compacting_manager(kv_cache_manager: KVCacheManager) -> CompactingManager:
-    """The manager that vLLM has made for the one group of layers.
-
-    Raises: ValueError where there are several groups, or it has made another one.
-    """
-    managers = kv_cache_manager.coordinator.single_type_managers
-    if len(managers) != 1 or not isinstance(managers[0], CompactingManager):
-        raise ValueError(
-            "rkv-vllm's scheduler needs one KV cache group under its own manager; found "
-            f"{[type(manager).__name__ for manager in managers]}: is rkv-vllm's worker selected too?"
-        )
-    return managers[0]

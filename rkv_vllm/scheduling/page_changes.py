@@ -8,7 +8,8 @@ from itertools import count
 from typing import Protocol
 
 from rkv_vllm.decisions.messages import Compaction, PageCompaction, TokenCompaction
-from rkv_vllm.scheduling.block_manager import CompactingManager, PageMove
+from rkv_vllm.scheduling.block_manager import PageMove
+from rkv_vllm.scheduling.page_groups import PageGroups
 from rkv_vllm.scheduling.tracked_request import TrackedRequest
 
 
@@ -34,33 +35,35 @@ class PageChanges(Protocol):
 class MovedTokens:
     """Survivors move to the front, and the emptied pages leave in the same step."""
 
-    def __init__(self, manager: CompactingManager) -> None:
-        self._manager = manager
-        self._moves: list[PageMove] = []
+    def __init__(self, groups: PageGroups) -> None:
+        self._groups = groups
+        self._moves: list[list[PageMove]] = []
 
     def num_needed(self, request_id: str, keep: int) -> int:
-        return self._manager.num_to_copy(request_id, keep)
+        return self._groups.num_to_copy(request_id, keep)
 
     def can_begin(self, request_id: str, keep: int) -> bool:
-        return self._manager.can_compact(request_id, keep)
+        return self._groups.can_compact(request_id, keep)
 
     def begin(self, counts: Compaction, reserved: int) -> Compaction:
-        move = self._manager.compact(counts.request_id, counts.keep, counts.evicted, reserved=reserved)
-        self._moves.append(move)
+        moves = self._groups.compact(counts.request_id, counts.keep, counts.evicted, reserved=reserved)
+        self._moves.append(moves)
         return TokenCompaction(
-            **asdict(counts), source_pages=move.source_pages, target_pages=move.target_pages
+            **asdict(counts),
+            source_pages=tuple(move.source_pages for move in moves),
+            target_pages=tuple(move.target_pages for move in moves),
         )
 
     def release(self) -> None:
         moves, self._moves = self._moves, []
-        self._manager.release(moves)
+        self._groups.release(moves)
 
 
 class WholePages:
     """Pages leave whole. Only the device knows which: they are counted as the request's until its report."""
 
-    def __init__(self, manager: CompactingManager, tracked: Mapping[str, TrackedRequest]) -> None:
-        self._manager = manager
+    def __init__(self, groups: PageGroups, tracked: Mapping[str, TrackedRequest]) -> None:
+        self._groups = groups
         self._tracked = tracked
         self._eviction_ids = count()
 
@@ -71,7 +74,7 @@ class WholePages:
         return True
 
     def begin(self, counts: Compaction, reserved: int) -> Compaction:
-        self._manager.stop_caching(counts.request_id)
+        self._groups.stop_caching(counts.request_id)
         tracked = self._tracked[counts.request_id]
         tracked.eviction_id = next(self._eviction_ids)
         return PageCompaction(**asdict(counts), eviction_id=tracked.eviction_id)

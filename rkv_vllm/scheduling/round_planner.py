@@ -11,8 +11,8 @@ from rkv_vllm.decisions.messages import Compaction, PageReport
 from rkv_vllm.decisions.query_rows import NO_QUERY_ROW, QueryRows
 from rkv_vllm.observability.tally import MetricTally
 from rkv_vllm.scheduling.auto_budgets import Order
-from rkv_vllm.scheduling.block_manager import CompactingManager
 from rkv_vllm.scheduling.page_changes import MovedTokens, PageChanges, WholePages
+from rkv_vllm.scheduling.page_groups import PageGroups
 from rkv_vllm.scheduling.tracked_request import TrackedRequest
 from rkv_vllm.settings.config import Granularity
 
@@ -20,8 +20,7 @@ from rkv_vllm.settings.config import Granularity
 class RoundPlanner:
     """Plans rounds from counts alone: never from a request's neighbours or from sampled tokens.
 
-    Owns the query rows and the list of requests that may be due. Changes a request's lengths, and its pages
-    through the block manager.
+    Owns the query rows and the list of requests that may be due. Changes a request's lengths, and its pages.
     """
 
     def __init__(
@@ -30,7 +29,7 @@ class RoundPlanner:
         granularity: Granularity,
         requests: Mapping[str, Request],
         tracked: Mapping[str, TrackedRequest],
-        manager: CompactingManager,
+        groups: PageGroups,
         query_rows: QueryRows,
         tally: MetricTally,
         preempt_one: Callable[[], Request],
@@ -42,7 +41,7 @@ class RoundPlanner:
             granularity: what leaves a request in a round.
             requests: the scheduler's requests by id, kept up to date by vLLM.
             tracked: those of them with a budget, kept up to date by the scheduler.
-            manager: holds their pages.
+            groups: hold their pages.
             query_rows: the rows of the query ring.
             tally: told what was planned, deferred and cancelled.
             preempt_one: preempts the request that vLLM would preempt next, and returns it.
@@ -51,14 +50,14 @@ class RoundPlanner:
         """
         self._requests = requests
         self._tracked = tracked
-        self._manager = manager
+        self._groups = groups
         self._query_rows = query_rows
         self._tally = tally
         self._preempt_one = preempt_one
         self._final_length = final_length
         self._has_drafts = has_drafts
         self._page_changes: PageChanges = (
-            WholePages(manager, tracked) if granularity == "page" else MovedTokens(manager)
+            WholePages(groups, tracked) if granularity == "page" else MovedTokens(groups)
         )
         self._may_be_due: list[Request] = []  # every request that is due, and some that are not
 
@@ -129,8 +128,8 @@ class RoundPlanner:
         tracked = self._tracked.get(report.request_id)
         if tracked is None or tracked.eviction_id != report.eviction_id:
             return  # finished, or started again: it has nothing of what is reported
-        tracked.update_peak_pages(self._manager.num_pages(report.request_id))
-        self._manager.remove_pages(report.request_id, report.pages)
+        tracked.update_peak_pages(self._groups.num_pages(report.request_id))
+        self._groups.remove_pages(report.request_id, report.pages)
         tracked.lengths.confirm_freed()
         self._may_be_due.append(self._requests[report.request_id])
 
@@ -179,7 +178,7 @@ class RoundPlanner:
             ):
                 return
             tracked.order_switch(switch_at, cause)
-            self._manager.set_max_slots(request.request_id, tracked.lengths.max_slots)
+            self._groups.set_max_slots(request.request_id, tracked.lengths.max_slots)
             if request.num_computed_tokens >= switch_at:
                 self._may_be_due.append(request)
 
@@ -218,7 +217,7 @@ class RoundPlanner:
 
     def _begin_round(self, request: Request, tracked: TrackedRequest, reserved: int) -> Compaction:
         request_id, logical, lengths = request.request_id, request.num_computed_tokens, tracked.lengths
-        tracked.update_peak_pages(self._manager.num_pages(request_id))
+        tracked.update_peak_pages(self._groups.num_pages(request_id))
         length = lengths.physical(logical)
         num_queries = tracked.settings.num_queries
         query_row = self._query_rows.row_of(request_id) if num_queries else NO_QUERY_ROW

@@ -34,7 +34,9 @@ from rkv_vllm.host.compatibility import refuse_unsupported
 from rkv_vllm.host.process_end import skip_last_collections_of_engine
 from rkv_vllm.observability.tally import MetricTally
 from rkv_vllm.scheduling.admission import AdmissionControl
-from rkv_vllm.scheduling.block_manager import compacting_manager, register_compacting_spec
+from rkv_vllm.scheduling.block_manager import register_compacting_spec
+from rkv_vllm.scheduling.page_groups import page_groups
+from rkv_vllm.scheduling.prefix_cache import shorter_hit
 from rkv_vllm.scheduling.request_settings import settings_of
 from rkv_vllm.scheduling.round_planner import RoundPlanner
 from rkv_vllm.scheduling.tracked_request import TrackedRequest, full_cache_result
@@ -66,17 +68,17 @@ class CompactingSchedulerMixin(_Scheduler):
         refuse_unsupported(vllm_config)
         skip_last_collections_of_engine()
         self._rkv_config = RkvConfig.from_additional_config(vllm_config.additional_config)
-        self._manager = compacting_manager(self.kv_cache_manager)
-        self._page_size: int = self._manager.block_size
+        self._most_rejected: int = self.num_spec_tokens * vllm_config.max_concurrent_batches  # drafts
+        self._groups = page_groups(self.kv_cache_manager, vllm_config, self._rkv_config)
         self._tracked: dict[str, TrackedRequest] = {}
         self._with_stop_strings: set[str] = set()
         self._refusals: list[tuple[int, EngineCoreOutput]] = []  # with the client that asked
-        pool = self.kv_cache_manager.block_pool
-        self._tally = MetricTally(self._page_size, pool.num_gpu_blocks - 1)  # less vLLM's null page
+        pool_pages = self.kv_cache_manager.block_pool.num_gpu_blocks - 1  # less vLLM's null page
+        self._tally = MetricTally(self._groups.page_size, pool_pages, self._groups.num_compacted)
         self._query_rows = QueryRows(num_query_rows(vllm_config.scheduler_config.max_num_seqs))
         self._admission = AdmissionControl(
             self.kv_cache_manager,
-            self._manager,
+            self._groups,
             self._tracked,
             max_model_len=self.max_model_len,
             max_num_batched_tokens=self.max_num_scheduled_tokens,
@@ -88,14 +90,13 @@ class CompactingSchedulerMixin(_Scheduler):
             granularity=self._rkv_config.granularity,
             requests=self.requests,
             tracked=self._tracked,
-            manager=self._manager,
+            groups=self._groups,
             query_rows=self._query_rows,
             tally=self._tally,
             preempt_one=self._preempt_one,
             final_length=self._admission.final_length,
             has_drafts=self.num_spec_tokens > 0,
         )
-        self._most_rejected: int = self.num_spec_tokens * vllm_config.max_concurrent_batches  # drafts
 
     # -- a request's life ----------------------------------------------------------------------------------
 
@@ -116,10 +117,10 @@ class CompactingSchedulerMixin(_Scheduler):
         self._tally.arrived(settings)
         if settings is not None:
             lengths = make_request_lengths(
-                self._rkv_config.granularity, request.num_prompt_tokens, settings, self._page_size
+                self._rkv_config.granularity, request.num_prompt_tokens, settings, self._groups.page_size
             )
             self._tracked[request.request_id] = TrackedRequest(lengths)
-            self._manager.set_max_slots(request.request_id, lengths.max_slots)
+            self._groups.set_max_slots(request.request_id, lengths.max_slots)
             self._admission.autos.arrived(request, lengths)
         reason = reason or self._admission.refusal(request)
         if reason is not None:
@@ -138,9 +139,9 @@ class CompactingSchedulerMixin(_Scheduler):
     def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
         tracked = self._tracked.get(request.request_id)
         if tracked is not None:
-            tracked.update_peak_pages(self._manager.num_pages(request.request_id))
+            tracked.update_peak_pages(self._groups.num_pages(request.request_id))
             tracked.restart()
-            self._manager.set_max_slots(request.request_id, tracked.lengths.max_slots)
+            self._groups.set_max_slots(request.request_id, tracked.lengths.max_slots)
             self._admission.running_requests_changed()
             self._planner.forget(request.request_id)
         self._tally.preempted(request.request_id, request.num_computed_tokens)
@@ -168,7 +169,7 @@ class CompactingSchedulerMixin(_Scheduler):
             self._admission.autos.ended(request.request_id)
         settings = tracked.settings if tracked else None
         self._tally.ended(request.request_id, settings, result, request.num_tokens)
-        self._manager.forget_max_slots(request.request_id)
+        self._groups.forget_max_slots(request.request_id)
         self._with_stop_strings.discard(request.request_id)
         self._planner.forget(request.request_id)
         # Connectors, which answer in this field too, are refused at start.
@@ -178,9 +179,9 @@ class CompactingSchedulerMixin(_Scheduler):
     def _result(self, request: Request) -> CompactionResult:
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
-            return full_cache_result(request.num_tokens, self._page_size)
-        tracked.update_peak_pages(self._manager.num_pages(request.request_id))
-        return tracked.result(request.num_tokens, self._page_size)
+            return full_cache_result(request, self._groups)
+        tracked.update_peak_pages(self._groups.num_pages(request.request_id))
+        return tracked.result(request, self._groups)
 
     # -- a step --------------------------------------------------------------------------------------------
 
@@ -224,11 +225,10 @@ class CompactingSchedulerMixin(_Scheduler):
         tracked = self._tracked.get(request.request_id)
         if tracked is not None:
             most = tracked.most_hit_tokens(num_hit_tokens, request.num_tokens, self.num_spec_tokens)
-            most = most // self._page_size * self._page_size
             if num_hit_tokens > most:
-                blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, most)
-                num_hit_tokens = most
-            tracked.found_in_cache([page.ref_cnt for page in blocks.blocks[0]])
+                blocks, num_hit_tokens = shorter_hit(self.kv_cache_manager, request, most)
+            tracked.found_in_cache(self._groups.holders(blocks.blocks))
+            boundary = boundary or tracked.resumes_at(request.num_tokens)
         return blocks, num_hit_tokens, boundary, diverged
 
     def update_from_output(
@@ -277,10 +277,10 @@ class CompactingSchedulerMixin(_Scheduler):
             tracked = self._tracked.get(request.request_id)
             logical = request.num_computed_tokens
             slots = tracked.lengths.allocated_slots(logical) if tracked else logical
-            self._manager.check_pages(request.request_id, slots, slots + self._most_rejected)
-        self._manager.check_integrity()
+            self._groups.check_pages(request.request_id, slots, slots + self._most_rejected)
+        self._groups.check_integrity()
         self._query_rows.check_integrity()
-        saved = sum(tracked.lengths.evicted // self._page_size for tracked in self._tracked.values())
+        saved = sum(self._groups.whole_pages(each.lengths.evicted) for each in self._tracked.values())
         assert self._tally.saved_pages == saved, f"{self._tally.saved_pages} pages saved, not {saved}"
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vllm.v1.request import Request
+
 from rkv_vllm.decisions.lengths import AutoLengths, RequestLengths
 from rkv_vllm.decisions.messages import KEPT_FULL_CACHE, NEVER_SHORT, TOO_SHORT, Compaction, CompactionResult
-from rkv_vllm.decisions.pages import num_pages
 from rkv_vllm.observability.metric_table import SwitchCause
+from rkv_vllm.scheduling.page_groups import PageGroups
 from rkv_vllm.settings.config import CompactionSettings
 from rkv_vllm.settings.values import AUTO
 
@@ -21,7 +23,7 @@ class TrackedRequest:
         unconstrained_until: that of `lengths`, or lower.
         rounds: compactions since it last started from nothing.
         compactions, evicted_tokens, peak_pages: the highest that each ever was, so that a request which ends
-            while preempted still says what happened to it.
+            while preempted still says what happened to it; pages are those of compacted groups.
         eviction_id: names its last `PageCompaction` since then; -1: none.
         hit_pages_of_one, hit_pages_of_several: pages that it found in the prefix cache, held by one other
             request and by several, when vLLM last looked.
@@ -78,6 +80,14 @@ class TrackedRequest:
             return most
         return max(min(most, num_hit_tokens - 1), 0)
 
+    def resumes_at(self, num_tokens: int) -> int:
+        """Where a later request on the same prompt can go on at the latest; 0: nothing keeps it from its end.
+
+        vLLM keeps windows of a prompt's end alone for others, unless it is told where else they are wanted.
+        """
+        most = self.lengths.cacheable(num_tokens)
+        return most if most < num_tokens else 0
+
     def found_in_cache(self, holders: list[int]) -> None:
         """Records how many requests hold each page of its prefix, when vLLM looks it up."""
         self.hit_pages_of_one = holders.count(1)
@@ -95,8 +105,11 @@ class TrackedRequest:
         self.eviction_id = -1
         self.order_cause = None
 
-    def result(self, num_tokens: int, page_size: int) -> CompactionResult:
-        """What compaction did to the request, which has `num_tokens` by now."""
+    def result(self, request: Request, groups: PageGroups) -> CompactionResult:
+        """What compaction did to the request."""
+        # A step that was scheduled ahead may have taken one page more.
+        without = max(groups.pages(_computed(request)), self.peak_pages)
+        others = groups.others.peak_pages(request.num_prompt_tokens, request.num_tokens)
         result = CompactionResult(
             budget=self.settings.budget,
             buffer=self.settings.buffer,
@@ -104,10 +117,9 @@ class TrackedRequest:
             protect=self.settings.protect or None,
             compactions=self.compactions,
             evicted_tokens=self.evicted_tokens,
-            peak_pages=self.peak_pages,
-            # A step that was scheduled ahead may have taken one page more.
-            pages_without_compaction=max(_computed_pages(num_tokens, page_size), self.peak_pages),
-            page_size=page_size,
+            peak_pages=self.peak_pages + others,
+            pages_without_compaction=without + others,
+            page_size=groups.page_size,
             reason=None if self.compactions else TOO_SHORT,
         )
         if isinstance(self.lengths, AutoLengths):
@@ -119,9 +131,10 @@ class TrackedRequest:
         return result
 
 
-def full_cache_result(num_tokens: int, page_size: int) -> CompactionResult:
-    """The result of a request of `num_tokens` that keeps its full cache."""
-    pages = _computed_pages(num_tokens, page_size)
+def full_cache_result(request: Request, groups: PageGroups) -> CompactionResult:
+    """The result of a request that keeps its full cache."""
+    pages = groups.pages(_computed(request))
+    pages += groups.others.peak_pages(request.num_prompt_tokens, request.num_tokens)
     return CompactionResult(
         budget=None,
         buffer=None,
@@ -131,14 +144,14 @@ def full_cache_result(num_tokens: int, page_size: int) -> CompactionResult:
         evicted_tokens=0,
         peak_pages=pages,
         pages_without_compaction=pages,
-        page_size=page_size,
+        page_size=groups.page_size,
         reason=KEPT_FULL_CACHE,
     )
 
 
-def _computed_pages(num_tokens: int, page_size: int) -> int:
-    """Pages of a full cache; the newest token has none yet.
+def _computed(request: Request) -> int:
+    """Tokens that are in a full cache; the newest one is not yet.
 
     vLLM's `num_computed_tokens` would not do: it is 0 for a request that ends while preempted.
     """
-    return num_pages(num_tokens - 1, page_size)
+    return request.num_tokens - 1

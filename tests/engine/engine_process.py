@@ -39,6 +39,10 @@ PAGE_SIZE = 32
 ABOVE_ANY_LENGTH = 4096
 
 
+#: Name of its spec, layers, tokens a page, KV heads, head size.
+Group = tuple[str, int, int, int, int]
+
+
 @dataclass(frozen=True)
 class Settings:
     """Settings of an engine.
@@ -47,7 +51,8 @@ class Settings:
     share each layer (tensor parallelism); `beyond_pool`: budget and buffer of a server that lets
     max_model_len exceed the pool; `dummy_weights`: of a folder that holds a configuration alone;
     `cache_dtype`: vLLM's name of what the cache holds; `drafts`: tokens that n-gram speculation drafts for a
-    request and step.
+    request and step; `skip_tokenizer`: of a checkpoint that has none; `dense_retention`: the prefix cache
+    keeps all pages of windows too; `max_model_len`, `step_tokens`: limits of requests and steps.
     """
 
     rkv: bool = True
@@ -62,6 +67,10 @@ class Settings:
     dummy_weights: bool = False
     cache_dtype: str = "auto"
     drafts: int = 0
+    skip_tokenizer: bool = False
+    dense_retention: bool = False
+    max_model_len: int = 2304
+    step_tokens: int = 512
 
 
 @dataclass(frozen=True)
@@ -101,7 +110,7 @@ class Step:
     Attributes:
         compacted: tokens before the compaction, by request.
         preempted: requests that lost all their pages.
-        pages: pages held after the step was scheduled, by running request.
+        pages: pages held after the step was scheduled, in all KV cache groups, by running request.
         computed: logical length after the step, by running request.
     """
 
@@ -161,8 +170,12 @@ class Engine:
         return self._process.submit(_rotary_pairs).result()
 
     def first_layer_keys(self, length: int) -> torch.Tensor:
-        """[KV heads, length, head size]: keys of the engine's first request, while no other has come."""
+        """[KV heads, length, head size]: of the newest request, in the first compacted layer."""
         return self._process.submit(_first_layer_keys, length).result()
+
+    def planned_and_made_groups(self) -> tuple[list[Group], list[Group]]:
+        """KV cache groups that a config lets expect, and those that vLLM has made of the loaded model."""
+        return self._process.submit(_planned_and_made_groups).result()
 
     def close(self) -> None:
         self._process.submit(_stop)
@@ -192,6 +205,10 @@ def _first_layer_keys(length: int) -> torch.Tensor:
     return _host.first_layer_keys(length)
 
 
+def _planned_and_made_groups() -> tuple[list[Group], list[Group]]:
+    return _host.planned_and_made_groups()
+
+
 def _stop() -> None:
     _host.stop()
 
@@ -202,7 +219,7 @@ class _Host:
 
         from rkv_vllm import rkv_engine_args
 
-        max_model_len = 2304
+        max_model_len = settings.max_model_len
         defaults: dict[str, Any] = {}
         if settings.beyond_pool is not None:
             budget, buffer = settings.beyond_pool
@@ -219,7 +236,7 @@ class _Host:
             rkv["scheduler_cls"] = settings.scheduler
         model_files: dict[str, Any] = {}
         if settings.dummy_weights:
-            model_files = {"load_format": "dummy", "skip_tokenizer_init": True}
+            model_files = {"load_format": "dummy"}
         speculation = {"method": "ngram", "num_speculative_tokens": settings.drafts, "prompt_lookup_max": 2}
         engine = LLM(
             model=str(model),
@@ -231,9 +248,11 @@ class _Host:
             max_model_len=max_model_len,
             tensor_parallel_size=settings.ranks,
             max_num_seqs=64,
-            max_num_batched_tokens=512,
+            max_num_batched_tokens=settings.step_tokens,
             enforce_eager=True,
+            prefix_cache_retention_interval=None if settings.dense_retention else 0,
             speculative_config=speculation if settings.drafts else None,
+            skip_tokenizer_init=settings.skip_tokenizer or settings.dummy_weights,
             **model_files,
             **rkv,
         ).llm_engine
@@ -241,6 +260,7 @@ class _Host:
         self._names: dict[str, int] = {}
         self._preemptions: dict[str, int] = {}
         self._steps: list[Step] = []
+        self._newcomer_pages: tuple[list[int], ...] = ()  # by KV cache group
         self._scheduler: Any = None
         if not settings.multiprocess:
             self._scheduler = engine.engine_core.engine_core.scheduler
@@ -280,13 +300,20 @@ class _Host:
         import torch
 
         def read(worker: Any) -> torch.Tensor:
-            cache = worker.model_runner._compactor._caches[0]
-            pages = torch.arange(1, 1 + -(-length // PAGE_SIZE))  # page 0 is the null page
-            keys: torch.Tensor = cache.read(pages, length)[0]
+            [(compactor, _)] = worker.model_runner._compactors.compactors
+            pages = torch.tensor(self._newcomer_pages[compactor.group.group_id])
+            keys: torch.Tensor = compactor._caches[0].read(pages, length)[0]
             return keys.clone()
 
         (keys,) = self._engine.collective_rpc(read)
         return keys
+
+    def planned_and_made_groups(self) -> tuple[list[Group], list[Group]]:
+        from rkv_vllm.host.kv_cache_groups import planned_groups
+
+        made = self._scheduler.kv_cache_manager.kv_cache_config.kv_cache_groups
+        planned = planned_groups(self._engine.vllm_config, PAGE_SIZE)
+        return ([_group(each) for each in planned], [_group(each) for each in made])
 
     def stop(self) -> None:
         # An engine core in a process of its own would keep this one from ending.
@@ -319,6 +346,8 @@ class _Host:
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             output = schedule(*args, **kwargs)
+            for newcomer in output.scheduled_new_reqs:
+                self._newcomer_pages = newcomer.block_ids
             self._check_integrity()
             self._steps.append(self._step(output))
             return output
@@ -328,7 +357,6 @@ class _Host:
     def _step(self, output: Any) -> Step:
         from rkv_vllm.decisions.messages import plan_of
 
-        held = self._manager.req_to_blocks
         running = {self._names[request.request_id]: request for request in self._scheduler.running}
         preempted = set()
         for name, request in self._scheduler.requests.items():
@@ -338,14 +366,18 @@ class _Host:
         return Step(
             compacted={self._names[round_.request_id]: round_.length for round_ in plan_of(output).rounds},
             preempted=frozenset(preempted),
-            pages={index: len(held[request.request_id]) for index, request in running.items()},
+            pages={index: self._num_pages(request.request_id) for index, request in running.items()},
             computed={index: request.num_computed_tokens for index, request in running.items()},
         )
 
     @property
-    def _manager(self) -> Any:
-        (manager,) = self._scheduler.kv_cache_manager.coordinator.single_type_managers
-        return manager
+    def _managers(self) -> Any:
+        return self._scheduler.kv_cache_manager.coordinator.single_type_managers
+
+    def _num_pages(self, request_id: str) -> int:
+        return sum(
+            not page.is_null for manager in self._managers for page in manager.req_to_blocks[request_id]
+        )
 
     def _check_integrity(self) -> None:
         if hasattr(self._scheduler, "check_integrity"):
@@ -360,7 +392,12 @@ class _Host:
         pool = self._scheduler.kv_cache_manager.block_pool
         free, total = pool.get_num_free_blocks(), pool.num_gpu_blocks
         assert free == total - 1, f"{free} of {total} pages are free, and one is vLLM's null page"
-        assert not any(self._manager.req_to_blocks.values())
+        assert not any(pages for manager in self._managers for pages in manager.req_to_blocks.values())
+
+
+def _group(made: Any) -> Group:
+    spec = made.kv_cache_spec
+    return (type(spec).__name__, len(made.layer_names), spec.block_size, spec.num_kv_heads, spec.head_size)
 
 
 def _note(output: Any, answer: Answer) -> None:

@@ -38,8 +38,8 @@ class IdentityScheduler(CompactingSchedulerMixin, Scheduler):
             moved.append(
                 TokenCompaction(
                     request_id=request.request_id,
-                    source_pages=tuple(page.block_id for page in before),
-                    target_pages=tuple(page.block_id for page in after),
+                    source_pages=(tuple(page.block_id for page in before),),
+                    target_pages=(tuple(page.block_id for page in after),),
                     length=request.num_computed_tokens,
                     keep=request.num_computed_tokens,
                     evicted=0,

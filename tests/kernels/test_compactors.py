@@ -12,13 +12,12 @@ from typing import Any
 import pytest
 import torch
 from support.paged_cache import DEVICE, PagedCache
-from support.plain_cache import PlainCache, PlainQueries, Tables
+from support.plain_cache import PlainCache, PlainQueries, Tables, all_layers
 
 from rkv_vllm.decisions.messages import TokenCompaction
 from rkv_vllm.decisions.query_rows import NO_QUERY_ROW
 from rkv_vllm.execution.cpu.compactor import CpuTokenCompactor
 from rkv_vllm.execution.gpu.compactor import GpuTokenCompactor
-from rkv_vllm.execution.stopwatch import CpuStopwatch
 from rkv_vllm.kernels import naive
 from rkv_vllm.kernels.rotary_pairs import RotaryPairs
 from rkv_vllm.policies import ScoreInputs, make_policies
@@ -34,6 +33,10 @@ LENGTH, KEEP, LOGICAL = 61, 40, 500
 PROTECT = 19
 
 VARIANTS = [(scope, order) for scope in ("head", "layer", "global") for order in ("temporal", "score")]
+
+
+#: Another group's pages come first in messages.
+ALL, OF_OTHERS = all_layers(LAYERS, place=1), (0, 1)
 
 
 class Setup:
@@ -65,8 +68,8 @@ class Setup:
                 policy=policy,
                 query_row=cache.rows[index] if NUM_QUERIES[policy] else NO_QUERY_ROW,
                 num_queries=NUM_QUERIES[policy],
-                source_pages=tuple(cache.source[index]),
-                target_pages=tuple(cache.source[index][: -(-KEEP // PAGE)]),
+                source_pages=(OF_OTHERS, tuple(cache.source[index])),
+                target_pages=(OF_OTHERS, tuple(cache.source[index][: -(-KEEP // PAGE)])),
                 protect=protect,
             )
             for index, policy in enumerate(POLICY_NAMES)
@@ -74,7 +77,7 @@ class Setup:
 
     def tokens(self, layers: torch.Tensor, compaction: TokenCompaction, length: int) -> torch.Tensor:
         """[L, H, length, 2 D] of a request."""
-        pages = list(compaction.source_pages)
+        pages = list(compaction.source_pages[ALL.place])
         return layers[:, pages].transpose(1, 2).flatten(2, 3)[:, :, :length]
 
     def expected(self, compaction: TokenCompaction) -> torch.Tensor:
@@ -119,9 +122,11 @@ def test_the_cpu_keeps_what_the_reference_keeps(scope: Scope, order: Order, prot
     caches: Any = [PlainCache(layer.clone(), SCALE, PAGE) for layer in setup.layers]
     queries: Any = PlainQueries(setup.queries)
     tables = Tables()
-    CpuTokenCompactor(caches, queries, setup.config, setup.policies, PAIRS).run(setup.compactions, tables)
+    CpuTokenCompactor(caches, queries, setup.config, setup.policies, PAIRS, ALL).run(
+        setup.compactions, tables
+    )
     setup.check(torch.stack([cache.data for cache in caches]))
-    assert tables.pages == {c.request_id: c.target_pages for c in setup.compactions}
+    assert tables.pages == {c.request_id: c.target_pages[ALL.place] for c in setup.compactions}
 
 
 @pytest.mark.parametrize(
@@ -130,9 +135,7 @@ def test_the_cpu_keeps_what_the_reference_keeps(scope: Scope, order: Order, prot
     if DEVICE.type == "cuda"
     else [("layer", "temporal", 0), ("global", "score", PROTECT)],
 )
-def test_the_gpu_keeps_what_the_reference_keeps(
-    scope: Scope, order: Order, protect: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_gpu_keeps_what_the_reference_keeps(scope: Scope, order: Order, protect: int) -> None:
     """Proves the same of the kernels, for policies with scores of their own and those scored in torch."""
     setup = Setup(scope, order, protect)
     layers = [layer.to(DEVICE) for layer in setup.layers.clone()]
@@ -142,15 +145,14 @@ def test_the_gpu_keeps_what_the_reference_keeps(
         lambda: torch.full((LAYERS, HEADS), SCALE, device=DEVICE),
         setup.config,
         setup.policies,
+        group=ALL,
         pairs=PAIRS,
         longest=LENGTH,
         ranks_per_kv_head=1,
     )
-    if DEVICE.type == "cpu":
-        monkeypatch.setattr(compactor, "stopwatch", CpuStopwatch())
     tables = Tables()
     chosen = [c for c in setup.compactions if DEVICE.type == "cpu" or c.policy != "random"]
     compactor.run(chosen, tables)  # random draws otherwise on a GPU than the CPU's reference
     setup.compactions = chosen
     setup.check(torch.stack(layers).cpu())
-    assert tables.pages == {c.request_id: c.target_pages for c in chosen}
+    assert tables.pages == {c.request_id: c.target_pages[ALL.place] for c in chosen}

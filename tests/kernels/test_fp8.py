@@ -13,11 +13,11 @@ import torch
 import triton
 import triton.language as tl
 from support.paged_cache import DEVICE, GPU, PagedCache
+from support.plain_cache import all_layers
 
 from rkv_vllm.decisions.messages import PageCompaction, TokenCompaction
 from rkv_vllm.decisions.query_rows import NO_QUERY_ROW
 from rkv_vllm.execution.gpu.compactor import GpuPageCompactor, GpuTokenCompactor
-from rkv_vllm.execution.stopwatch import CpuStopwatch
 from rkv_vllm.kernels.cache_layout import FP8, PagedKV
 from rkv_vllm.kernels.compaction_round import CompactionRound
 from rkv_vllm.kernels.decode import decoded
@@ -82,6 +82,7 @@ class Setup:
                 lambda: cache.factors,
                 config,
                 make_policies(config),
+                group=all_layers(2),
                 pairs=RotaryPairs(32),
                 longest=max(lengths),
                 ranks_per_kv_head=1,
@@ -120,9 +121,7 @@ class Tables:
 
 
 @FORMATS
-def test_rounds_over_bytes_are_rounds_over_numbers(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rounds_over_bytes_are_rounds_over_numbers(dtype: torch.dtype) -> None:
     """Proves for every policy that an FP8 cache keeps the bytes of the tokens that its numbers would keep."""
     setup = Setup(dtype, "token")
     rounds = [
@@ -130,15 +129,13 @@ def test_rounds_over_bytes_are_rounds_over_numbers(
             **setup.common(index),
             keep=40,
             evicted=length - 40,
-            source_pages=tuple(setup.cache.source[index]),
-            target_pages=tuple(setup.cache.source[index][:3]),
+            source_pages=(tuple(setup.cache.source[index]),),
+            target_pages=(tuple(setup.cache.source[index][:3]),),
         )
         for index, length in enumerate(setup.cache.lengths)
     ]
     before = torch.stack(setup.layers["numbers"])
     for compactor in setup.compactors.values():
-        if DEVICE.type == "cpu":
-            monkeypatch.setattr(compactor, "stopwatch", CpuStopwatch())
         compactor.run(rounds, Tables())
     numbers = torch.stack(setup.layers["numbers"])
     assert not torch.equal(numbers, before)
@@ -146,12 +143,10 @@ def test_rounds_over_bytes_are_rounds_over_numbers(
 
 
 @FORMATS
-def test_pages_leave_by_bytes_as_by_numbers(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_leave_by_bytes_as_by_numbers(dtype: torch.dtype) -> None:
     """Proves for every policy that the same pages leave an FP8 cache as one of its numbers."""
     setup, reports = Setup(dtype, "page"), []
     for compactor in setup.compactors.values():
-        if DEVICE.type == "cpu":
-            monkeypatch.setattr(compactor, "stopwatch", CpuStopwatch())
         table = torch.zeros(len(POLICY_NAMES), 8, dtype=torch.int32, device=DEVICE)
         for row, pages in zip(table, setup.cache.source, strict=True):
             row[: len(pages)] = torch.tensor(pages)

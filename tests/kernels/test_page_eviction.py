@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import pytest
 import torch
 from support.paged_cache import DEVICE, PagedCache
+from support.plain_cache import all_layers
 
 from rkv_vllm.decisions.messages import PageCompaction, PageReport
 from rkv_vllm.decisions.query_rows import NO_QUERY_ROW
 from rkv_vllm.execution.gpu.compactor import GpuPageCompactor
-from rkv_vllm.execution.stopwatch import CpuStopwatch
 from rkv_vllm.kernels import naive
 from rkv_vllm.kernels.page_eviction import choose_pages, drop_pages
 from rkv_vllm.kernels.rotary_pairs import RotaryPairs
@@ -85,7 +85,7 @@ class Tables:
         self.num_pages[request_id] = pages
 
 
-def test_the_gpu_compactor_drops_the_pages_of_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpu_compactor_drops_the_pages_of_the_definition() -> None:
     """Proves for every policy, in one batch, that the lowest means over tokens, heads and layers leave."""
     config, scale = RkvConfig(granularity="page", mix_lambda=0.3), 32**-0.5
     rounds: list[tuple[PolicyName, int, int]] = [
@@ -109,6 +109,7 @@ def test_the_gpu_compactor_drops_the_pages_of_the_definition(monkeypatch: pytest
         lambda: cache.factors,
         config,
         policies,
+        group=all_layers(2),
         pairs=pairs,
         longest=1024,
         ranks_per_kv_head=1,
@@ -134,8 +135,6 @@ def test_the_gpu_compactor_drops_the_pages_of_the_definition(monkeypatch: pytest
             )
         )
 
-    if DEVICE.type == "cpu":
-        monkeypatch.setattr(compactor, "stopwatch", CpuStopwatch())
     tables = Tables({str(index): table[index + 2] for index in range(len(rounds))})
     compactor.run(evictions, tables)
     (step,) = compactor.take_evicted()

@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import torch
 from support.paged_cache import DEVICE, PagedCache
-from support.plain_cache import PlainCache, PlainQueries, Tables
+from support.plain_cache import PlainCache, PlainQueries, Tables, all_layers
 
 from rkv_vllm.decisions.messages import PageCompaction, TokenCompaction
 from rkv_vllm.decisions.query_rows import NO_QUERY_ROW
 from rkv_vllm.execution.cpu.compactor import CpuTokenCompactor
 from rkv_vllm.execution.gpu.compactor import GpuPageCompactor, GpuTokenCompactor
-from rkv_vllm.execution.stopwatch import CpuStopwatch
 from rkv_vllm.inspection import cpu_hooks, gpu_hooks
 from rkv_vllm.inspection.recorder import Record, Recorder
 from rkv_vllm.kernels.rotary_pairs import RotaryPairs
@@ -39,20 +38,18 @@ CASES: list[tuple[PolicyName, Scope, Order]] = [
 def on_gpu(
     kind: type[GpuTokenCompactor | GpuPageCompactor], cache: PagedCache, config: RkvConfig, longest: int
 ) -> Any:
-    """The GPU's compactor of a cache; in Triton's interpreter it takes the CPU's clock."""
-    compactor: Any = kind(
+    """The GPU's compactor of a cache."""
+    return kind(
         cache.layers,
         cache.queries,
         lambda: cache.factors,
         config,
         make_policies(config),
+        group=all_layers(len(cache.layers)),
         pairs=PAIRS,
         longest=longest,
         ranks_per_kv_head=1,
     )
-    if DEVICE.type == "cpu":
-        compactor.stopwatch = CpuStopwatch()
-    return compactor
 
 
 class TwoRounds:
@@ -91,7 +88,9 @@ class TwoRounds:
         else:
             caches: Any = [PlainCache(layer, SCALE, PAGE) for layer in self._cache.layers]
             queries: Any = PlainQueries(self._cache.queries)
-            compactor = CpuTokenCompactor(caches, queries, config, make_policies(config), PAIRS)
+            compactor = CpuTokenCompactor(
+                caches, queries, config, make_policies(config), PAIRS, all_layers(LAYERS)
+            )
         recorder = Recorder()
         (gpu_hooks if device == "gpu" else cpu_hooks).record_rounds(compactor, recorder)
         first = self._tokens(FIRST)
@@ -116,8 +115,8 @@ class TwoRounds:
             policy=self._policy,
             query_row=self._cache.rows[0] if num_queries else NO_QUERY_ROW,
             num_queries=num_queries,
-            source_pages=tuple(self._cache.source[0][: -(-length // PAGE)]),
-            target_pages=tuple(self._cache.source[0][: -(-KEEP // PAGE)]),
+            source_pages=(tuple(self._cache.source[0][: -(-length // PAGE)]),),
+            target_pages=(tuple(self._cache.source[0][: -(-KEEP // PAGE)]),),
         )
 
     def _tokens(self, length: int) -> torch.Tensor:

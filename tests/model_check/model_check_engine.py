@@ -9,15 +9,17 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
-from request_model import STOP_TOKEN, VOCABULARY, RequestModel, unshortened
+import torch
+from request_model import STOP_TOKEN, VOCABULARY, RequestModel, Window, stored, unshortened
 from symbolic_worker import Drafter, Memory, SymbolicRunner
 from vllm.config import VllmConfig
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.utils.math_utils import cdiv
-from vllm.v1.core.kv_cache_utils import get_block_hash, get_request_block_hasher
+from vllm.v1.core.kv_cache_utils import get_block_hash, get_group_id, get_request_block_hasher
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, KVCacheSpec, SlidingWindowSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
@@ -82,7 +84,9 @@ class Setup:
     Without `keeps_room` requests are admitted as in stock vLLM, so that more of them are preempted.
     `query_rows` are as many as on a server of `max_num_seqs` where it is None. `restless` is an operator who
     pauses the engine now and then, and a data-parallel neighbour that asks for steps without prefill. With
-    `drafts` a step verifies up to so many a request, each right with a chance of `luck`.
+    `drafts` a step verifies up to so many a request, each right with a chance of `luck`. `groups` are those
+    of the model's layers; None: they are compacted. With `dense_retention` the prefix cache keeps all pages
+    of windows.
     """
 
     num_pages: int
@@ -100,6 +104,8 @@ class Setup:
     v2_runner: bool = False
     drafts: int = 0
     luck: float = 0.7
+    groups: tuple[Window | None, ...] = (None,)
+    dense_retention: bool = False
     config: RkvConfig = field(default_factory=RkvConfig)
     reset_at_steps: frozenset[int] = frozenset()
     seed: int = 0
@@ -107,6 +113,42 @@ class Setup:
     @property
     def num_query_rows(self) -> int:
         return self.query_rows or num_query_rows(self.max_num_seqs)
+
+    @property
+    def window(self) -> Window | None:
+        """All groups that are not compacted have the same one."""
+        return next((window for window in self.groups if window is not None), None)
+
+    def specs(self) -> list[KVCacheSpec | None]:
+        """The groups as vLLM knows them."""
+        return [None if window is None else self._spec(window) for window in self.groups]
+
+    def _spec(self, window: Window) -> SlidingWindowSpec | ChunkedLocalAttentionSpec:
+        common: dict[str, Any] = {
+            "block_size": self.page_size,
+            "num_kv_heads": 1,
+            "head_size": 8,
+            "dtype": torch.float32,
+        }
+        if window.chunked:
+            return ChunkedLocalAttentionSpec(attention_chunk_size=window.size, **common)
+        return SlidingWindowSpec(sliding_window=window.size, **common)
+
+    def pages_of_windows(self, length: int) -> int:
+        """Pages that vLLM wants for a request of that length in groups that are not compacted."""
+        in_flight = self.depth * self.max_num_batched_tokens
+        return sum(
+            min(
+                cdiv(length, self.page_size),
+                self._spec(window).max_admission_blocks_per_request(in_flight, MAX_MODEL_LEN),
+            )
+            for window in self.groups
+            if window is not None
+        )
+
+    @property
+    def num_compacted(self) -> int:
+        return self.groups.count(None)
 
     @property
     def evicted_page_size(self) -> int | None:
@@ -141,6 +183,8 @@ def make_scheduler(setup: Setup) -> CompactingScheduler | CompactingAsyncSchedul
             policy="priority" if setup.priorities else "fcfs",
             v2_runner=setup.v2_runner,
             num_drafts=setup.drafts,
+            groups=setup.specs(),
+            dense_retention=setup.dense_retention,
             watermark=setup.watermark,
             long_prefill_token_threshold=setup.long_prefill_token_threshold,
         )
@@ -157,14 +201,16 @@ class Engine:
         self.scheduler = make_scheduler(setup)
         self.models = {
             arrival.request_id: RequestModel(
-                len(arrival.prompt), arrival.settings(setup.config), setup.evicted_page_size
+                len(arrival.prompt), arrival.settings(setup.config), setup.evicted_page_size, setup.window
             )
             for arrival in arrivals
         }
         self.arrivals = {arrival.request_id: arrival for arrival in arrivals}
         self.memory = Memory(setup.num_pages, setup.page_size, setup.num_query_rows)
         drafter = Drafter(setup.drafts, setup.luck, setup.seed) if setup.drafts else None
-        self.runner = SymbolicRunner(self.memory, self.models, runs_ahead=setup.depth > 1, drafter=drafter)
+        self.runner = SymbolicRunner(
+            self.memory, self.models, runs_ahead=setup.depth > 1, drafter=drafter, groups=setup.groups
+        )
         self._due: list[str] = []
         self._known_to_be_due: list[str] = []
         self._watch_preemptions()
@@ -191,7 +237,8 @@ class Engine:
         preempt = self.scheduler._preempt_request
 
         def watched(request: Request, *args: Any, **kwargs: Any) -> None:
-            held, name = len(self._manager.req_to_blocks[request.request_id]), request.request_id
+            name = request.request_id
+            held = self.scheduler._groups.num_pages(name)
             self.peak_pages[name] = max(self.peak_pages[name], held)
             computed = request.num_computed_tokens
             self._replayed_until[name] = max(computed, self._replayed_until.get(name, 0))
@@ -290,8 +337,9 @@ class Engine:
         self.counts["evicted tokens"] += sum(round_.length - round_.keep for round_ in plan.rounds)
         self.counts["dropped compactions"] += len(set(due) & preempted)
         for compaction in by_token:
-            heads = zip(compaction.source_pages, compaction.target_pages, strict=False)
-            self.counts["copied pages"] += sum(source != target for source, target in heads)
+            for sources, targets in zip(compaction.source_pages, compaction.target_pages, strict=True):
+                heads = zip(sources, targets, strict=False)
+                self.counts["copied pages"] += sum(source != target for source, target in heads)
         for request_id in self._replayed_until.keys() & output.num_scheduled_tokens.keys():
             end, until = self.requests[request_id].num_computed_tokens, self._replayed_until[request_id]
             first = end - output.num_scheduled_tokens[request_id]
@@ -393,16 +441,19 @@ class Engine:
     def check_pages(self) -> None:
         """Every page is in exactly one place, and counted by exactly its owners."""
         self.scheduler.check_integrity()
-        manager = self._manager
         pool = self.scheduler.kv_cache_manager.block_pool
         owners: Counter[int] = Counter()
-        for request_id, pages in manager.req_to_blocks.items():
-            ids = [page.block_id for page in pages]
+        held: dict[str, list[int]] = {}
+        for manager in self._managers:
+            for request_id, pages in manager.req_to_blocks.items():
+                held.setdefault(request_id, []).extend(page.block_id for page in pages if not page.is_null)
+        for request_id, ids in held.items():
             assert len(set(ids)) == len(ids), f"{request_id} holds a page twice"
             owners.update(ids)
-            self.peak_pages[request_id] = max(self.peak_pages[request_id], len(ids))
+            compacted = self.scheduler._groups.num_pages(request_id)
+            self.peak_pages[request_id] = max(self.peak_pages[request_id], compacted)
             most = self.models[request_id].max_slots_by_page
-            assert most is None or len(ids) <= cdiv(most, self.setup.page_size), "too many pages are leaving"
+            assert most is None or compacted <= cdiv(most, self.setup.page_size), "too many pages are leaving"
         free = [page.block_id for page in pool.free_block_queue.get_all_free_blocks()]
         assert len(set(free)) == len(free) == pool.get_num_free_blocks(), "a page is free twice"
         assert not owners.keys() & set(free), "a page is free and owned"
@@ -415,21 +466,27 @@ class Engine:
                 )
 
     @property
+    def _managers(self) -> Any:
+        return self.scheduler.kv_cache_manager.coordinator.single_type_managers
+
+    @property
     def _manager(self) -> Any:
-        return self.scheduler.kv_cache_manager.coordinator.single_type_managers[0]
+        """That of the first group that is compacted."""
+        return self.scheduler._groups._compacted[0]
 
     def check_cached_pages(self) -> None:
         """Every page that the prefix cache offers holds what its hash promises."""
         size = self.setup.page_size
         promised: dict[bytes, list[int]] = {}
         for request in self.requests.values():
-            symbols = unshortened(request.all_token_ids)
+            symbols = unshortened(request.all_token_ids, self.setup.window)
             for index, block_hash in enumerate(request.block_hashes):
                 promised[block_hash] = symbols[index * size : (index + 1) * size]
         for page in self.scheduler.kv_cache_manager.block_pool.blocks:
             if page.block_hash is not None:
-                found = self.memory.read([page.block_id], size)
-                assert found == promised[get_block_hash(page.block_hash)], "a cached page was overwritten"
+                found, group = self.memory.read([page.block_id], size), get_group_id(page.block_hash)
+                expected = [stored(symbol, group) for symbol in promised[get_block_hash(page.block_hash)]]
+                assert found == expected, f"a cached page of group {group} is not what its hash says"
                 self.counts["cached pages checked"] += 1
 
     def _settled_points(self, request_id: str) -> list[int]:
@@ -444,7 +501,7 @@ class Engine:
         pool = self.scheduler.kv_cache_manager.block_pool
         assert pool.get_num_free_blocks() == self.setup.num_pages - 1, "the pool is not whole again"
         assert not self.scheduler.requests and not self.scheduler._tracked
-        assert not self.scheduler._manager._evicted and not self.scheduler._manager._max_slots
+        assert not any(each._evicted or each._max_slots for each in self.scheduler._groups._compacted)
         rows = self.scheduler._query_rows
         assert len(rows._free) == rows.num_rows, "a query row was not given back"
         for model in self.models.values():
@@ -492,6 +549,8 @@ class Engine:
             assert model.most_evicted == points[-1] - settings.budget
         assert (result["reason"] is None) == (result["compactions"] > 0)
         length = len(self.arrivals[request_id].prompt) + len(self.tokens[request_id]) - 1
-        without = cdiv(length, self.setup.page_size)
-        assert result["peak_pages"] == (without if settings is None else self.peak_pages[request_id])
+        others = self.scheduler._groups.others.peak_pages(len(self.arrivals[request_id].prompt), length + 1)
+        without = cdiv(length, self.setup.page_size) * self.setup.num_compacted + others
+        peak = self.peak_pages[request_id] + others
+        assert result["peak_pages"] == (without if settings is None else peak)
         assert result["pages_without_compaction"] == max(without, result["peak_pages"])

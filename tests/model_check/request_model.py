@@ -70,12 +70,42 @@ def leaving_pages(
     return sorted(chooser.sample(range(protected, candidates), num_pages - keep))
 
 
-def unshortened(tokens: Sequence[int]) -> list[int]:
+@dataclass(frozen=True)
+class Window:
+    """What layers see that are not compacted: the newest `size` tokens, or those of a chunk of `size`."""
+
+    size: int
+    chunked: bool = False
+
+    def first(self, position: int) -> int:
+        """The first position that a token sees; the last is its own."""
+        return position // self.size * self.size if self.chunked else max(position - self.size + 1, 0)
+
+
+def seen(attended: int, text: Sequence[int], window: Window | None) -> int:
+    """What the next token attends to in all groups of layers.
+
+    Args:
+        attended: the attention state of compacted groups.
+        text: symbols of all tokens before it, by position.
+        window: of the other groups; None: there are none.
+    """
+    if window is None:
+        return attended
+    return hash((attended, tuple(text[window.first(len(text)) :])))
+
+
+def stored(symbol: int, group: int) -> int:
+    """What a token leaves in a group of layers: no group can take another one's for its own."""
+    return hash((symbol, group)) if group else symbol
+
+
+def unshortened(tokens: Sequence[int], window: Window | None = None) -> list[int]:
     """The symbols of tokens that were computed with nothing evicted, as the prefix cache holds them."""
     symbols: list[int] = []
     attended = NOTHING
     for position, token in enumerate(tokens):
-        symbols.append(symbol_of(token, position, attended))
+        symbols.append(symbol_of(token, position, seen(attended, symbols, window)))
         attended = attend(attended, symbols[-1])
     return symbols
 
@@ -93,24 +123,33 @@ class RequestModel:
     """One request from its start, or its last preemption, on.
 
     `page_size` is that of an engine which evicts whole pages, and None of one which evicts tokens. `symbols`
-    are the slots in order; `points` the logical lengths at which it was compacted since it last started from
+    are the slots in order, `text` what was computed for each position, and `window` that of groups of layers
+    which are not compacted; `points` the logical lengths at which it was compacted since it last started from
     nothing, the last of its `lives`; `awaited` the sequence of the page eviction whose report has not come
     back, if any; `most_evicted` tokens over all lives. With budget "auto", `ordered` is where the scheduler
-    says that it has to switch, and `switched` where it first did.
+    says that it has to switch, and `switched` where it first did. `state` is the attention state of what is
+    compacted.
     """
 
     num_prompt_tokens: int
     settings: CompactionSettings | None
     page_size: int | None = None
+    window: Window | None = None
     symbols: list[int] = field(default_factory=list)
+    text: list[int] = field(default_factory=list)
     logical: int = 0
-    attended: int = NOTHING
+    state: int = NOTHING
     points: list[int] = field(default_factory=list)
     lives: list[list[int]] = field(default_factory=list)
     awaited: int | None = None
     most_evicted: int = 0
     ordered: int | None = None
     switched: int | None = None
+
+    @property
+    def attended(self) -> int:
+        """What the next token attends to."""
+        return seen(self.state, self.text, self.window)
 
     @property
     def due(self) -> int | None:
@@ -134,17 +173,20 @@ class RequestModel:
 
     def start(self, cached: Sequence[int]) -> None:
         """From nothing, with these tokens adopted from the prefix cache."""
-        self.symbols = unshortened(cached)
+        self.symbols = unshortened(cached, self.window)
+        self.text = list(self.symbols)
         self.logical = len(cached)
-        self.attended = attend_all(self.symbols)
+        self.state = attend_all(self.symbols)
         self.lives.append([])
         self.points = self.lives[-1]
         self.awaited = None
 
     def compute(self, tokens: Sequence[int]) -> None:
         for token in tokens:
-            self.symbols.append(symbol_of(token, self.logical, self.attended))
-            self.attended = attend(self.attended, self.symbols[-1])
+            symbol = symbol_of(token, self.logical, self.attended)
+            self.symbols.append(symbol)
+            self.text.append(symbol)
+            self.state = attend(self.state, symbol)
             self.logical += 1
 
     def newest_queries(self) -> list[int] | None:
@@ -170,7 +212,7 @@ class RequestModel:
             assert len(kept) <= keep * self.page_size
         assert kept[: self.settings.protect] == list(range(self.settings.protect))
         self.symbols = [self.symbols[slot] for slot in kept]
-        self.attended = attend_all(self.symbols)
+        self.state = attend_all(self.symbols)
         self.most_evicted = max(self.most_evicted, self.logical - len(self.symbols))
 
     def reached(self) -> list[int]:

@@ -7,6 +7,7 @@ sees, however far ahead the scheduler is.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import CellType, FunctionType, SimpleNamespace
 from typing import Any
@@ -16,9 +17,11 @@ import torch
 from request_model import (
     VOCABULARY,
     RequestModel,
+    Window,
     attend,
     leaving_pages,
     sampled_token,
+    stored,
     survivors,
     symbol_of,
 )
@@ -28,8 +31,12 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, DraftTokenIds, ModelRunne
 from vllm.v1.worker.utils import AttentionGroup
 
 from rkv_vllm.decisions.messages import Compaction, PageCompaction, PageReport, TokenCompaction
+from rkv_vllm.execution.attention_groups import make_physical
+from rkv_vllm.execution.compactor import GroupCompactors
 from rkv_vllm.execution.cpu.compactor import CpuTables
+from rkv_vllm.execution.cpu.group_table import CpuGroupTable
 from rkv_vllm.execution.cpu.runner import CompactingCpuRunner
+from rkv_vllm.execution.layer_groups import LayerGroup
 from rkv_vllm.execution.stopwatch import CpuStopwatch
 from rkv_vllm.settings.policy_table import RING_SIZE
 
@@ -40,7 +47,7 @@ WRONG = -1
 
 
 class Memory:
-    """The pages of one layer, and the rows of the query ring."""
+    """The pages of the pool, with what one layer of their owner's group has there, and the query ring."""
 
     def __init__(self, num_pages: int, page_size: int, num_query_rows: int) -> None:
         self.page_size = page_size
@@ -78,13 +85,22 @@ class SymbolicQueryRing:
 
 
 class SymbolicCompactor:
-    """Stands for the compactors, and compares what it finds with the request's model."""
+    """Stands for the compactor of a group, and compares what it finds with the request's model.
 
-    def __init__(self, memory: Memory, models: dict[str, RequestModel]) -> None:
+    All groups keep the same slots; `is_last` has the model go on behind the round.
+    """
+
+    def __init__(
+        self, memory: Memory, models: dict[str, RequestModel], group: LayerGroup, is_last: bool
+    ) -> None:
         self._memory = memory
         self._models = models
-        self.stopwatch = CpuStopwatch()
+        self._group = group
+        self._is_last = is_last
         self._evicted: list[PageReport] = []
+
+    def warm_up(self) -> None:
+        """There is nothing to compile."""
 
     def run(self, rounds: list[Compaction], tables: CpuTables) -> None:
         """Newest first, to show that the order does not matter: a device runs them side by side."""
@@ -92,7 +108,7 @@ class SymbolicCompactor:
         for round_ in reversed(rounds):
             if isinstance(round_, TokenCompaction):
                 self._move(round_)
-                tables.replace_pages(round_.request_id, round_.target_pages)
+                tables.replace_pages(round_.request_id, round_.target_pages[self._group.place])
             else:
                 assert isinstance(round_, PageCompaction)
                 self._evict(round_, tables)
@@ -102,10 +118,12 @@ class SymbolicCompactor:
         return evicted
 
     def _move(self, compaction: TokenCompaction) -> None:
-        symbols, queries = self._find(compaction, compaction.source_pages)
+        symbols, queries = self._find(compaction, compaction.source_pages[self._group.place])
         kept = survivors(symbols, queries, compaction.keep, compaction.protect)
-        self._memory.write(compaction.target_pages, [symbols[slot] for slot in kept])
-        self._models[compaction.request_id].compact()
+        contents = [stored(symbols[slot], self._group.group_id) for slot in kept]
+        self._memory.write(compaction.target_pages[self._group.place], contents)
+        if self._is_last:
+            self._models[compaction.request_id].compact()
 
     def _evict(self, compaction: PageCompaction, tables: CpuTables) -> None:
         pages = tables.pages_of(compaction.request_id)
@@ -127,17 +145,23 @@ class SymbolicCompactor:
         who = f"{round_.request_id} at logical length {model.logical}"
         assert round_.logical_length == model.logical, f"{who}: {round_}"
         assert model.settings is not None and round_.policy == model.settings.policy
-        symbols = self._memory.read(pages, round_.length)
-        assert symbols == model.symbols, f"{who}: its pages hold something else"
+        symbols = list(model.symbols)
+        expected = [stored(symbol, self._group.group_id) for symbol in symbols]
+        assert self._memory.read(pages, round_.length) == expected, f"{who}: its pages hold something else"
         return symbols, self._queries(round_, model, who) if round_.num_queries else None
 
     @staticmethod
     def _check_apart(compactions: list[TokenCompaction]) -> None:
-        for one in compactions:
-            for other in compactions:
-                if one is not other:
-                    both = set(one.target_pages) & set(other.source_pages + other.target_pages)
-                    assert not both, f"{one.request_id} writes pages {both} of {other.request_id}"
+        apart = [
+            (one.request_id, place, set(one.source_pages[place]), set(one.target_pages[place]))
+            for one in compactions
+            for place in range(len(one.source_pages))
+        ]
+        for name, place, _, targets in apart:
+            for other, other_place, other_sources, other_targets in apart:
+                if (name, place) != (other, other_place):
+                    both = targets & (other_sources | other_targets)
+                    assert not both, f"{name} writes pages {both} of {other} in group {place}"
 
     def _queries(self, round_: Compaction, model: RequestModel, who: str) -> list[int]:
         """The newest queries, oldest first, found where position modulo `RING_SIZE` says."""
@@ -150,18 +174,18 @@ class SymbolicCompactor:
 
 
 class BlockTable:
-    """vLLM's block table in lists: rows follow the batch, as they do in `MultiGroupBlockTable`."""
+    """vLLM's block table of a group in lists."""
 
     def __init__(self, page_size: int) -> None:
         self._page_size = page_size
         self.rows: list[list[int]] = []
         self.slot_mapping: list[int] = []
 
-    def add_row(self, block_ids: tuple[list[int], ...], row_idx: int) -> None:
-        self.rows[row_idx] = list(block_ids[0])
+    def add_row(self, block_ids: list[int], row_idx: int) -> None:
+        self.rows[row_idx] = list(block_ids)
 
-    def append_row(self, block_ids: tuple[list[int], ...], row_idx: int) -> None:
-        self.rows[row_idx] += block_ids[0]
+    def append_row(self, block_ids: list[int], row_idx: int) -> None:
+        self.rows[row_idx] += block_ids
 
     def compute_slot_mapping(
         self, num_reqs: int, query_start_loc: torch.Tensor, positions: torch.Tensor
@@ -176,6 +200,38 @@ class BlockTable:
                 self.slot_mapping.append(
                     pages[page] * self._page_size + offset if page < len(pages) else UNWRITTEN
                 )
+
+
+class BlockTables:
+    """Those of all groups: rows follow the batch, as they do in `MultiGroupBlockTable`."""
+
+    def __init__(self, page_size: int, groups: int) -> None:
+        self.tables = [BlockTable(page_size) for _ in range(groups)]
+
+    def __getitem__(self, group: int) -> BlockTable:
+        return self.tables[group]
+
+    def append_row(self, block_ids: tuple[list[int], ...], row_idx: int) -> None:
+        for table, ids in zip(self.tables, block_ids, strict=True):
+            table.append_row(ids, row_idx)
+
+    def push_row(self, block_ids: tuple[list[int], ...]) -> None:
+        """Behind all others."""
+        for table, ids in zip(self.tables, block_ids, strict=True):
+            table.rows.append(list(ids))
+
+    def close_gap(self, row_idx: int) -> None:
+        """Moves the last row where a request has left, unless it is its own."""
+        for table in self.tables:
+            last = table.rows.pop()
+            if row_idx < len(table.rows):
+                table.rows[row_idx] = last
+
+    def compute_slot_mapping(
+        self, num_reqs: int, query_start_loc: torch.Tensor, positions: torch.Tensor
+    ) -> None:
+        for table in self.tables:
+            table.compute_slot_mapping(num_reqs, query_start_loc, positions)
 
 
 @dataclass
@@ -214,13 +270,18 @@ class Drafter:
 class HostRunner:
     """What vLLM's V1 runner does about requests, rows and lengths, and in which order."""
 
-    def __init__(self, page_size: int, runs_ahead: bool, drafter: Drafter | None) -> None:
+    def __init__(self, page_size: int, groups: int, runs_ahead: bool, drafter: Drafter | None) -> None:
         self._runs_ahead = runs_ahead
         self._drafter = drafter
         self.requests: dict[str, RequestState] = {}
-        self.attn_groups = [[AttentionGroup(None, [], None, 0, metadata_builders=[Handing()])]]
+        self.attn_groups = [
+            [AttentionGroup(None, [], None, group, metadata_builders=[Handing()])] for group in range(groups)
+        ]
         self.input_batch = SimpleNamespace(
-            req_ids=[], req_id_to_index={}, num_computed_tokens_cpu=[], block_table=BlockTable(page_size)
+            req_ids=[],
+            req_id_to_index={},
+            num_computed_tokens_cpu=[],
+            block_table=BlockTables(page_size, groups),
         )
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> None:
@@ -267,23 +328,23 @@ class HostRunner:
 
     def _keep_in_batch(self, staying: set[str]) -> None:
         """Removes all others and moves rows of the end into the gaps."""
-        batch, rows = self.input_batch, self.input_batch.block_table.rows
+        batch = self.input_batch
         row = 0
         while row < len(batch.req_ids):
             if batch.req_ids[row] in staying:
                 row += 1
                 continue
-            last_id, last_row = batch.req_ids.pop(), rows.pop()
+            last_id = batch.req_ids.pop()
             if row < len(batch.req_ids):
-                batch.req_ids[row], rows[row] = last_id, last_row
+                batch.req_ids[row] = last_id
+            batch.block_table.close_gap(row)
         batch.req_id_to_index = {request_id: row for row, request_id in enumerate(batch.req_ids)}
 
     def _add_to_batch(self, request_id: str) -> None:
         batch = self.input_batch
         batch.req_id_to_index[request_id] = len(batch.req_ids)
         batch.req_ids.append(request_id)
-        batch.block_table.rows.append([])
-        batch.block_table.add_row(self.requests[request_id].block_ids, len(batch.req_ids) - 1)
+        batch.block_table.push_row(self.requests[request_id].block_ids)
 
     def _prepare_inputs(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray) -> None:
         states = [self.requests[request_id] for request_id in self.input_batch.req_ids]
@@ -342,15 +403,28 @@ class SymbolicRunner(over(HostRunner, CompactingCpuRunner)):  # type: ignore[mis
         models: dict[str, RequestModel],
         runs_ahead: bool,
         drafter: Drafter | None = None,
+        groups: Sequence[Window | None] = (None,),
     ) -> None:
-        HostRunner.__init__(self, memory.page_size, runs_ahead, drafter)
+        """`groups`: of layers; None: they are compacted."""
+        HostRunner.__init__(self, memory.page_size, len(groups), runs_ahead, drafter)
         self._evicted = {}
         self._evicted_of_batch = None
-        self._make_attention_physical()
         self._memory = memory
         self._models = models
+        self._windows = {group: window for group, window in enumerate(groups) if window is not None}
+        compacted = [group for group, window in enumerate(groups) if window is None]
+        self._groups = [LayerGroup(group, place, (place,)) for place, group in enumerate(compacted)]
+        for group in compacted:
+            make_physical(self.attn_groups[group], self._physical)
         self._query_ring: Any = SymbolicQueryRing(memory)
-        self._compactor: Any = SymbolicCompactor(memory, models)
+        compactors: list[Any] = [
+            (
+                SymbolicCompactor(memory, models, group, is_last=group is self._groups[-1]),
+                CpuGroupTable(self.requests, self.input_batch, group.group_id),
+            )
+            for group in self._groups
+        ]
+        self._compactors = GroupCompactors(compactors, CpuStopwatch())
 
     def execute(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput:
         self._update_states(scheduler_output)
@@ -378,7 +452,7 @@ class SymbolicRunner(over(HostRunner, CompactingCpuRunner)):  # type: ignore[mis
     def _forward(self, counts: list[int], drafts: dict[str, list[int]]) -> list[list[int]]:
         """Writes each scheduled token at its slot, then reads every slot of every request."""
         request_ids, starts = self.input_batch.req_ids, self.query_start_loc.np.tolist()
-        positions, mapping = self.positions.tolist(), self.input_batch.block_table.slot_mapping
+        positions, tables = self.positions.tolist(), self.input_batch.block_table.tables
         queries: list[int] = []
         sampled: list[list[int]] = []
         for row, request_id in enumerate(request_ids):
@@ -387,32 +461,55 @@ class SymbolicRunner(over(HostRunner, CompactingCpuRunner)):  # type: ignore[mis
                 len(new) == counts[row]
                 and positions[starts[row]] == self.input_batch.num_computed_tokens_cpu[row]
             )
-            for symbol, slot in zip(new, mapping[starts[row] : starts[row + 1]], strict=True):
-                assert slot != UNWRITTEN, f"{request_id}: a token lies behind its pages"
-                self._memory.slots[slot] = symbol
+            for group, table in enumerate(tables):
+                slots = table.slot_mapping[starts[row] : starts[row + 1]]
+                for symbol, slot in zip(new, slots, strict=True):
+                    assert slot != UNWRITTEN, f"{request_id}: a token lies behind its pages"
+                    self._memory.slots[slot] = stored(symbol, group)
             queries += new
             sampled.append(tokens)
         self._query_ring.capture(queries)
 
-        lengths, tables = self._attended_lengths(), self.input_batch.block_table.rows
+        lengths = [self._attended_lengths(group) for group in range(len(tables))]
         for row, request_id in enumerate(request_ids):
-            state, model = self.requests[request_id], self._models[request_id]
-            assert state.block_ids[0] == tables[row], f"{request_id}: the batch and its state disagree"
+            state = self.requests[request_id]
+            for group, table in enumerate(tables):
+                assert state.block_ids[group] == table.rows[row], f"{request_id}: batch and state disagree"
             rejected = max(len(drafts.get(request_id, [])) + 1 - len(sampled[row]), 0) if sampled[row] else 0
-            found = self._memory.read(tables[row], lengths[row])
-            found = found[: len(found) - rejected]
-            wrong = [
-                slot
-                for slot, pair in enumerate(zip(found, model.symbols, strict=False))
-                if pair[0] != pair[1]
-            ]
-            assert found == model.symbols, (
-                f"{request_id}: wrong KV at slots {wrong}; {len(found)} slots, {len(model.symbols)} expected"
-            )
+            for compacted in self._groups:
+                group = compacted.group_id
+                self._read(request_id, group, tables[group].rows[row], lengths[group][row] - rejected)
+            for group, window in self._windows.items():
+                length = lengths[group][row]
+                self._look_through(request_id, group, window, tables[group].rows[row], length, counts[row])
         return sampled
 
-    def _attended_lengths(self) -> list[int]:
-        """How many slots of each request attention reads, by the metadata that vLLM builds of its batch."""
+    def _read(self, request_id: str, group: int, pages: list[int], length: int) -> None:
+        """Reads every slot of a request in a compacted group."""
+        expected = [stored(symbol, group) for symbol in self._models[request_id].symbols]
+        found = self._memory.read(pages, length)
+        wrong = [slot for slot, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]]
+        assert found == expected, (
+            f"{request_id}: wrong KV at slots {wrong} of group {group}; {len(found)} slots, "
+            f"{len(expected)} expected"
+        )
+
+    def _look_through(
+        self, request_id: str, group: int, window: Window, pages: list[int], length: int, count: int
+    ) -> None:
+        """Reads what each of the newest `count` tokens sees through its window, by positions in the text."""
+        text = self._models[request_id].text
+        assert length == len(text), f"{request_id}: a window group reads {length} tokens of {len(text)}"
+        first = window.first(length - count)
+        size = self._memory.page_size
+        for position in range(first, length):
+            found = self._memory.slots[pages[position // size] * size + position % size]
+            assert found == stored(text[position], group), (
+                f"{request_id}: wrong KV at position {position} of window group {group}, from {first} on"
+            )
+
+    def _attended_lengths(self, group: int) -> list[int]:
+        """How many slots of each request a group reads, by the metadata that vLLM builds of its batch."""
         logical = CommonAttentionMetadata(
             query_start_loc=self.query_start_loc.gpu,
             query_start_loc_cpu=self.query_start_loc.gpu,
@@ -425,8 +522,8 @@ class SymbolicRunner(over(HostRunner, CompactingCpuRunner)):  # type: ignore[mis
             slot_mapping=self.positions,
             seq_lens_cpu_upper_bound=self.optimistic_seq_lens_cpu,
         )
-        [[group]] = self.attn_groups
-        metadata = group.build_metadata(logical)
+        [attention] = self.attn_groups[group]
+        metadata = attention.build_metadata(logical)
         lengths: list[int] = metadata.seq_lens.tolist()
         assert lengths == metadata.seq_lens_cpu_upper_bound.tolist() and metadata.max_seq_len == max(lengths)
         return lengths

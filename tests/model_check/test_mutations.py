@@ -13,21 +13,25 @@ from model_check_engine import Engine
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-from workload import by_page, random_arrivals, random_setup, with_auto, with_drafts
+from workload import by_page, random_arrivals, random_setup, with_auto, with_drafts, with_groups
 
 from rkv_vllm.decisions.lengths import AutoLengths, PageLengths, RequestLengths
 from rkv_vllm.decisions.query_rows import QueryRows
+from rkv_vllm.execution.cpu.group_table import CpuGroupTable
 from rkv_vllm.observability.metric_table import SwitchCause
+from rkv_vllm.scheduling import page_groups
+from rkv_vllm.scheduling import scheduler as scheduler_module
 from rkv_vllm.scheduling.auto_budgets import AutoBudgets
-from rkv_vllm.scheduling.block_manager import CompactingManager
+from rkv_vllm.scheduling.block_manager import CompactingManager, PageMove
+from rkv_vllm.scheduling.page_groups import PageGroups
 from rkv_vllm.scheduling.round_planner import RoundPlanner
 from rkv_vllm.scheduling.scheduler import CompactingSchedulerMixin
 from rkv_vllm.scheduling.tracked_request import TrackedRequest
 
 Break = Callable[[pytest.MonkeyPatch], None]
 #: What the runs are like: single tokens leave, or whole pages, or tokens where memory is short, or tokens of
-#: requests that speculate.
-Workload = Literal["by token", "by page", "auto", "drafts"]
+#: requests that speculate, or those of some groups of layers.
+Workload = Literal["by token", "by page", "auto", "drafts", "groups"]
 #: Seeds of the runs.
 RUNS: dict[Workload, range] = {
     "by token": range(60),
@@ -36,6 +40,7 @@ RUNS: dict[Workload, range] = {
     # In some of these a prompt fills the pool, or finds most of itself in the cache.
     "auto": range(130, 190),
     "drafts": range(60),
+    "groups": range(60),
 }
 
 
@@ -181,7 +186,7 @@ def give_up_where_no_page_is_free(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         RoundPlanner,
         "_preempt_until_compactable",
-        lambda planner, request, tracked: planner._manager.can_compact(
+        lambda planner, request, tracked: planner._groups.can_compact(
             request.request_id, tracked.settings.budget
         ),
     )
@@ -229,10 +234,10 @@ def read_as_many_slots_as_the_text_has_tokens(patch: pytest.MonkeyPatch) -> None
 
 @mutation()
 def leave_the_batch_row_as_it_was(patch: pytest.MonkeyPatch) -> None:
-    def replace_pages(runner: Any, request_id: str, pages: Any) -> None:
-        runner.requests[request_id].block_ids[0][:] = pages
+    def replace_pages(table: Any, request_id: str, pages: Any) -> None:
+        table._requests[request_id].block_ids[table._group_id][:] = pages
 
-    patch.setattr(symbolic_worker.SymbolicRunner, "replace_pages", replace_pages)
+    patch.setattr(CpuGroupTable, "replace_pages", replace_pages)
 
 
 @mutation()
@@ -240,10 +245,11 @@ def compact_after_the_pages_were_given_away(patch: pytest.MonkeyPatch) -> None:
     execute = symbolic_worker.SymbolicRunner.execute
 
     def execute_late(runner: Any, scheduler_output: Any) -> Any:
-        move, held = runner._compactor._move, []
-        runner._compactor._move = held.append
+        [(compactor, _)] = runner._compactors.compactors
+        move, held = compactor._move, []
+        compactor._move = held.append
         answer = execute(runner, scheduler_output)
-        runner._compactor._move = move
+        compactor._move = move
         for compaction in held:
             move(compaction)
         return answer
@@ -313,10 +319,10 @@ def drop_a_page_of_the_window(patch: pytest.MonkeyPatch) -> None:
 
 @mutation(workload="by page")
 def leave_evicted_pages_in_the_batch_row(patch: pytest.MonkeyPatch) -> None:
-    def replace_pages(runner: Any, request_id: str, pages: Any) -> None:
-        runner.requests[request_id].block_ids[0][:] = pages
+    def replace_pages(table: Any, request_id: str, pages: Any) -> None:
+        table._requests[request_id].block_ids[table._group_id][:] = pages
 
-    patch.setattr(symbolic_worker.SymbolicRunner, "replace_pages", replace_pages)
+    patch.setattr(CpuGroupTable, "replace_pages", replace_pages)
 
 
 @mutation()
@@ -413,6 +419,85 @@ def verify_drafts_past_a_round(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(RoundPlanner, "end_of_chunk", end)
 
 
+@mutation(workload="groups", message="is not what its hash says")
+def cache_windows_of_compacted_requests(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(page_groups, "keep_out", lambda coordinator, compacted: None)
+
+
+@mutation(workload="groups")
+def cut_a_hit_short_in_every_group(patch: pytest.MonkeyPatch) -> None:
+    """A window's pages at the end of a long hit are not those at the end of a shorter one."""
+
+    def truncated(manager: Any, request: Any, most: int) -> Any:
+        blocks, _, _ = manager.get_computed_blocks(request)
+        size = manager.block_pool.hash_block_size
+        most = most // size * size
+        return manager.create_kv_cache_blocks(tuple(group[: most // size] for group in blocks.blocks)), most
+
+    patch.setattr(scheduler_module, "shorter_hit", truncated)
+
+
+@mutation(workload="groups", message="holds .* pages, not")
+def shorten_the_first_group_alone(patch: pytest.MonkeyPatch) -> None:
+    def compact(groups: PageGroups, request_id: str, *args: Any, **kwargs: Any) -> list[PageMove]:
+        first, *others = groups._compacted
+        ids = [tuple(page.block_id for page in other.req_to_blocks[request_id]) for other in others]
+        return [
+            first.compact(request_id, *args, **kwargs),
+            *(PageMove(source_pages=pages, target_pages=pages, freed=()) for pages in ids),
+        ]
+
+    patch.setattr(PageGroups, "compact", compact)
+
+
+@mutation(workload="groups")
+def give_a_groups_pages_to_the_next(patch: pytest.MonkeyPatch) -> None:
+    """Within a step, before the other group has read them."""
+    compact = CompactingManager.compact
+
+    def compact_and_free(manager: CompactingManager, *args: Any, **kwargs: Any) -> PageMove:
+        move = compact(manager, *args, **kwargs)
+        manager.block_pool.free_blocks(reversed(move.freed))
+        return replace(move, freed=())
+
+    patch.setattr(CompactingManager, "compact", compact_and_free)
+
+
+@mutation(workload="groups", message="a window group reads")
+def show_windows_as_little_as_the_rest(patch: pytest.MonkeyPatch) -> None:
+    lengths = symbolic_worker.SymbolicRunner._attended_lengths
+
+    def physical(runner: Any, group: int) -> Any:
+        return lengths(runner, runner._groups[0].group_id)
+
+    patch.setattr(symbolic_worker.SymbolicRunner, "_attended_lengths", physical)
+
+
+@mutation(workload="groups")
+def write_windows_where_the_rest_goes(patch: pytest.MonkeyPatch) -> None:
+    map_slots = symbolic_worker.SymbolicRunner._map_slots
+
+    def map_all(runner: Any, *args: Any) -> None:
+        groups = runner._groups
+        every = range(len(runner.attn_groups))
+        runner._groups = [replace(groups[0], group_id=group) for group in every]
+        map_slots(runner, *args)
+        runner._groups = groups
+
+    patch.setattr(symbolic_worker.SymbolicRunner, "_map_slots", map_all)
+
+
+@mutation(workload="groups")
+def replace_the_pages_of_every_group(patch: pytest.MonkeyPatch) -> None:
+    replace_pages = CpuGroupTable.replace_pages
+
+    def replace_all(table: CpuGroupTable, request_id: str, pages: Any) -> None:
+        for group in range(len(table._requests[request_id].block_ids)):
+            replace_pages(CpuGroupTable(table._requests, table._input_batch, group), request_id, pages)
+
+    patch.setattr(CpuGroupTable, "replace_pages", replace_all)
+
+
 def run_random_engines(workload: Workload) -> None:
     for seed in RUNS[workload]:
         chance = random.Random(seed)
@@ -424,6 +509,8 @@ def run_random_engines(workload: Workload) -> None:
             setup = by_page(setup, arrivals)
         if workload == "drafts":
             setup = with_drafts(chance, setup)
+        if workload == "groups":
+            setup = with_groups(chance, setup, arrivals)
         Engine(setup, arrivals).run(most_steps=2_000)
 
 

@@ -11,7 +11,15 @@ from model_check_engine import Arrival, Engine, Outcome, Setup, make_scheduler
 from request_model import VOCABULARY
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
-from workload import by_page, random_arrivals, random_setup, smallest_pool, with_auto, with_drafts
+from workload import (
+    by_page,
+    random_arrivals,
+    random_setup,
+    smallest_pool,
+    with_auto,
+    with_drafts,
+    with_groups,
+)
 
 from rkv_vllm.decisions.messages import PageReport, plan_of
 from rkv_vllm.settings.config import Granularity, RkvConfig
@@ -28,6 +36,7 @@ PAGE_RUNS_PER_TEST = 16
         *((seed, "page") for seed in range(0, 48, PAGE_RUNS_PER_TEST)),
         *((seed, "auto") for seed in range(0, 96, PAGE_RUNS_PER_TEST)),
         *((seed, "drafts") for seed in range(0, 96, PAGE_RUNS_PER_TEST)),
+        *((seed, "groups") for seed in range(0, 96, PAGE_RUNS_PER_TEST)),
     ],
 )
 def test_every_slot_holds_what_it_should(first_seed: int, granularity: str, totals: Counter[str]) -> None:
@@ -35,13 +44,14 @@ def test_every_slot_holds_what_it_should(first_seed: int, granularity: str, tota
 
     Where whole pages leave, the scheduler learns which one to three steps late. With budget "auto" it decides
     when a request is first compacted. With drafts, it learns one to three steps late which were rejected.
+    With several groups of layers, windows read by positions in the text, and all groups share one pool.
     """
     seen: Counter[str] = Counter()
     runs = RUNS_PER_TEST if granularity == "token" else PAGE_RUNS_PER_TEST
     for seed in range(first_seed, first_seed + runs):
         chance = random.Random(seed)
         arrivals = random_arrivals(chance, count=chance.randrange(4, 14), by_step=True)
-        if granularity == "auto" or (granularity == "drafts" and seed % 4 == 0):
+        if granularity == "auto" or (granularity in ("drafts", "groups") and seed % 4 == 0):
             arrivals = with_auto(chance, arrivals)
         setup = random_setup(chance, arrivals)
         if granularity == "page" or (granularity == "drafts" and seed % 4 == 1):
@@ -53,6 +63,8 @@ def test_every_slot_holds_what_it_should(first_seed: int, granularity: str, tota
             depth=1 + seed % 3,
             reset_at_steps=frozenset(chance.sample(range(200), chance.choice((0, 0, 2)))),
         )
+        if granularity == "groups":
+            setup = with_groups(chance, setup, arrivals)
         seen += Engine(setup, arrivals).run().counts
     totals.update(seen, runs=runs)
     own = {
@@ -60,6 +72,7 @@ def test_every_slot_holds_what_it_should(first_seed: int, granularity: str, tota
         "page": "late reports",
         "auto": "switches",
         "drafts": "rounds that wait for drafts",
+        "groups": "cached pages checked",
     }[granularity]
     assert all(seen[what] for what in ("compactions", own, "preemptions", "replayed compactions"))
 

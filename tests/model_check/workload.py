@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from model_check_engine import Arrival, Setup
-from request_model import VOCABULARY
+from request_model import VOCABULARY, Window
 from vllm.utils.math_utils import cdiv
 
 from rkv_vllm.settings.config import WINDOW, RkvConfig
@@ -100,6 +100,18 @@ def by_page(setup: Setup, arrivals: list[Arrival]) -> Setup:
     return replace(paged, num_pages=smallest_pool(paged, arrivals) + spare)
 
 
+def with_groups(chance: random.Random, setup: Setup, arrivals: list[Arrival]) -> Setup:
+    """The same engine, but for a model with windows, and perhaps several groups of full attention."""
+    spare = setup.num_pages - smallest_pool(setup, arrivals)
+    page_size = min(setup.page_size, 16)
+    window = Window(chance.choice((3, page_size, 20, 40)))
+    if chance.random() < 0.3:
+        window = Window(page_size * chance.choice((1, 2, 3)), chunked=True)
+    groups = chance.choice(((window, None), (None, window), (window, None, window), (None, window, None)))
+    grouped = replace(setup, page_size=page_size, groups=groups, dense_retention=chance.random() < 0.5)
+    return replace(grouped, num_pages=smallest_pool(grouped, arrivals) + spare)
+
+
 def with_drafts(chance: random.Random, setup: Setup) -> Setup:
     """The same engine, but it speculates: from all drafts wrong to nearly all of them right."""
     return replace(setup, drafts=chance.choice((1, 4, 4, 15)), luck=chance.choice((0.0, 0.5, 0.8, 0.97)))
@@ -107,7 +119,12 @@ def with_drafts(chance: random.Random, setup: Setup) -> Setup:
 
 def smallest_pool(setup: Setup, arrivals: list[Arrival]) -> int:
     """Pages with which each request can finish when it is alone, and the null page."""
-    return max(cdiv(arrival.peak_slots(setup), setup.page_size) for arrival in arrivals) + 1
+    return max(_smallest_of(setup, arrival) for arrival in arrivals) + 1
+
+
+def _smallest_of(setup: Setup, arrival: Arrival) -> int:
+    compacted = cdiv(arrival.peak_slots(setup), setup.page_size) * setup.num_compacted
+    return compacted + setup.pages_of_windows(len(arrival.prompt) + arrival.max_tokens)
 
 
 def _tokens(chance: random.Random, count: int) -> tuple[int, ...]:

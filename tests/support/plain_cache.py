@@ -7,7 +7,13 @@ from dataclasses import dataclass, field
 
 import torch
 
+from rkv_vllm.execution.layer_groups import LayerGroup
 from rkv_vllm.settings.policy_table import RING_SIZE
+
+
+def all_layers(count: int, place: int = 0) -> LayerGroup:
+    """The group of a model all of whose layers share pages."""
+    return LayerGroup(group_id=place, place=place, layers=tuple(range(count)))
 
 
 @dataclass

@@ -13,7 +13,7 @@ from rkv_vllm.decisions.pages import num_pages
 from rkv_vllm.execution.compactor import Compactor, Round
 from rkv_vllm.execution.cpu.layer_cache import CpuLayerCache
 from rkv_vllm.execution.cpu.query_ring import CpuQueryRing
-from rkv_vllm.execution.stopwatch import CpuStopwatch
+from rkv_vllm.execution.layer_groups import LayerGroup
 from rkv_vllm.kernels import naive, tiled
 from rkv_vllm.kernels.page_eviction import choose_pages
 from rkv_vllm.kernels.rotary_pairs import RotaryPairs
@@ -22,7 +22,7 @@ from rkv_vllm.settings.config import WINDOW, Granularity, PolicyName, RkvConfig
 
 
 class CpuTables(Protocol):
-    """The runner's block table: lists of page ids on the host."""
+    """The runner's block table of the group: lists of page ids on the host."""
 
     def pages_of(self, request_id: str) -> list[int]:
         """Ids of the request's pages, in order."""
@@ -41,30 +41,33 @@ class CpuCompactor(Compactor[Round, CpuTables, PageReport]):
         config: RkvConfig,
         policies: dict[PolicyName, Policy],
         pairs: RotaryPairs,
+        group: LayerGroup,
     ) -> None:
         """
         Args:
-            caches: each layer's, in the order of the model.
+            caches: each layer's of the group.
             queries: the query ring.
             config: the server's settings.
             policies: by name.
             pairs: how the model's rotary embedding pairs a head's dimensions.
+            group: the layers, which share pages.
         """
         self._caches = caches
+        self.group = group
         self._queries = queries
         self._scope = config.scope
         self._order = config.order
         self._policies = policies
         self._pairs = pairs
         self._evicted: list[PageReport] = []
-        self.stopwatch = CpuStopwatch()
+
+    def warm_up(self) -> None:
+        """See `Compactor.warm_up`: there is nothing to compile."""
 
     def run(self, rounds: Sequence[Round], tables: CpuTables) -> None:
         """See `Compactor.run`."""
-        if rounds:
-            with self.stopwatch.timed():
-                for compaction in rounds:
-                    self._run(compaction, tables)
+        for compaction in rounds:
+            self._run(compaction, tables)
 
     def take_evicted(self) -> list[PageReport]:
         """See `Compactor.take_evicted`."""
@@ -85,7 +88,7 @@ class CpuCompactor(Compactor[Round, CpuTables, PageReport]):
             keys=cache.numbers(keys),
             queries=self._newest_queries(compaction, layer),
             scale=cache.scale,
-            layer=layer,
+            layer=self.group.layers[layer],
             logical_length=compaction.logical_length,
             num_previous_survivors=compaction.num_previous_survivors,
             protected=compaction.protect,
@@ -96,15 +99,18 @@ class CpuCompactor(Compactor[Round, CpuTables, PageReport]):
         count = compaction.num_queries
         if not count:
             return None
-        return self._queries.newest(layer, compaction.query_row, compaction.logical_length, count)
+        return self._queries.newest(
+            self.group.layers[layer], compaction.query_row, compaction.logical_length, count
+        )
 
 
 class CpuTokenCompactor(CpuCompactor[TokenCompaction]):
     """Copies each layer's tokens out, and writes the survivors back."""
 
     def _run(self, compaction: TokenCompaction, tables: CpuTables) -> None:
-        sources = torch.tensor(compaction.source_pages)
-        targets = torch.tensor(compaction.target_pages)
+        target_pages = compaction.target_pages[self.group.place]
+        sources = torch.tensor(compaction.source_pages[self.group.place])
+        targets = torch.tensor(target_pages)
         shared = self._scores_of_all_layers(compaction, sources) if self._scope == "global" else None
         for layer, cache in enumerate(self._caches):
             keys, values = cache.read(sources, compaction.length)
@@ -114,7 +120,7 @@ class CpuTokenCompactor(CpuCompactor[TokenCompaction]):
             kept = self._survivors(compaction, layer, scores.expand(keys.shape[0], -1))
             index = kept.unsqueeze(-1).expand(-1, -1, keys.shape[-1])
             cache.write(targets, keys.gather(1, index), values.gather(1, index))
-        tables.replace_pages(compaction.request_id, compaction.target_pages)
+        tables.replace_pages(compaction.request_id, target_pages)
 
     def _scores_of_all_layers(self, compaction: TokenCompaction, sources: torch.Tensor) -> torch.Tensor:
         """float32 [1, N - WINDOW]: the sum over the layers of the mean over their heads."""
@@ -160,10 +166,11 @@ def make_cpu_compactor(
     config: RkvConfig,
     policies: dict[PolicyName, Policy],
     pairs: RotaryPairs,
+    group: LayerGroup,
 ) -> CpuCompactor[Any]:
     """The compactor for the server's granularity."""
     by_granularity: dict[Granularity, type[CpuCompactor[Any]]] = {
         "token": CpuTokenCompactor,
         "page": CpuPageCompactor,
     }
-    return by_granularity[config.granularity](caches, queries, config, policies, pairs)
+    return by_granularity[config.granularity](caches, queries, config, policies, pairs, group)

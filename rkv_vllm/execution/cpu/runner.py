@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,24 +10,30 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from rkv_vllm.decisions.messages import (
     CompactionPlan,
+    PageReport,
     attach_durations,
     plan_of,
     with_reports,
 )
 from rkv_vllm.decisions.query_rows import num_query_rows
 from rkv_vllm.execution.attention_groups import make_physical, with_lengths
-from rkv_vllm.execution.cpu.compactor import CpuCompactor, make_cpu_compactor
+from rkv_vllm.execution.compactor import GroupCompactors
+from rkv_vllm.execution.cpu.compactor import CpuTables, make_cpu_compactor
 from rkv_vllm.execution.cpu.generator import RewindableGenerator
+from rkv_vllm.execution.cpu.group_table import CpuGroupTable
 from rkv_vllm.execution.cpu.layer_cache import CpuLayerCache
 from rkv_vllm.execution.cpu.query_ring import CpuQueryRing, captured_positions
 from rkv_vllm.execution.kv_head_copies import ranks_per_kv_head
+from rkv_vllm.execution.layer_groups import LayerGroup, layer_groups
 from rkv_vllm.execution.rotary import rotary_pairs
+from rkv_vllm.execution.stopwatch import CpuStopwatch
+from rkv_vllm.host.kv_cache_spec import to_compacting_specs
 from rkv_vllm.kernels.rotary_pairs import RotaryPairs
 from rkv_vllm.policies import make_policies
 from rkv_vllm.settings.config import RkvConfig
@@ -39,13 +44,14 @@ class CompactingCpuRunner(CPUModelRunner):
     """The V1 runner of vLLM's CPU build with compaction.
 
     `_evicted` maps a compacted request to its evicted tokens. All of vLLM's own state stays logical; what
-    attention reads of it (sequence lengths, slot mapping, block table) is physical.
+    attention of compacted layers reads of it (sequence lengths, slot mapping, block table) is physical.
     """
 
     _evicted: dict[str, int]
     _evicted_of_batch: torch.Tensor | None = None  # int32 [requests]; None: nothing left any of them
     _query_ring: CpuQueryRing
-    _compactor: CpuCompactor[Any]
+    _groups: list[LayerGroup]
+    _compactors: GroupCompactors[Any, CpuTables, PageReport]
     _rkv_layers: list[Attention]
     _rotary_pairs: RotaryPairs
 
@@ -62,24 +68,31 @@ class CompactingCpuRunner(CPUModelRunner):
         self, kv_cache_config: KVCacheConfig, is_profiling: bool = False, **kwargs: Any
     ) -> None:
         super().initialize_kv_cache(kv_cache_config, is_profiling, **kwargs)
-        if not is_profiling:
-            self._make_attention_physical()
-            config = RkvConfig.from_additional_config(self.vllm_config.additional_config)
-            caches = [CpuLayerCache(layer) for layer in self._rkv_layers]
-            self._compactor = make_cpu_compactor(
-                caches, self._query_ring, config, make_policies(config), self._rotary_pairs
+        if is_profiling:  # a cache for the moment
+            return
+        self._groups = layer_groups(kv_cache_config, self._rkv_layers)
+        config = RkvConfig.from_additional_config(self.vllm_config.additional_config)
+        policies = make_policies(config)
+        compactors = []
+        for group in self._groups:
+            make_physical(self.attn_groups[group.group_id], self._physical)
+            caches = [CpuLayerCache(self._rkv_layers[layer]) for layer in group.layers]
+            compactor = make_cpu_compactor(
+                caches, self._query_ring, config, policies, self._rotary_pairs, group
             )
+            tables = CpuGroupTable(self.requests, self.input_batch, group.group_id)
+            compactors.append((compactor, tables))
+        self._compactors = GroupCompactors(compactors, CpuStopwatch())
 
-    def _make_attention_physical(self) -> None:
-        (groups,) = self.attn_groups
-        make_physical(groups, self._physical)
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        return to_compacting_specs(super().get_kv_cache_spec())
 
     # -- a step --------------------------------------------------------------------------------------------
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         plan = plan_of(scheduler_output)
         # Before vLLM writes anything: a page freed by this plan may have a new owner in this very step.
-        self._compactor.run(plan.rounds, self)
+        self._compactors.run(plan.rounds)
         gone = (
             *scheduler_output.finished_req_ids,
             *(request.req_id for request in scheduler_output.scheduled_new_reqs),
@@ -102,19 +115,6 @@ class CompactingCpuRunner(CPUModelRunner):
             state.generator = generator
             self.input_batch.generators[self.input_batch.req_id_to_index[request_id]] = generator
 
-    def pages_of(self, request_id: str) -> list[int]:
-        """See `CpuTables`."""
-        return list(self.requests[request_id].block_ids[0])
-
-    def replace_pages(self, request_id: str, pages: Sequence[int]) -> None:
-        """See `CpuTables`."""
-        pages = list(pages)
-        self.requests[request_id].block_ids[0][:] = pages
-        # A request not scheduled in the last step has no batch row; vLLM rebuilds it from `requests`.
-        row = self.input_batch.req_id_to_index.get(request_id)
-        if row is not None:
-            self.input_batch.block_table.add_row((pages,), row)
-
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
         output = super().execute_model(*args, **kwargs)
         self._query_ring.end_step()
@@ -124,7 +124,7 @@ class CompactingCpuRunner(CPUModelRunner):
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         for generator in self.input_batch.generators.values():
             generator.remember()
-        output, durations = super().sample_tokens(*args, **kwargs), self._compactor.stopwatch.take()
+        output, durations = super().sample_tokens(*args, **kwargs), self._compactors.stopwatch.take()
         if isinstance(output, ModelRunnerOutput) and output.req_ids:  # not vLLM's one empty output for all
             attach_durations(output, durations)
         return self._report(output)
@@ -133,7 +133,7 @@ class CompactingCpuRunner(CPUModelRunner):
         """Sends along which pages were evicted, with the step's output; None stands for one still to come."""
         if model_output is None:
             return None
-        reports = self._compactor.take_evicted()
+        reports = self._compactors.take_evicted()
         return with_reports(model_output, reports) if reports else model_output
 
     def _prepare_inputs(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray) -> Any:
@@ -146,14 +146,14 @@ class CompactingCpuRunner(CPUModelRunner):
         return prepared
 
     def _map_slots(self, evicted: torch.Tensor, num_scheduled_tokens: np.ndarray) -> None:
-        """Says anew where the step's tokens go, which vLLM has said by their positions in the text."""
+        """Says anew where the step's tokens go in compacted layers; vLLM goes by positions in the text."""
         num_requests, num_tokens = len(evicted), int(num_scheduled_tokens.sum())
         by_token = evicted.repeat_interleave(torch.from_numpy(num_scheduled_tokens))
-        self.input_batch.block_table.compute_slot_mapping(
-            num_requests,
-            self.query_start_loc.gpu[: num_requests + 1],
-            self.positions[:num_tokens] - by_token,
-        )
+        slots = self.positions[:num_tokens] - by_token
+        for group in self._groups:
+            self.input_batch.block_table[group.group_id].compute_slot_mapping(
+                num_requests, self.query_start_loc.gpu[: num_requests + 1], slots
+            )
 
     def _physical(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
         evicted = self._evicted_of_batch

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from rkv_vllm import plugin
 from rkv_vllm.execution.cpu.runner import CompactingCpuRunner
-from rkv_vllm.execution.layers import attention_layers
+from rkv_vllm.execution.layer_groups import compacted_layers
 from rkv_vllm.host.compatibility import NEEDS_V1_RUNNER, refuse_unsupported
 from rkv_vllm.host.contract import CONTRACT_V1_RUNNER
-from rkv_vllm.host.kv_cache_spec import to_compacting_specs
 from rkv_vllm.host.process_end import skip_last_collections_of_engine
 from rkv_vllm.host.request_validator import without_validator
 from rkv_vllm.host.retype import retype
@@ -38,7 +36,4 @@ class CompactingCpuWorker(CPUWorker):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
-        self.model_runner.install_query_capture(attention_layers(self.vllm_config))
-
-    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        return to_compacting_specs(super().get_kv_cache_spec())
+        self.model_runner.install_query_capture(compacted_layers(self.vllm_config))

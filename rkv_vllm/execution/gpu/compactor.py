@@ -22,7 +22,7 @@ from rkv_vllm.execution.gpu.page_reports import EvictedPageIds
 from rkv_vllm.execution.gpu.paged_keys import PagedKeys
 from rkv_vllm.execution.gpu.scorers import KernelScorers, by_kernel
 from rkv_vllm.execution.kv_head_copies import whole_group
-from rkv_vllm.execution.stopwatch import CudaStopwatch
+from rkv_vllm.execution.layer_groups import LayerGroup
 from rkv_vllm.kernels import naive
 from rkv_vllm.kernels.batch import NO_QUERIES, CompactionBatch, QueryWindow
 from rkv_vllm.kernels.cache_layout import PagedKV
@@ -39,7 +39,8 @@ _ROUNDS_GATHERED = 4
 
 
 class GpuTables(Protocol):
-    """The runner's block table, on the device, and how many of each row's entries count, on the host."""
+    """The runner's block table of the group, on the device, and how many of each row's entries count, on the
+    host."""
 
     def page_row(self, request_id: str) -> torch.Tensor:
         """int32 [max pages], on the device: ids of the request's pages, and stale ones behind them."""
@@ -62,6 +63,7 @@ class GpuCompactor(Compactor[Round, GpuTables, EvictedPageIds]):
         config: RkvConfig,
         policies: dict[PolicyName, Policy],
         *,
+        group: LayerGroup,
         pairs: RotaryPairs,
         longest: int,
         ranks_per_kv_head: int,
@@ -70,17 +72,19 @@ class GpuCompactor(Compactor[Round, GpuTables, EvictedPageIds]):
 
         Args:
             layers: each layer's cache, [pages, H, page size, 2 D], in the type of the numbers in it.
-            queries: the query ring, [layers, rows, RING_SIZE, Hq, D].
+            queries: the query ring of these layers, [layers, rows, RING_SIZE, Hq, D].
             factors: gives float32 [layers, H], what makes attention logits of products of queries and stored
                 keys.
             config: the server's settings.
             policies: by name.
+            group: the layers, which share pages.
             pairs: how the model's rotary embedding pairs a head's dimensions.
             longest: physical length of the longest request, in tokens.
             ranks_per_kv_head: ranks that hold the same KV head.
 
         Raises: ValueError where the kernels cannot address the cache.
         """
+        self.group = group
         self._kv = PagedKV(list(layers))
         self._queries = queries
         self._ranks_per_kv_head = ranks_per_kv_head
@@ -90,7 +94,6 @@ class GpuCompactor(Compactor[Round, GpuTables, EvictedPageIds]):
         self._pairs = pairs
         self._scorers = KernelScorers(config, pairs, factors)
         self._evicted: list[EvictedPageIds] = []
-        self.stopwatch = CudaStopwatch()
 
     def warm_up(self) -> None:
         """Compiles every kernel; page 0, which vLLM keeps as its null page, lends its slots."""
@@ -99,9 +102,7 @@ class GpuCompactor(Compactor[Round, GpuTables, EvictedPageIds]):
 
     def run(self, rounds: Sequence[Round], tables: GpuTables) -> None:
         """See `Compactor.run`."""
-        if rounds:
-            with self.stopwatch.timed():
-                self._run(rounds, tables)
+        self._run(rounds, tables)
 
     def take_evicted(self) -> list[EvictedPageIds]:
         """See `Compactor.take_evicted`."""
@@ -129,7 +130,7 @@ class GpuCompactor(Compactor[Round, GpuTables, EvictedPageIds]):
             ),
             queries=None,
             scale=1.0,  # of logits, which need queries
-            layer=layer,
+            layer=self.group.layers[layer],
             logical_length=compaction.logical_length,
             num_previous_survivors=compaction.num_previous_survivors,
             protected=compaction.protect,
@@ -148,7 +149,7 @@ class GpuTokenCompactor(GpuCompactor[TokenCompaction]):
             else:
                 self._run_in_kernels(kernel, some)
         for compaction in rounds:
-            tables.replace_pages(compaction.request_id, compaction.target_pages)
+            tables.replace_pages(compaction.request_id, compaction.target_pages[self.group.place])
 
     def _run_in_torch(self, rounds: Sequence[TokenCompaction]) -> None:
         for compaction in rounds:
@@ -173,8 +174,8 @@ class GpuTokenCompactor(GpuCompactor[TokenCompaction]):
         return CompactionBatch.build(
             lengths=[c.length for c in compactions],
             keeps=[c.keep for c in compactions],
-            source_pages=[c.source_pages for c in compactions],
-            target_pages=[c.target_pages for c in compactions],
+            source_pages=[c.source_pages[self.group.place] for c in compactions],
+            target_pages=[c.target_pages[self.group.place] for c in compactions],
             page_size=self._kv.page_size,
             device=self._kv.device,
             queries=[_queries_of(c) for c in compactions],
@@ -252,6 +253,7 @@ def make_gpu_compactor(
     config: RkvConfig,
     policies: dict[PolicyName, Policy],
     *,
+    group: LayerGroup,
     pairs: RotaryPairs,
     longest: int,
     ranks_per_kv_head: int,
@@ -267,6 +269,7 @@ def make_gpu_compactor(
         factors,
         config,
         policies,
+        group=group,
         pairs=pairs,
         longest=longest,
         ranks_per_kv_head=ranks_per_kv_head,

@@ -31,9 +31,25 @@ class GpuQueryRing(QueryRing):
         super().__init__(layers, num_rows, device, ranks_per_kv_head)
         self.ring_indices = torch.full((max_num_tokens,), -1, dtype=torch.int32, device=device)
         self.active = False
+        self._places = list(range(len(layers)))
         self._rings = list(self.queries)
         # Queries come in FP8 where attention multiplies them with an FP8 cache as they are.
         self._dtype = self.queries.dtype if layers[0].query_quant is None else torch.float8_e4m3fn
+
+    def put_together(self, groups: Sequence[Sequence[int]]) -> None:
+        """Has the rings of a group's layers lie one behind the other; before anything is captured.
+
+        Args:
+            groups: indices of their layers.
+        """
+        order = [layer for group in groups for layer in group]
+        self._places = [order.index(layer) for layer in range(len(order))]
+        self._rings = [self.queries[place] for place in self._places]
+
+    def of_layers(self, layers: Sequence[int]) -> torch.Tensor:
+        """The rings of a group's layers, [layers, rows, RING_SIZE, query heads, head size]."""
+        first = self._places[layers[0]]
+        return self.queries[first : first + len(layers)]
 
     def capture(self, layer: int, query: torch.Tensor) -> None:
         if self.active or torch.cuda.is_current_stream_capturing():

@@ -7,14 +7,13 @@ the query ring) therefore lives in buffers of fixed address, which are filled an
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu.async_utils import AsyncOutput
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -26,15 +25,20 @@ from rkv_vllm.decisions.messages import (
 )
 from rkv_vllm.decisions.query_rows import num_query_rows
 from rkv_vllm.execution.attention_groups import make_physical
-from rkv_vllm.execution.gpu.compactor import GpuCompactor, make_gpu_compactor
+from rkv_vllm.execution.compactor import GroupCompactors
+from rkv_vllm.execution.gpu.compactor import GpuCompactor, GpuTables, make_gpu_compactor
 from rkv_vllm.execution.gpu.graph_choice import prefer_fastest
-from rkv_vllm.execution.gpu.page_reports import ReportingOutput
+from rkv_vllm.execution.gpu.group_table import GpuGroupTable
+from rkv_vllm.execution.gpu.page_reports import EvictedPageIds, ReportingOutput
 from rkv_vllm.execution.gpu.physical_lengths import NOT_CAPTURED, PhysicalLengths, tell_batches
 from rkv_vllm.execution.gpu.query_ring import GpuQueryRing
 from rkv_vllm.execution.kv_head_copies import ranks_per_kv_head
+from rkv_vllm.execution.layer_groups import LayerGroup, layer_groups
 from rkv_vllm.execution.logit_factors import LogitFactors
 from rkv_vllm.execution.rotary import rotary_pairs
+from rkv_vllm.execution.stopwatch import CudaStopwatch
 from rkv_vllm.execution.stored_types import typed_cache
+from rkv_vllm.host.kv_cache_spec import to_compacting_specs
 from rkv_vllm.kernels.rotary_pairs import RotaryPairs
 from rkv_vllm.kernels.step_inputs import prepare_physical
 from rkv_vllm.policies import make_policies
@@ -47,7 +51,10 @@ class CompactingRunnerV2(GPUModelRunner):
 
     _lengths: PhysicalLengths
     _query_ring: GpuQueryRing
-    _compactor: GpuCompactor[Any]
+    _groups: list[LayerGroup]
+    _compactors: GroupCompactors[Any, GpuTables, EvictedPageIds]
+    #: int64 [KV cache groups, max tokens]; None: all groups are compacted
+    _physical_slots: torch.Tensor | None = None
     _rkv_layers: list[Attention]
     _rotary_pairs: RotaryPairs
 
@@ -71,29 +78,44 @@ class CompactingRunnerV2(GPUModelRunner):
         super().initialize_kv_cache(kv_cache_config, is_profiling, **kwargs)
         if is_profiling:  # a cache for the moment
             return
-        (groups,) = self.attn_groups
-        make_physical(groups, self._lengths.physical)
+        self._groups = layer_groups(kv_cache_config, self._rkv_layers)
+        self._query_ring.put_together([group.layers for group in self._groups])
+        compactors: list[tuple[GpuCompactor[Any], GpuTables]] = []
+        for group in self._groups:
+            make_physical(self.attn_groups[group.group_id], self._lengths.physical)
+            tables = GpuGroupTable(self.block_tables, self.req_states.req_id_to_index, group.group_id)
+            compactors.append((self._make_compactor(group, kv_cache_config.num_blocks), tables))
+        self._compactors = GroupCompactors(compactors, CudaStopwatch())
+        if len(self._groups) < len(kv_cache_config.kv_cache_groups):
+            self._physical_slots = torch.empty_like(self.block_tables.slot_mappings)
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        return to_compacting_specs(super().get_kv_cache_spec())
+
+    def _make_compactor(self, group: LayerGroup, num_pages: int) -> GpuCompactor[Any]:
         config = RkvConfig.from_additional_config(self.vllm_config.additional_config)
-        caches = [typed_cache(layer) for layer in self._rkv_layers]
-        if caches[0].shape[0] != kv_cache_config.num_blocks:
+        layers = [self._rkv_layers[layer] for layer in group.layers]
+        caches = [typed_cache(layer) for layer in layers]
+        if caches[0].shape[0] != num_pages:
             raise ValueError(
-                f"attention splits vLLM's {kv_cache_config.num_blocks} pages into {caches[0].shape[0]}: "
-                f"choose a --block-size that {type(self._rkv_layers[0].impl).__name__} does not split"
+                f"attention splits vLLM's {num_pages} pages into {caches[0].shape[0]}: "
+                f"choose a --block-size that {type(layers[0].impl).__name__} does not split"
             )
-        self._compactor = make_gpu_compactor(
+        return make_gpu_compactor(
             caches,
-            self._query_ring.queries,
-            LogitFactors(self._rkv_layers, self.device),
+            self._query_ring.of_layers(group.layers),
+            LogitFactors(layers, self.device),
             config,
             make_policies(config),
+            group=group,
             pairs=self._rotary_pairs,
-            longest=min(self.max_model_len, kv_cache_config.num_blocks * caches[0].shape[2]),
+            longest=min(self.max_model_len, num_pages * caches[0].shape[2]),
             ranks_per_kv_head=self._query_ring.ranks_per_kv_head,
         )
 
     def warm_up_compaction(self) -> None:
         """Compiles the kernels, which would otherwise stall the first request that is due."""
-        self._compactor.warm_up()
+        self._compactors.warm_up()
         self._query_ring.warm_up()
 
     def capture_model(self, *, profile_only: bool = False) -> int:
@@ -115,7 +137,7 @@ class CompactingRunnerV2(GPUModelRunner):
     def update_requests(self, scheduler_output: SchedulerOutput) -> None:
         plan, lengths, slot_of = plan_of(scheduler_output), self._lengths, self.req_states.req_id_to_index
         # Before vLLM writes anything: a page freed by this plan may have a new owner in this very step.
-        self._compactor.run(plan.rounds, self)
+        self._compactors.run(plan.rounds)
         for compaction in plan.rounds:
             lengths.evicted.np[slot_of[compaction.request_id]] = compaction.evicted
         self._query_ring.active = bool(plan.captures)
@@ -126,26 +148,11 @@ class CompactingRunnerV2(GPUModelRunner):
         lengths.query_rows.copy_to_uva()
         super().update_requests(scheduler_output)
 
-    def page_row(self, request_id: str) -> torch.Tensor:
-        """See `GpuTables`."""
-        (table,) = self.block_tables.block_tables
-        row: torch.Tensor = table.gpu[self.req_states.req_id_to_index[request_id]]
-        return row
-
-    def replace_pages(self, request_id: str, pages: Sequence[int]) -> None:
-        """See `GpuTables`."""
-        slot = self.req_states.req_id_to_index[request_id]
-        self.block_tables.append_block_ids(slot, (list(pages),), overwrite=True)
-
-    def set_num_pages(self, request_id: str, pages: int) -> None:
-        """See `GpuTables`; vLLM appends new pages behind these."""
-        self.block_tables.num_blocks.np[0, self.req_states.req_id_to_index[request_id]] = pages
-
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
         return self._report(super().execute_model(*args, **kwargs))
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
-        output, durations = super().sample_tokens(*args, **kwargs), self._compactor.stopwatch.take()
+        output, durations = super().sample_tokens(*args, **kwargs), self._compactors.stopwatch.take()
         step = output.model_runner_output if isinstance(output, AsyncOutput) else output
         if isinstance(step, ModelRunnerOutput) and step.req_ids:  # not vLLM's one empty output for all
             attach_durations(step, durations)
@@ -155,7 +162,7 @@ class CompactingRunnerV2(GPUModelRunner):
         """Sends along which pages were evicted, with the step's output; None stands for one still to come."""
         if not isinstance(model_output, AsyncModelRunnerOutput | ModelRunnerOutput):
             return model_output
-        evicted = self._compactor.take_evicted()
+        evicted = self._compactors.take_evicted()
         return ReportingOutput(model_output, evicted) if evicted else model_output
 
     def prepare_attn(self, input_batch: InputBatch) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
@@ -172,7 +179,17 @@ class CompactingRunnerV2(GPUModelRunner):
             ring_size=RING_SIZE,
         )
         lengths.is_real = True
-        num_tokens = input_batch.positions.shape[0]
-        return super().prepare_attn(
-            dataclasses.replace(input_batch, positions=lengths.positions[:num_tokens])
+        physical = lengths.positions[: input_batch.positions.shape[0]]
+        if self._physical_slots is None:
+            return super().prepare_attn(dataclasses.replace(input_batch, positions=physical))
+        tables, slots = super().prepare_attn(input_batch)
+        of_compacted = self.block_tables.compute_slot_mappings(
+            input_batch.idx_mapping,
+            input_batch.query_start_loc,
+            physical,
+            input_batch.num_tokens_after_padding,
+            out=self._physical_slots,
         )
+        for group in self._groups:
+            slots[group.group_id].copy_(of_compacted[group.group_id])
+        return tables, slots

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.worker.gpu_worker import Worker
 
 from rkv_vllm import plugin
 from rkv_vllm.execution.gpu.runner import CompactingRunnerV2
-from rkv_vllm.execution.layers import attention_layers
+from rkv_vllm.execution.layer_groups import compacted_layers
 from rkv_vllm.host.compatibility import NEEDS_V2_RUNNER, refuse_unsupported
 from rkv_vllm.host.contract import CONTRACT_V2_RUNNER
-from rkv_vllm.host.kv_cache_spec import to_compacting_specs
 from rkv_vllm.host.process_end import skip_last_collections_of_engine
 
 
@@ -32,10 +30,7 @@ class CompactingGpuWorker(Worker):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
-        self.model_runner.install_query_capture(attention_layers(self.vllm_config))
-
-    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        return to_compacting_specs(super().get_kv_cache_spec())
+        self.model_runner.install_query_capture(compacted_layers(self.vllm_config))
 
     def compile_or_warm_up_model(self) -> Any:
         self.model_runner.warm_up_compaction()

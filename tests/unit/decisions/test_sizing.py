@@ -7,7 +7,7 @@ import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from rkv_vllm.decisions.lengths import RequestLengths
-from rkv_vllm.decisions.sizing import KvShape, Pool, peak_slots
+from rkv_vllm.decisions.sizing import KvShape, PageKinds, Pool, WindowPages, peak_slots
 from rkv_vllm.settings.config import CompactionSettings
 
 BUDGET = CompactionSettings(budget=512, buffer=128, policy="rkv")
@@ -36,6 +36,18 @@ def test_requests_that_fit(slots: int, pages: int, requests: int) -> None:
     """Proves that each request takes whole pages, down to a pool that is too small for one."""
     pool = Pool(10, 16)
     assert (pool.pages_for(slots), pool.requests_that_fit(slots)) == (pages, requests)
+
+
+def test_groups_of_layers_each_take_pages() -> None:
+    """Proves that each group of full attention takes pages for the slots, and each window for the text, up to
+    what it sees: more of it while a prompt is computed."""
+    window = WindowPages(page_size=32, most=5, most_in_prompt=20)
+    pool = Pool(200, 16, PageKinds(compacted=2, windows=(window, window)))
+    assert pool.pages_for(64) == 2 * 4 + 2 * 2
+    assert pool.pages_for(64, length=1000) == 2 * 4 + 2 * 5
+    assert pool.pages_to_start(64, length=320) == 2 * 4 + 2 * 11
+    assert pool.pages_to_start(64, length=1000) == 2 * 4 + 2 * 20
+    assert pool.requests_that_fit(64, length=1000) == 199 // 18
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.plain_cache import all_layers
 
 from rkv_vllm.decisions.messages import PageCompaction, PageReport, TokenCompaction
 from rkv_vllm.execution.cpu import layer_cache
@@ -73,7 +74,8 @@ def test_rounds_over_bytes_are_rounds_over_numbers(
         found: list[tuple[Tables, list[PageReport], torch.Tensor]] = []
         for cache, name, scale in ((bytes_, cache_dtype, 0.2), (numbers, "auto", 0.2 * KEY_SCALE)):
             caches = [CpuLayerCache(layer(each, name, scale)) for each in cache]
-            compactor = make_cpu_compactor(caches, queries, config, make_policies(config), RotaryPairs(SIZE))
+            policies, pairs = make_policies(config), RotaryPairs(SIZE)
+            compactor = make_cpu_compactor(caches, queries, config, policies, pairs, all_layers(LAYERS))
             tables = Tables()
             common: dict[str, Any] = {
                 "request_id": "a",
@@ -85,7 +87,7 @@ def test_rounds_over_bytes_are_rounds_over_numbers(
             if granularity == "token":
                 pages = tuple(tables.pages)
                 compaction: Any = TokenCompaction(
-                    **common, keep=50, evicted=LENGTH - 50, source_pages=pages, target_pages=pages[3:7]
+                    **common, keep=50, evicted=LENGTH - 50, source_pages=(pages,), target_pages=(pages[3:7],)
                 )
             else:
                 compaction = PageCompaction(**common, keep=LENGTH - 3 * PAGE, evicted=3 * PAGE, eviction_id=4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from vllm.v1.outputs import AsyncModelRunnerOutput, KVConnectorOutput, ModelRunnerOutput
 
 from rkv_vllm.decisions.messages import PageCompaction, PageReport, reports_of
+from rkv_vllm.execution.gpu.group_table import GpuGroupTable
 from rkv_vllm.execution.gpu.page_reports import EvictedPageIds, ReportingOutput
 from rkv_vllm.execution.gpu.runner import CompactingRunnerV2
 from rkv_vllm.host.contract import CONTRACT_V2_RUNNER, contract_problems
@@ -49,18 +51,35 @@ class Evicting:
 
 @pytest.fixture
 def runner() -> Any:
-    """The adapter's methods on vLLM's block table in small: two requests in slots 3 and 1."""
-    written: list[tuple[int, tuple[list[int], ...], bool]] = []
+    """What the adapter's methods about outputs look at."""
+    return SimpleNamespace(_compactors=Evicting())
+
+
+@dataclass
+class StagedTable:
+    """vLLM's block table of a group in small, which is told what to write."""
+
+    gpu: torch.Tensor
+    written: list[tuple[int, int, tuple[int, ...]]] = field(default_factory=list)
+
+    def stage_write(self, index: int, start: int, x: tuple[int, ...]) -> None:
+        self.written.append((index, start, x))
+
+
+@pytest.fixture
+def block_tables() -> Any:
+    """vLLM's, of two groups: each has requests in slots 3 and 1."""
+    numbers = torch.arange(40, dtype=torch.int32).view(4, 10)
     return SimpleNamespace(
-        req_states=SimpleNamespace(req_id_to_index={"a": 3, "b": 1}),
-        block_tables=SimpleNamespace(
-            block_tables=[SimpleNamespace(gpu=torch.arange(40, dtype=torch.int32).view(4, 10))],
-            num_blocks=SimpleNamespace(np=np.full((1, 4), 5, dtype=np.int32)),
-            append_block_ids=lambda slot, ids, overwrite: written.append((slot, ids, overwrite)),
-        ),
-        _compactor=Evicting(),
-        written=written,
+        block_tables=[StagedTable(numbers.clone()), StagedTable(numbers.clone())],
+        num_blocks=SimpleNamespace(np=np.full((2, 4), 5, dtype=np.int32)),
     )
+
+
+@pytest.fixture
+def table(block_tables: Any) -> GpuGroupTable:
+    """That of the second group."""
+    return GpuGroupTable(block_tables, {"a": 3, "b": 1}, group_id=1)
 
 
 def test_vllm_is_what_the_adapter_was_written_against() -> None:
@@ -68,23 +87,28 @@ def test_vllm_is_what_the_adapter_was_written_against() -> None:
     assert contract_problems(CONTRACT_V2_RUNNER) == []
 
 
-def test_a_row_is_rewritten_in_place(runner: Any) -> None:
-    """Proves that the row of a request is a view of its own entries of vLLM's table on the device."""
-    CompactingRunnerV2.page_row(runner, "b")[0] = 99
-    assert runner.block_tables.block_tables[0].gpu[:, 0].tolist() == [0, 99, 20, 30]
+def test_a_row_is_rewritten_in_place(table: GpuGroupTable, block_tables: Any) -> None:
+    """Proves that the row of a request is a view of its own entries of the group's table on the device."""
+    table.page_row("b")[0] = 99
+    assert [each.gpu[:, 0].tolist() for each in block_tables.block_tables] == [
+        [0, 10, 20, 30],
+        [0, 99, 20, 30],
+    ]
 
 
-def test_new_pages_go_behind_what_stays(runner: Any) -> None:
-    """Proves that the count of the request's own row alone is set."""
-    CompactingRunnerV2.set_num_pages(runner, "a", 3)
-    CompactingRunnerV2.set_num_pages(runner, "b", 4)
-    assert runner.block_tables.num_blocks.np.tolist() == [[5, 4, 5, 3]]
+def test_new_pages_go_behind_what_stays(table: GpuGroupTable, block_tables: Any) -> None:
+    """Proves that the count of the request's own row in its group alone is set."""
+    table.set_num_pages("a", 3)
+    table.set_num_pages("b", 4)
+    assert block_tables.num_blocks.np.tolist() == [[5, 5, 5, 5], [5, 4, 5, 3]]
 
 
-def test_named_pages_replace_all_that_the_request_had(runner: Any) -> None:
-    """Proves that pages which the scheduler names overwrite the request's own row."""
-    CompactingRunnerV2.replace_pages(runner, "a", (7, 8))
-    assert runner.written == [(3, ([7, 8],), True)]
+def test_named_pages_replace_all_that_the_request_had(table: GpuGroupTable, block_tables: Any) -> None:
+    """Proves that pages which the scheduler names overwrite the request's own row in its group, and that no
+    other group loses its pages by it."""
+    table.replace_pages("a", (7, 8))
+    assert [each.written for each in block_tables.block_tables] == [[], [(3, 0, (7, 8))]]
+    assert block_tables.num_blocks.np.tolist() == [[5, 5, 5, 5], [5, 5, 5, 2]]
 
 
 @pytest.mark.parametrize("output", [Pending(), Pending().get_output()])

@@ -47,6 +47,7 @@ def configuration(**changes: Any) -> Any:
             world_size=1,
         ),
         additional_config={"rkv": {}},
+        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
         model_config=SimpleNamespace(
             use_mla=False,
             is_encoder_decoder=False,
@@ -126,7 +127,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-WINDOWS = "sliding-window attention"
+WINDOWS = "sliding-window attention in all layers"
 HEADS = "layers with other head counts or sizes than the first"
 SLIDING = ["sliding_attention", "full_attention"]
 REFUSED += [
@@ -134,14 +135,19 @@ REFUSED += [
         (name, {"model_config__hf_text_config": text_config(**fields)})
         for name, fields in (
             (WINDOWS, {"sliding_window": 1024}),
-            (WINDOWS, {"sliding_window": 1024, "layer_types": SLIDING}),
+            (WINDOWS, {"sliding_window": 1024, "layer_types": ["sliding_attention"] * 2}),
             (HEADS, {"num_attention_heads_per_layer": [8, 4]}),
             (HEADS, {"num_key_value_heads": [2, 4]}),
             (HEADS, {"head_dim": 64, "per_layer_config": {"1": {"head_dim": 128}}}),
-            ("cross-layer KV sharing", {"num_kv_shared_layers": 1}),
         )
     ),
-    ("chunked attention", {"model_config__attention_chunk_size": 1024}),
+    (
+        "windows without the hybrid KV cache manager",
+        {
+            "scheduler_config__disable_hybrid_kv_cache_manager": True,
+            "model_config__hf_text_config": text_config(sliding_window=1024, layer_types=SLIDING),
+        },
+    ),
     ("ALiBi", {"model_config__uses_alibi": True}),
 ]
 
@@ -150,16 +156,20 @@ REFUSED += [
     "fields",
     [
         {"sliding_window": None, "layer_types": SLIDING},
+        {"sliding_window": 1024, "layer_types": SLIDING},
+        {"sliding_window": 1024, "layer_types": SLIDING, "per_layer_config": {"0": {"head_dim": 128}}},
+        {"sliding_window": 1024, "layer_types": SLIDING, "num_kv_heads_per_layer": [8, 2]},
         {"sliding_window": 1024, "layer_types": ["full_attention"] * 2},
         {"num_attention_heads_per_layer": [8, 8]},
         {"head_dim": 64, "per_layer_config": {"0": {"head_dim": 128}, "1": {"head_dim": 128}}},
-        {"num_kv_shared_layers": 0},
+        {"num_kv_shared_layers": 1},
         {"intermediate_size": [256, 512]},
     ],
     ids=str,
 )
 def test_what_a_config_names_without_using_it_passes(fields: dict[str, Any]) -> None:
-    """Proves that a window without layers, layers without a window, and lists of equal numbers are plain."""
+    """Proves that windows beside full attention, whatever their heads are, a window without layers, layers
+    without a window, and lists of equal numbers are plain."""
     refuse_unsupported(configuration(model_config__hf_text_config=text_config(**fields)))
 
 
@@ -218,23 +228,21 @@ def test_every_feature_that_can_be_seen_is_tested() -> None:
 def test_all_problems_in_one_error() -> None:
     """Proves that one error lists every refused feature in use and every method that differs."""
     changes = {name: value for _, change in REFUSED for name, value in change.items()}
-    fields = {"sliding_window": 1024, "num_kv_shared_layers": 1, "num_key_value_heads": [2, 4]}
-    changes["model_config__hf_text_config"] = text_config(**fields)
+    changes["model_config__hf_text_config"] = text_config(sliding_window=1024)
     changes["speculative_config"] = EAGLE  # on two pipeline stages
     contract = {"vllm.config.VllmConfig.no_such_method": ()}
     with pytest.raises(ValueError) as refused:
         refuse_unsupported(configuration(**changes), contract)
     message = str(refused.value)
     for name, _ in REFUSED:
-        assert message.count(f"  - {name} is not supported") == 1
+        # No layer of full attention is left whose heads could differ.
+        assert message.count(f"  - {name} is not supported") == (name != HEADS)
     assert "no_such_method does not exist" in message
 
 
 def layer(**changes: Any) -> Any:
     fields: dict[str, Any] = {
-        "sliding_window": None,
         "alibi_slopes": None,
-        "kv_sharing_target_layer_name": None,
         "attn_type": "decoder",
         "kv_cache_dtype": "auto",
         "num_heads": 8,
@@ -281,9 +289,7 @@ def test_all_problems_of_layers_in_one_error() -> None:
     """Proves that each kind of refused layer is named once, with the first layer that has it."""
     layers = {
         "0": layer(),
-        "1": layer(sliding_window=128),
-        "2": layer(alibi_slopes=[0.5], sliding_window=128),
-        "3": layer(kv_sharing_target_layer_name="0"),
+        "2": layer(alibi_slopes=[0.5]),
         "4": layer(attn_type="encoder"),
         "5": layer(kv_cache_dtype="int8_per_token_head"),
         "6": layer(num_kv_heads=4),
@@ -292,9 +298,7 @@ def test_all_problems_of_layers_in_one_error() -> None:
     with pytest.raises(ValueError) as refused:
         refuse_unsupported_layers(layers)
     assert str(refused.value).splitlines()[1:] == [
-        "  - sliding-window attention is not supported (layer 1)",
         "  - ALiBi is not supported (layer 2)",
-        "  - cross-layer KV sharing is not supported (layer 3)",
         "  - attention of type encoder is not supported (layer 4)",
         "  - a KV cache of type int8_per_token_head (--kv-cache-dtype fp8 works) is not supported (layer 5)",
         "  - attention whose heads differ from the first layer's is not supported (layer 6)",
@@ -304,7 +308,7 @@ def test_all_problems_of_layers_in_one_error() -> None:
 
 def test_a_model_without_attention_is_refused() -> None:
     """Proves that a model in which no layer was found does not pass by having no problem."""
-    with pytest.raises(ValueError, match="no attention layer"):
+    with pytest.raises(ValueError, match="no layer of full attention"):
         refuse_unsupported_layers({})
 
 

@@ -19,8 +19,8 @@ def compaction(request_id: str, *, sources: tuple[int, ...], targets: tuple[int,
     """96 slots down to 64."""
     return TokenCompaction(
         request_id=request_id,
-        source_pages=sources,
-        target_pages=targets,
+        source_pages=(sources,),
+        target_pages=(targets,),
         length=96,
         keep=64,
         evicted=32,

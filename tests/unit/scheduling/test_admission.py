@@ -173,7 +173,7 @@ def test_who_is_passed_over_keeps_its_place() -> None:
     for name in ("first", "second", "third"):
         admission.set_watermark(requests[name], 0)
     [outlook] = admission._outlooks.values()
-    assert sorted(outlook.request_ids) == ["0", "1", "2", "3"]
+    assert sorted(each.request_id for each in outlook.requests) == ["0", "1", "2", "3"]
     assert admission.autos._waiting is not None and admission.autos._waiting[0] is requests["first"]
 
 
