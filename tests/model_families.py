@@ -25,7 +25,9 @@ class Family:
         model_type: of transformers' configuration.
         config: what is added to `TINY`, or replaces it there.
         pairs: how it rotates keys of `TINY`'s 32 dimensions.
-        scales_rotated: whether it weighs dimensions after rotating them, so that lengths of pairs vary.
+        varies: whether keys of one token differ by more than their rotation: because dimensions are weighed
+            after it, or a layer before looks at an attention sink.
+        unrotated: whether layers of full attention leave the embedding aside that lies beside them.
     """
 
     name: str
@@ -34,7 +36,12 @@ class Family:
     model_type: str
     config: Mapping[str, Any] = field(default_factory=dict)
     pairs: RotaryPairs = RotaryPairs(rotated=32)  # noqa: RUF009
-    scales_rotated: bool = False
+    varies: bool = False
+    unrotated: bool = False
+
+    @property
+    def has_windows(self) -> bool:
+        return "layer_types" in self.config
 
     def save(self, folder: Path) -> Path:
         """Writes a tiny model's `config.json`, for `--load-format dummy`."""
@@ -71,6 +78,9 @@ TINY: Mapping[str, Any] = {
 }
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 _OWN_HEADS = {"num_key_value_heads": 4}
+#: Tokens that layers with a window see, or that make a chunk.
+WINDOW = 64
+_WINDOWS = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 
 FAMILIES = (
     Family(
@@ -191,18 +201,83 @@ FAMILIES = (
         "Hunyuan-7B-Instruct",
         "HunYuanDenseV1ForCausalLM",
         "hunyuan_v1_dense",
-        scales_rotated=True,
+        varies=True,
     ),
     Family("Apertus", "Apertus-8B-Instruct-2509", "ApertusForCausalLM", "apertus"),
+    Family(
+        "gpt-oss",
+        "gpt-oss-20b, gpt-oss-120b",
+        "GptOssForCausalLM",
+        "gpt_oss",
+        {
+            **_WINDOWS,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 32.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 4096,
+                "rope_theta": 150000,
+            },
+        },
+        varies=True,
+    ),
+    Family(
+        "Gemma 2",
+        "gemma-2-9b-it",
+        "Gemma2ForCausalLM",
+        "gemma2",
+        {**_WINDOWS, "query_pre_attn_scalar": 32, "hidden_activation": "gelu_pytorch_tanh"},
+    ),
+    Family(
+        "Gemma 3, text",
+        "gemma-3-12b-it, gemma-3-1b-it",
+        "Gemma3ForCausalLM",
+        "gemma3_text",
+        {**_WINDOWS, "query_pre_attn_scalar": 32, "hidden_activation": "gelu_pytorch_tanh"},
+    ),
+    Family(
+        "Gemma 4, text",
+        "gemma-4-12b-it",
+        "Gemma4ForCausalLM",
+        "gemma4_text",
+        {**_WINDOWS, "global_head_dim": 64, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0},
+        pairs=RotaryPairs(64),
+    ),
+    Family(
+        "Cohere Command A and R7B",
+        "c4ai-command-a-03-2025",
+        "Cohere2ForCausalLM",
+        "cohere2",
+        {**_WINDOWS, "logit_scale": 0.25},
+        pairs=RotaryPairs(32, interleaved=True),
+        unrotated=True,
+    ),
+    Family("OLMo 3", "Olmo-3-7B-Think", "Olmo3ForCausalLM", "olmo3", _WINDOWS),
+    Family("EXAONE 4", "EXAONE-4.0-32B", "Exaone4ForCausalLM", "exaone4", _WINDOWS, unrotated=True),
+    Family(
+        "Llama 4, text",
+        "Llama-4-Scout-17B-16E-Instruct",
+        "Llama4ForCausalLM",
+        "llama4_text",
+        {
+            "attention_chunk_size": WINDOW,
+            "layer_types": ["chunked_attention", "full_attention"],
+            "no_rope_layers": [1, 0],
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "interleave_moe_layer_step": 1,
+            "intermediate_size_mlp": 256,
+        },
+        pairs=UNROTATED,
+    ),
 )
 
 REFUSED = (
-    Refused("gpt-oss", "gpt-oss-20b, gpt-oss-120b", "every second layer has a sliding window"),
-    Refused("Gemma 2, 3", "gemma-2-9b-it, gemma-3-12b-it", "most layers have a sliding window"),
     Refused("Mistral with a window", "Mistral-7B-v0.1", "all layers have a sliding window"),
-    Refused("Cohere Command A and R7B", "c4ai-command-a-03-2025", "most layers have a sliding window"),
-    Refused("OLMo 3", "Olmo-3-7B-Think", "most layers have a sliding window"),
-    Refused("Llama 4", "Llama-4-Scout-17B-16E-Instruct", "most layers attend within chunks"),
     Refused("DeepSeek V2, V3 and R1", "DeepSeek-R1, DeepSeek-V3.1, Kimi-K2", "multi-head latent attention"),
     Refused(
         "hybrids of attention and state-space layers",
