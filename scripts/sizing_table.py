@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 
 from rkv_vllm.cli.diagnosis import GIB
-from rkv_vllm.decisions.lengths import make_request_lengths
+from rkv_vllm.decisions.auto_lengths import make_request_lengths
 from rkv_vllm.decisions.sizing import KvShape, Pool, peak_slots
 from rkv_vllm.settings.config import RkvConfig
 

@@ -73,7 +73,7 @@ class CallerRules(BaseModel):
     )
     max_budget: Budget | None = Field(
         default=None,
-        description="Tokens at which a request with budget `auto` goes down to its min_budget at the latest.",
+        description="Most tokens that a request with budget `auto` holds: then half of them stay.",
     )
     budget_min: Budget | None = Field(default=None, description="Smallest budget a request may name.")
     budget_max: Budget | None = Field(
@@ -194,7 +194,7 @@ class CallerRules(BaseModel):
             rkv_protect=self.protect if asked.protect is None else asked.protect,
         )
 
-    def _auto(self, asked: KvCacheRequest, budget: int | str) -> dict[str, int]:
+    def _auto(self, asked: KvCacheRequest, budget: int | str) -> dict[str, Any]:
         """What the engine is told of a request with budget `auto` beside that.
 
         Raises: KvCacheError that names a member which is out of bounds, or is only for budget `auto`.

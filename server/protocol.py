@@ -45,15 +45,23 @@ class KvCacheReport(BaseModel):
         )
     )
     min_budget: int | None = Field(
-        default=None, description="Budget from when memory was short; with budget `auto`."
+        default=None, description="What it goes down to where memory is short; with budget `auto`."
     )
     full_cache_tokens: int | None = Field(
         default=None,
         description=(
-            "Length, in tokens, up to which nothing was evicted, and which alone decides the answer: as "
-            "`rkv_switch_at` in `vllm_xargs` it gives the same one again. With budget `auto`, where "
-            "something was evicted; of several sequences the shortest."
+            "Length, in tokens, up to which nothing was evicted. With budget `auto`, where something was "
+            "evicted; of several sequences the shortest."
         ),
+    )
+    switches: list[str] | None = Field(
+        default=None,
+        description=(
+            "Steps in which it came down, each the length in tokens at which it did and the tokens that "
+            "stayed. They alone decide the answer: as `rkv_switch_at` in `vllm_xargs` they give the same one "
+            "again. With budget `auto`, where something was evicted; absent for several sequences."
+        ),
+        examples=[["1490:745"]],
     )
     policy: str | None = Field(default=None, description="What scored tokens; absent with budget `full`.")
     buffer: int | None = Field(

@@ -13,7 +13,7 @@ from rkv_vllm.settings.error_text import shown, shown_name
 from rkv_vllm.settings.policy_table import POLICY_NAMES
 from rkv_vllm.settings.request_size import is_share
 from rkv_vllm.settings.requested import XARGS_PREFIX, RequestedSettings
-from rkv_vllm.settings.values import AUTO, PROTECT_TAKES
+from rkv_vllm.settings.values import AUTO, PROTECT_TAKES, SwitchText
 
 #: Budget of a request that keeps its full cache.
 FULL: Literal["full"] = "full"
@@ -85,13 +85,15 @@ class KvCacheRequest(BaseModel):
         examples=[1024, "25%", AUTO, FULL],
     )
     min_budget: Tokens | None = Field(
-        default=None, description="Budget from when memory is short; with budget `auto`.", examples=[1024]
+        default=None,
+        description="What the request comes down to where memory is short; with budget `auto`.",
+        examples=[1024],
     )
     max_budget: Tokens | None = Field(
         default=None,
         description=(
-            "Length, in tokens, at which the request goes down to `min_budget` though memory is not short; "
-            "with budget `auto`."
+            "Most tokens that the request holds though memory is not short: then half of them stay; with "
+            "budget `auto`."
         ),
         examples=[16384],
     )
@@ -113,13 +115,16 @@ class KvCacheRequest(BaseModel):
     )
 
 
+_Length = Annotated[int, Field(gt=0, le=MOST_TOKENS)]
+
+
 class XargsRequest(KvCacheRequest):
     """The same in `vllm_xargs`, where an answer can be had once more.
 
-    `switch_at` is the `full_cache_tokens` of its report.
+    `switch_at` is the `switches` of its report.
     """
 
-    switch_at: Annotated[int, Field(gt=0, le=MOST_TOKENS)] | None = None
+    switch_at: _Length | Annotated[list[SwitchText], Field(min_length=1)] | None = None
 
 
 _TAKES = {
@@ -130,7 +135,10 @@ _TAKES = {
     "min_budget": _TOKENS,
     "max_budget": _TOKENS,
 }
-_XARGS_TAKE = {**_TAKES, "switch_at": f"takes an integer from 1 to {MOST_TOKENS}"}
+_XARGS_TAKE = {
+    **_TAKES,
+    "switch_at": f'takes an integer from 1 to {MOST_TOKENS}, or a list of steps as in "1490:745"',
+}
 
 
 def read_kv_cache(value: Any) -> KvCacheRequest:

@@ -1,4 +1,4 @@
-"""Would budget "auto" lose fewer answers if it came down in steps of one half, not by one switch?
+"""How many answers does budget "auto" lose by halves, as it comes down, and how many in one step?
 
     cd benchmarks && python -m policy_lab.halving --model PATH --task program --seed 2026 --out halving.json
 

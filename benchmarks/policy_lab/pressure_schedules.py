@@ -1,8 +1,8 @@
 """When requests are cut, and to how many tokens, where a pool holds a part of what a steady load wants.
 
 The decisions are those of `decisions/pressure.py`; requests are numbers, and no model runs. Beside the
-scheduler's rule, one switch to the minimum, there is halving: each order cuts a request to a half of what it
-has, until it is at its minimum.
+scheduler's rule, halving, which cuts a request to a half of what it has until it is at its minimum, there is
+one switch to the minimum.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from rkv_vllm.decisions.pages import num_pages
 from rkv_vllm.decisions.pressure import NOTICE_MARGIN, Candidate, PoolState, to_switch
+from rkv_vllm.settings.values import Switch
 
 PAGE = 16
 #: `auto_usage` of a server that does not say.
@@ -144,11 +145,12 @@ def _order(load: Load, rule: Rule, running: Sequence[_Request], usable: int) -> 
                     length=slots,
                     saved_pages=saved,
                     tokens_left=load.length - each.logical,
+                    switch=Switch(at, keep),
                 )
             )
     for candidate in to_switch(candidates, shortage, int(usable * USAGE)):
         request = running[candidate.arrival]
-        request.ordered = Cut(request.logical + load.queries, rule(candidate.length, load.minimum))
+        request.ordered = Cut(*candidate.switch)
 
 
 def _growth(request: _Request, load: Load, notice: int) -> int:

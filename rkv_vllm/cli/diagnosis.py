@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
-from rkv_vllm.decisions.lengths import RequestLengths, make_request_lengths
+from rkv_vllm.decisions.auto_lengths import make_request_lengths
+from rkv_vllm.decisions.lengths import RequestLengths
 from rkv_vllm.decisions.sizing import Pool, peak_slots
 from rkv_vllm.host.cache_dtype import cache_dtype
 from rkv_vllm.host.compatibility import unsupported_features

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rkv_vllm.decisions.pages import num_pages
-from rkv_vllm.settings.config import WINDOW, AutoBudget, CompactionSettings, Granularity
+from rkv_vllm.settings.config import WINDOW, CompactionSettings
 
 
 @dataclass(slots=True)
@@ -64,6 +64,10 @@ class RequestLengths:
         """Slots that the request holds at most, in tokens, however long it grows."""
         return max(self.num_prompt_tokens, self.due_slots) + self.eviction_slack
 
+    def most_slots(self, num_tokens: int) -> int:
+        """Slots that the request holds at most on its way to so many tokens."""
+        return self.max_slots
+
     @property
     def needed_slots(self) -> int:
         """Slots, in tokens, with which it can be computed to its end."""
@@ -81,6 +85,11 @@ class RequestLengths:
     def kept_slots(self) -> int:
         """Physical length right after a compaction."""
         return self.settings.budget
+
+    @property
+    def survivors(self) -> int:
+        """Slots, from the first on, that the last compaction has filled; 0: there was none."""
+        return self.kept_slots if self.evicted else 0
 
     @property
     def eviction_slack(self) -> int:
@@ -167,114 +176,3 @@ class PageLengths(RequestLengths):
 
     def _pages(self, slots: int) -> int:
         return num_pages(slots, self.page_size)
-
-
-#: Logical length that no request reaches.
-NEVER = 1 << 62
-
-
-@dataclass(slots=True)
-class AutoLengths(RequestLengths):
-    """The counts of a request that keeps its full cache until memory is short (budget "auto").
-
-    It then switches once, by its first compaction, and has a fixed budget from there on. When it switches is
-    the one thing that does not follow from counts: `order` says so some tokens ahead, which makes the switch
-    a compaction like any other, that is due at a known length. Once it was carried out it is final.
-    """
-
-    _ordered_at: int | None = field(default=None, init=False)
-    _switched_at: int | None = field(default=None, init=False)
-
-    @property
-    def auto(self) -> AutoBudget:
-        assert self.settings.auto is not None
-        return self.settings.auto
-
-    @property
-    def switched_at(self) -> int | None:
-        """Logical length at which it has switched, since it last started or before a preemption."""
-        return self._switched_at
-
-    @property
-    def is_undecided(self) -> bool:
-        """Whether it may be ordered to switch."""
-        return self._switched_at is None and self._ordered_at is None and self.auto.switch_at is None
-
-    @property
-    def next_due(self) -> int:
-        if self._switched_at is not None:
-            switch = self._switched_at
-        elif self.auto.switch_at is not None:
-            switch = self.auto.switch_at
-        elif self._ordered_at is not None:
-            switch = self._ordered_at
-        else:
-            switch = self.auto.max_budget or NEVER
-        return max(self.num_prompt_tokens, self.evicted + self.due_slots, switch)
-
-    def earliest_switch(self, logical: int) -> int:
-        """Length at which it can switch at the earliest, by an order that it is given at `logical`.
-
-        The queries that the switch looks at are captured from the order on.
-        """
-        return max(self.num_prompt_tokens, self.due_slots, logical + self.settings.num_queries)
-
-    def switch_on_arrival(self, num_tokens: int) -> int:
-        """Where it switches if it is ordered to before any of its `num_tokens` is computed.
-
-        The newest of them was sampled from the full cache of all others.
-        """
-        return max(self.num_prompt_tokens, self.due_slots, num_tokens - 1)
-
-    def order(self, switch_at: int) -> None:
-        """Has the request switch at this logical length, which it has not reached."""
-        self._ordered_at = switch_at
-
-    def withdraw_order(self) -> None:
-        """Takes back an order that was not carried out."""
-        self._ordered_at = None
-
-    @property
-    def max_slots(self) -> int:
-        return max(self.next_due, self.due_slots)
-
-    @property
-    def needed_slots(self) -> int:
-        """It can be ordered to switch in time, unless somebody said where it does."""
-        return max(self.num_prompt_tokens, self.due_slots, self.auto.switch_at or 0)
-
-    def reserved_slots(self, uncomputed_until: int, notice: int) -> int:
-        """Slots that must be kept for it, so that the pool can hold it whatever others do.
-
-        Args:
-            uncomputed_until: tokens that it computes before it can switch; 0 where all of them are computed.
-            notice: tokens that it may compute from an order to its switch.
-        """
-        if self.evicted:
-            return self.due_slots
-        if not self.is_undecided:
-            return self.next_due
-        return max(uncomputed_until, self.due_slots) + notice
-
-    def cacheable(self, num_tokens: int) -> int:
-        due = self.switch_on_arrival(num_tokens) if self._switched_at is None else self.next_due
-        return min(due, self.next_due) - max(self.settings.num_queries, 1) - 1
-
-    def confirm_compaction(self, logical: int) -> None:
-        if self._switched_at is None:
-            self._switched_at = logical
-
-    def restart(self) -> None:
-        self.evicted = 0
-        self.withdraw_order()
-
-
-def make_request_lengths(
-    granularity: Granularity, num_prompt_tokens: int, settings: CompactionSettings, page_size: int
-) -> RequestLengths:
-    """The counts of a new request, by what leaves in a compaction, and when the first one comes."""
-    if settings.auto is not None:
-        return AutoLengths(num_prompt_tokens, settings)
-    if granularity == "page":
-        return PageLengths(num_prompt_tokens, settings, page_size=page_size)
-    return RequestLengths(num_prompt_tokens, settings)

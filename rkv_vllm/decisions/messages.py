@@ -55,6 +55,8 @@ class Compaction:
         query_row: row of the query ring that holds its newest queries, or `NO_QUERY_ROW`.
         num_queries: how many of them the policy looks at.
         protect: its first tokens that stay whatever their scores.
+        num_previous_survivors: slots, from the first on, that the round before this one has filled; 0 for the
+            first round.
     """
 
     request_id: str
@@ -65,16 +67,12 @@ class Compaction:
     query_row: int
     num_queries: int = 0
     protect: int = 0
+    num_previous_survivors: int = 0
 
     @property
     def logical_length(self) -> int:
         """Tokens of the request so far."""
         return self.evicted + self.keep
-
-    @property
-    def num_previous_survivors(self) -> int:
-        """Slots, from the first on, that the round before this one has filled; 0 for the first round."""
-        return self.keep if self.evicted > self.length - self.keep else 0
 
     @property
     def num_copied_pages(self) -> int:
@@ -212,8 +210,9 @@ class CompactionResult(TypedDict):
     `reason` says why nothing was compacted, and is None where something was; `sequences` is there where the
     numbers are sums over several.
 
-    With budget "auto", `min_budget` is what it goes down to, and `full_cache_tokens` the length at which it
-    did: it is there where something was compacted, and alone decides the answer.
+    With budget "auto", `min_budget` is what it comes down to. Where something was compacted, `switches` are
+    the steps, as text, which alone decide the answer, and `full_cache_tokens` is the length at the first of
+    them. Where several sequences are summed there are no `switches`.
     """
 
     budget: int | Literal["auto"] | None
@@ -229,3 +228,4 @@ class CompactionResult(TypedDict):
     sequences: NotRequired[int]
     min_budget: NotRequired[int]
     full_cache_tokens: NotRequired[int]
+    switches: NotRequired[list[str]]

@@ -1,9 +1,10 @@
-"""Which requests with budget "auto" switch to their budget, and when (pure arithmetic).
+"""Which requests with budget "auto" come down towards their budget, and when (pure arithmetic).
 
 A request with budget "auto" keeps its full cache while there is room. Where the pool runs short, some are
-ordered to switch, early enough that nobody has to be preempted: a switch comes as many tokens after its order
-as the policy looks at queries, which are captured from the order on. So the pages that all running requests
-take meanwhile are looked for ahead of time, which is exact, because it follows from counts:
+ordered to switch to half of what they hold, early enough that nobody has to be preempted: a switch comes as
+many tokens after its order as the policy looks at queries, which are captured from the order on. So the pages
+that all running requests take meanwhile are looked for ahead of time, which is exact, because it follows from
+counts:
 
     short of pages  =  kept free + wanted by the next in the queue - (free - growth within the notice)
 
@@ -14,6 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+from rkv_vllm.settings.values import Switch
 
 #: Steps that growth is looked at beyond a policy's queries: that of the order, and one in which the next
 #: order still comes in time.
@@ -63,6 +66,7 @@ class Candidate:
         length: slots that its switch looks at.
         saved_pages: of its own that the switch frees, those counted that it would take until then.
         tokens_left: that it may still generate.
+        switch: that it would be ordered.
     """
 
     request_id: str
@@ -71,6 +75,7 @@ class Candidate:
     length: int
     saved_pages: int
     tokens_left: int
+    switch: Switch
 
 
 def to_switch(candidates: Iterable[Candidate], shortage: int, filled: int) -> list[Candidate]:

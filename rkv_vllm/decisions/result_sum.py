@@ -11,13 +11,14 @@ def combined(results: Iterable[CompactionResult]) -> CompactionResult:
     """The sum of at least one result. `sequences` is there from two on.
 
     All were asked for with the same settings. Where those depend on the prompt, as a share of its length
-    does, the first one's are shown. Of the lengths at which those with budget "auto" switched it is the
-    shortest.
+    does, the first one's are shown. Of the lengths up to which those with budget "auto" kept everything it is
+    the shortest.
     """
     first, *others = results
     if not others:
         return first
     added = first.copy()
+    added.pop("switches", None)  # each has its own
     for other in others:
         for count in ("compactions", "evicted_tokens", "peak_pages", "pages_without_compaction"):
             added[count] += other[count]

@@ -32,6 +32,7 @@ class Answer(BaseModel):
     budget: int | Literal["auto", "full"]
     min_budget: int | None = None
     full_cache_tokens: int | None = None
+    switches: list[str] | None = None
     policy: str | None
     buffer: int | None
     protect: int | None = None

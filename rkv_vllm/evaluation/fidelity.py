@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
-from rkv_vllm.decisions.lengths import make_request_lengths
+from rkv_vllm.decisions.auto_lengths import make_request_lengths
 from rkv_vllm.evaluation.fidelity_settings import Setting
 from rkv_vllm.evaluation.fidelity_texts import OwnText
 from rkv_vllm.settings.config import CompactionSettings, Granularity, PolicyName

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rkv_vllm.decisions.lengths import make_request_lengths
+from rkv_vllm.decisions.auto_lengths import make_request_lengths
 from rkv_vllm.decisions.sizing import KvShape, PageKinds, Pool, WindowPages
 from rkv_vllm.host.cache_dtype import cache_dtype
 from rkv_vllm.host.kv_cache_groups import planned_groups

@@ -118,20 +118,19 @@ UNCOMPACTED = Metric(
 AUTO_SWITCHES = Metric(
     "counter",
     "rkv_auto_switches_total",
-    "Requests with budget auto that went down to their min_budget, by what made them.",
+    "Requests with budget auto that lost tokens for the first time, by what made them.",
     {"cause": get_args(SwitchCause)},
 )
 FULL_CACHE_TOKENS = Metric(
     "histogram",
     "rkv_request_full_cache_tokens",
-    "Tokens up to which a request with budget auto kept its full cache, of those that went down to their "
-    "min_budget.",
+    "Tokens up to which a request with budget auto kept its full cache, of those that came down.",
     buckets=(256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072),
 )
 AUTO_REQUESTS = Metric(
     "gauge",
     "rkv_auto_requests",
-    "Requests with budget auto in the engine, by whether they have gone down to their min_budget.",
+    "Requests with budget auto in the engine, by whether they have lost tokens.",
     {"state": get_args(AutoState)},
 )
 RESERVED_PAGES = Metric(

@@ -173,8 +173,7 @@ class AdmissionControl:
         self, request: Request, tracked: TrackedRequest, priority: int, num_computed_tokens: int
     ) -> int:
         """Pages that a newcomer, and those with a fixed budget that it leaves room for, have yet to take."""
-        shared = tracked.hit_pages_of_one + tracked.hit_pages_of_several
-        newcomer = self._forecast(request, tracked, num_computed_tokens, shared)
+        newcomer = self._forecast(request, tracked, num_computed_tokens, tracked.hit_pages)
         self._asked = request, priority, newcomer
         outlook = self._outlooks.get(priority)
         if outlook is None:

@@ -9,21 +9,24 @@ from typing import NamedTuple
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.request import Request, RequestStatus
 
-from rkv_vllm.decisions.lengths import AutoLengths, RequestLengths
+from rkv_vllm.decisions.auto_lengths import AutoLengths
+from rkv_vllm.decisions.lengths import RequestLengths
 from rkv_vllm.decisions.pressure import NOTICE_MARGIN, Candidate, PoolState, to_switch
 from rkv_vllm.observability.metric_table import SwitchCause
+from rkv_vllm.scheduling.page_counts import PageCounts
 from rkv_vllm.scheduling.page_groups import PageGroups
 from rkv_vllm.scheduling.tracked_request import TrackedRequest
+from rkv_vllm.settings.values import Switch
 
 #: Steps between two counts of the pages that are kept, which only a metric shows.
 _STEPS_PER_COUNT = 64
 
 
 class Order(NamedTuple):
-    """Has a request switch at a logical length, and says why."""
+    """Has a request switch, and says why."""
 
     request: Request
-    switch_at: int
+    switch: Switch
     cause: SwitchCause
 
 
@@ -66,7 +69,7 @@ class AutoBudgets:
         self._by_priority = by_priority
         self._final_length = final_length
         self._lengths: dict[str, AutoLengths] = {}
-        self._notice = 0
+        self._counts = PageCounts(groups, tracked, final_length)
         self._waiting: tuple[Request, int] | None = None  # the next in the queue, and pages that it wants
         self._surplus: dict[int, int] = {}  # in this step, by a newcomer's priority
         self._reserved_pages, self._steps_to_count = 0, 0
@@ -86,7 +89,7 @@ class AutoBudgets:
         """Keeps the request in mind if it has budget "auto"."""
         if isinstance(lengths, AutoLengths):
             self._lengths[request.request_id] = lengths
-            self._notice = max(self._notice, lengths.settings.num_queries + self._margin)
+            self._counts.notice = max(self._counts.notice, lengths.settings.num_queries + self._margin)
 
     def ended(self, request_id: str) -> None:
         self._lengths.pop(request_id, None)
@@ -103,25 +106,23 @@ class AutoBudgets:
         lengths.withdraw_order()  # of a step in which it was not admitted
         tracked.unconstrained_until = 0
         if lengths.is_undecided:
-            later = request.num_tokens + self._notice
+            later = request.num_tokens + self._counts.notice
             switch = lengths.switch_on_arrival(request.num_tokens)
-            if switch <= later and self.missing_pages(request, later) > self._pool.get_num_free_blocks():
-                tracked.order_switch(switch, "arrival")
-        self._groups.set_max_slots(request.request_id, lengths.max_slots)
+            if switch <= later and self._counts.missing(request, later) > self._pool.get_num_free_blocks():
+                # Half of a prefix that others hold too would have to be copied.
+                half = lengths.half_of(lengths.slots_on_arrival(request.num_tokens))
+                kept = lengths.settings.budget if tracked.hit_pages else half
+                tracked.order_switch(Switch(switch, kept), "arrival")
+        self._groups.set_max_slots(request.request_id, lengths.most_slots(request.num_tokens))
 
     def missing_pages(self, request: Request, num_tokens: int) -> int:
-        """Pages that a request which waits has to be given for so many tokens."""
-        tracked = self._tracked.get(request.request_id)
-        others = self._groups.others.most_pages(num_tokens)
-        if tracked is None:
-            return self._pages(num_tokens) + others
-        found = tracked.hit_pages_of_one + tracked.hit_pages_of_several
-        return self._pages(min(num_tokens, tracked.lengths.max_slots)) - found + others
+        """See `PageCounts.missing`."""
+        return self._counts.missing(request, num_tokens)
 
     def reserved_slots(self, request: Request, num_computed_tokens: int) -> int:
         """Slots that are kept for a request with budget "auto", whatever others do."""
         uncomputed_until = request.num_tokens if num_computed_tokens + 1 < request.num_tokens else 0
-        reserved = self._lengths[request.request_id].reserved_slots(uncomputed_until, self._notice)
+        reserved = self._lengths[request.request_id].reserved_slots(uncomputed_until, self._counts.notice)
         return min(reserved, self._final_length(request))
 
     @property
@@ -156,20 +157,19 @@ class AutoBudgets:
         )
         if not state.shortage(self._usage):
             return []
-        state = replace(state, growth=sum(self._net_growth_of(request) for request in running))
+        state = replace(state, growth=sum(self._counts.net_growth(request) for request in running))
         if not (with_waiting := state.shortage(self._usage)):
             return []
         candidates = list(filter(None, (self._candidate(*each) for each in enumerate(running))))
         filled = int(self._usable_pages * self._usage)
         for_growth = to_switch(candidates, replace(state, wanted=0).shortage(self._usage), filled)
-        orders = [Order(running[each.arrival], each.length, "growth") for each in for_growth]
+        chosen: list[tuple[Candidate, SwitchCause]] = [(each, "growth") for each in for_growth]
         if waiting is not None:
             with_waiting -= sum(each.saved_pages for each in for_growth)
             urgency = self._priority(waiting[0])
             others = [each for each in candidates if each.priority >= urgency and each not in for_growth]
-            for each in to_switch(others, with_waiting, filled):
-                orders.append(Order(running[each.arrival], each.length, "waiting"))
-        return orders
+            chosen += [(each, "waiting") for each in to_switch(others, with_waiting, filled)]
+        return [Order(running[each.arrival], each.switch, cause) for each, cause in chosen]
 
     def wanted(self, request: Request, pages: int) -> None:
         """Records that the next in the queue is admitted once so many pages are free."""
@@ -179,7 +179,7 @@ class AutoBudgets:
         """Counts a request that vLLM has admitted in this step among those that run."""
         if self._lengths:
             if self._growth is not None:
-                self._growth += self._growth_of(request)
+                self._growth += self._counts.growth(request)
             for priority in self._surplus:
                 self._surplus[priority] += self._surplus_of(request, priority)
 
@@ -198,7 +198,7 @@ class AutoBudgets:
     def _surplus_of(self, request: Request, priority: int) -> int:
         if request.request_id not in self._lengths:
             return 0
-        surplus = self._own_pages(request.request_id) - self._reserved(request)
+        surplus = self._counts.own(request.request_id) - self._reserved(request)
         surplus -= self._groups.others.growth(request.num_computed_tokens, self._final_length(request))
         return max(surplus, 0) if self._priority(request) > priority else surplus
 
@@ -209,42 +209,16 @@ class AutoBudgets:
     def growth(self) -> int:
         """Pages that the running requests take within the notice, before any round."""
         if self._growth is None:
-            self._growth = sum(self._growth_of(request) for request in self._running)
+            self._growth = sum(self._counts.growth(request) for request in self._running)
         return self._growth
 
     def _most_growth(self) -> int:
         """No less than `growth`, in a fraction of the time; enough where memory is far from short."""
         to_compute = sum(max(each.num_tokens - each.num_computed_tokens, 0) for each in self._running)
         # A page each beside what the tokens fill: they may begin anywhere in one.
-        tokens = to_compute + len(self._running) * self._notice
+        tokens = to_compute + len(self._running) * self._counts.notice
         slots = tokens + len(self._running) * self._groups.page_size
         return self._pages(slots) + self._groups.others.pages_of_many(tokens, len(self._running))
-
-    def _growth_of(self, request: Request) -> int:
-        """Pages that a running request takes within the notice, before any round."""
-        held = self._groups.num_pages(request.request_id)
-        tracked = self._tracked.get(request.request_id)
-        later = self._later(request)
-        slots = later if tracked is None else tracked.lengths.physical(min(later, tracked.lengths.next_due))
-        others = self._groups.others.growth(request.num_computed_tokens, later)
-        return max(self._pages(slots) - held, 0) + others
-
-    def _net_growth_of(self, request: Request) -> int:
-        """The same, less the pages that a round frees meanwhile."""
-        growth, tracked = self._growth_of(request), self._tracked.get(request.request_id)
-        if tracked is None or request.num_computed_tokens + 1 < request.num_tokens:
-            return growth  # when a prompt will have been computed is not known
-        lengths, later = tracked.lengths, self._later(request)
-        if later <= lengths.next_due:
-            return growth
-        after = self._pages(lengths.kept_slots + later - lengths.next_due)
-        others = self._groups.others.growth(request.num_computed_tokens, later)
-        return after - self._own_pages(request.request_id) + others
-
-    def _later(self, request: Request) -> int:
-        """Tokens that a request has at the end of the notice."""
-        later = max(request.num_tokens, request.num_computed_tokens) + self._notice
-        return min(later, self._final_length(request))
 
     def _candidate(self, arrival: int, request: Request) -> Candidate | None:
         """A running request as `decisions/pressure.py` has to know it; None where it cannot be ordered."""
@@ -257,23 +231,26 @@ class AutoBudgets:
         # last but one token.
         if switch > logical + lengths.settings.num_queries or switch + 1 >= self._final_length(request):
             return None
-        later = self._pages(min(logical + self._notice, self._final_length(request)))
-        shared = self._groups.num_pages(request.request_id) - self._own_pages(request.request_id)
-        after = self._pages(lengths.kept_slots + logical + self._notice - switch)
+        later = self._pages(lengths.physical(min(logical + self._counts.notice, self._final_length(request))))
+        shared = self._groups.num_pages(request.request_id) - self._counts.own(request.request_id)
+        kept, after = self._step(lengths, switch, later - shared, logical + self._counts.notice - switch)
         return Candidate(
             request_id=request.request_id,
             priority=self._priority(request),
             arrival=arrival,
-            length=switch,
+            length=lengths.physical(switch),
             saved_pages=later - shared - after,
+            switch=Switch(switch, kept),
             tokens_left=self._final_length(request) - logical,
         )
+
+    def _step(self, lengths: AutoLengths, switch: int, own_pages: int, since: int) -> tuple[int, int]:
+        """Tokens that a switch leaves, and pages that they fill with `since` more: half of what it holds, or
+        its budget where others hold so much of it that half saves nothing."""
+        half = lengths.half_of(lengths.physical(switch))
+        kept = half if self._pages(half + since) < own_pages else lengths.settings.budget
+        return kept, self._pages(kept + since)
 
     def _priority(self, request: Request) -> int:
         """The greater the less urgent; the same for all where vLLM preempts the newest."""
         return request.priority if self._by_priority else 0
-
-    def _own_pages(self, request_id: str) -> int:
-        """Pages that no other request holds."""
-        held = self._groups.num_pages(request_id)
-        return held if self._tracked[request_id].rounds else held - self._groups.num_shared_pages(request_id)

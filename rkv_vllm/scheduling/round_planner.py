@@ -167,19 +167,19 @@ class RoundPlanner:
         return num_new_tokens
 
     def order_switches(self, orders: Iterable[Order]) -> None:
-        """Has requests with budget "auto" switch at a logical length, as long as there are query rows.
+        """Has requests with budget "auto" switch, as long as there are query rows.
 
         A row is held from the order on, so that nobody waits for one on the way to a switch.
         """
-        for request, switch_at, cause in orders:
+        for request, switch, cause in orders:
             tracked = self._tracked[request.request_id]
             if tracked.settings.num_queries and not self._query_rows.hold(
                 request.request_id, gets_in_line=False
             ):
                 return
-            tracked.order_switch(switch_at, cause)
-            self._groups.set_max_slots(request.request_id, tracked.lengths.max_slots)
-            if request.num_computed_tokens >= switch_at:
+            tracked.order_switch(switch, cause)
+            self._groups.set_max_slots(request.request_id, tracked.lengths.most_slots(request.num_tokens))
+            if request.num_computed_tokens >= switch.at:
                 self._may_be_due.append(request)
 
     def _is_due(self, request: Request, tracked: TrackedRequest) -> bool:
@@ -218,7 +218,7 @@ class RoundPlanner:
     def _begin_round(self, request: Request, tracked: TrackedRequest, reserved: int) -> Compaction:
         request_id, logical, lengths = request.request_id, request.num_computed_tokens, tracked.lengths
         tracked.update_peak_pages(self._groups.num_pages(request_id))
-        length = lengths.physical(logical)
+        length, survivors = lengths.physical(logical), lengths.survivors
         num_queries = tracked.settings.num_queries
         query_row = self._query_rows.row_of(request_id) if num_queries else NO_QUERY_ROW
         self._query_rows.release(request_id)
@@ -234,5 +234,6 @@ class RoundPlanner:
             query_row=query_row,
             num_queries=num_queries,
             protect=tracked.settings.protect,
+            num_previous_survivors=survivors,
         )
         return self._page_changes.begin(counts, reserved)

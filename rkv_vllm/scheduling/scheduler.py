@@ -18,7 +18,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from rkv_vllm.decisions.lengths import make_request_lengths
+from rkv_vllm.decisions.auto_lengths import make_request_lengths
 from rkv_vllm.decisions.messages import (
     REFUSAL_KEY,
     RESULT_KEY,
@@ -120,7 +120,7 @@ class CompactingSchedulerMixin(_Scheduler):
                 self._rkv_config.granularity, request.num_prompt_tokens, settings, self._groups.page_size
             )
             self._tracked[request.request_id] = TrackedRequest(lengths)
-            self._groups.set_max_slots(request.request_id, lengths.max_slots)
+            self._groups.set_max_slots(request.request_id, lengths.most_slots(request.num_tokens))
             self._admission.autos.arrived(request, lengths)
         reason = reason or self._admission.refusal(request)
         if reason is not None:
@@ -141,7 +141,7 @@ class CompactingSchedulerMixin(_Scheduler):
         if tracked is not None:
             tracked.update_peak_pages(self._groups.num_pages(request.request_id))
             tracked.restart()
-            self._groups.set_max_slots(request.request_id, tracked.lengths.max_slots)
+            self._groups.set_max_slots(request.request_id, tracked.lengths.most_slots(request.num_tokens))
             self._admission.running_requests_changed()
             self._planner.forget(request.request_id)
         self._tally.preempted(request.request_id, request.num_computed_tokens)

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 from vllm.v1.request import Request
 
-from rkv_vllm.decisions.lengths import AutoLengths, RequestLengths
+from rkv_vllm.decisions.auto_lengths import AutoLengths
+from rkv_vllm.decisions.lengths import RequestLengths
 from rkv_vllm.decisions.messages import KEPT_FULL_CACHE, NEVER_SHORT, TOO_SHORT, Compaction, CompactionResult
 from rkv_vllm.observability.metric_table import SwitchCause
 from rkv_vllm.scheduling.page_groups import PageGroups
 from rkv_vllm.settings.config import CompactionSettings
-from rkv_vllm.settings.values import AUTO
+from rkv_vllm.settings.values import AUTO, Switch
 
 
 @dataclass(slots=True)
@@ -45,6 +46,11 @@ class TrackedRequest:
     def settings(self) -> CompactionSettings:
         return self.lengths.settings
 
+    @property
+    def hit_pages(self) -> int:
+        """Pages that it found in the prefix cache, held by others."""
+        return self.hit_pages_of_one + self.hit_pages_of_several
+
     def count(self, compaction: Compaction) -> None:
         """Records that the workers are told to run a round."""
         self.rounds += 1
@@ -52,16 +58,16 @@ class TrackedRequest:
         self.compactions = max(self.compactions, self.rounds)
         self.evicted_tokens = max(self.evicted_tokens, compaction.evicted)
 
-    def order_switch(self, switch_at: int, cause: SwitchCause) -> None:
-        """Records that the request, whose budget is "auto", has to switch at this logical length."""
+    def order_switch(self, switch: Switch, cause: SwitchCause) -> None:
+        """Records that the request, whose budget is "auto", has to switch."""
         assert isinstance(self.lengths, AutoLengths)
-        self.lengths.order(switch_at)
+        self.lengths.order(switch)
         self.order_cause = cause
         self.unconstrained_until = 0
 
     @property
     def switch_cause(self) -> SwitchCause | None:
-        """Why a request with budget "auto" switches where it does; None: its budget is fixed."""
+        """Why a request with budget "auto" switches where it first does; None: its budget is fixed."""
         if not isinstance(self.lengths, AutoLengths):
             return None
         if self.lengths.auto.switch_at is not None:
@@ -126,8 +132,9 @@ class TrackedRequest:
             result["budget"], result["min_budget"] = AUTO, self.settings.budget
             if not self.compactions:
                 result["reason"] = NEVER_SHORT
-            elif self.lengths.switched_at is not None:
-                result["full_cache_tokens"] = self.lengths.switched_at
+            elif switches := self.lengths.switches:
+                result["full_cache_tokens"] = switches[0].at
+                result["switches"] = list(map(str, switches))
         return result
 
 

@@ -12,7 +12,16 @@ from rkv_vllm.kernels.options import Order, Scope
 from rkv_vllm.settings.policy_table import DEFAULT_POLICY, NUM_QUERIES, PolicyName
 from rkv_vllm.settings.request_size import RequestSize
 from rkv_vllm.settings.requested import NOTHING_ASKED, CannotBeServed, RequestedSettings
-from rkv_vllm.settings.values import AUTO, OFF, WINDOW, Budget, BudgetTokens, BufferTokens, Protected
+from rkv_vllm.settings.values import (
+    AUTO,
+    OFF,
+    WINDOW,
+    Budget,
+    BudgetTokens,
+    BufferTokens,
+    Protected,
+    Switch,
+)
 
 #: Width of the max-pool over candidates' importance.
 POOL_KERNEL = 7
@@ -29,12 +38,12 @@ class AutoBudget:
     """How long a request keeps its full cache where that is not for the scheduler alone to decide.
 
     Attributes:
-        max_budget: length at which it switches to its budget at the latest; None: no bound.
-        switch_at: length at which it switches, whatever memory there is; None: the scheduler decides.
+        max_budget: tokens that it holds at most, and is brought down from by a half; None: no bound.
+        switch_at: how it comes down, whatever memory there is; None: the scheduler decides.
     """
 
     max_budget: int | None = None
-    switch_at: int | None = None
+    switch_at: tuple[Switch, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,22 +73,25 @@ class CompactionSettings:
         return min(NUM_QUERIES[self.policy], self.buffer)
 
 
-def extra_args(settings: CompactionSettings | None) -> dict[str, int | str]:
+def extra_args(settings: CompactionSettings | None) -> dict[str, int | str | list[str]]:
     """What a request sends for these settings, in `SamplingParams.extra_args` or `vllm_xargs` over HTTP.
 
     `settings` None: full cache, whatever the server's default.
     """
     if settings is None:
         return {"rkv_budget": OFF}
-    common: dict[str, int | str] = {
+    common: dict[str, int | str | list[str]] = {
         "rkv_buffer": settings.buffer,
         "rkv_policy": settings.policy,
         "rkv_protect": settings.protect,
     }
     if settings.auto is None:
         return {"rkv_budget": settings.budget, **common}
-    bounds = {"rkv_max_budget": settings.auto.max_budget, "rkv_switch_at": settings.auto.switch_at}
-    given = {key: value for key, value in bounds.items() if value is not None}
+    given: dict[str, int | list[str]] = {}
+    if settings.auto.max_budget is not None:
+        given["rkv_max_budget"] = settings.auto.max_budget
+    if settings.auto.switch_at is not None:
+        given["rkv_switch_at"] = [str(switch) for switch in settings.auto.switch_at]
     return {"rkv_budget": AUTO, "rkv_min_budget": settings.budget, **given, **common}
 
 
@@ -118,7 +130,7 @@ class RequestDefaults(BaseModel):
     )
     max_budget: BudgetTokens | None = Field(
         default=None,
-        description="Tokens at which a request with budget `auto` goes down to its min_budget at the latest.",
+        description="Most tokens that a request with budget `auto` holds: then half of them stay.",
     )
     buffer: BufferTokens = Field(default=128, description="Tokens collected between two compactions.")
     policy: PolicyName = Field(default=DEFAULT_POLICY, description="What scores tokens.")
@@ -235,7 +247,7 @@ class RkvConfig(EngineSettings, RequestDefaults):
             budget = self.min_budget if request.rkv_min_budget is None else request.rkv_min_budget
             max_budget = self.max_budget if request.rkv_max_budget is None else request.rkv_max_budget
             check_max_budget(max_budget, budget)
-            auto = AutoBudget(max_budget, request.rkv_switch_at)
+            auto = AutoBudget(max_budget, request.switches(budget))
         protect = self.protect if request.rkv_protect is None else request.rkv_protect
         settings = CompactionSettings(
             budget=max(size.tokens_of(budget), WINDOW + 1) if isinstance(budget, str) else budget,

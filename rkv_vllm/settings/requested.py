@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rkv_vllm.settings.error_text import one_line, shown, shown_name
 from rkv_vllm.settings.policy_table import POLICY_NAMES, PolicyName
@@ -20,6 +20,8 @@ from rkv_vllm.settings.values import (
     Length,
     OffOrBudget,
     Protected,
+    Switch,
+    SwitchText,
 )
 
 #: Prefix of our keys in a request's `vllm_xargs`.
@@ -44,7 +46,14 @@ class RequestedSettings(BaseModel):
     rkv_protect: Protected | None = None
     rkv_min_budget: BudgetTokens | None = None
     rkv_max_budget: BudgetTokens | None = None
-    rkv_switch_at: Length | None = None
+    rkv_switch_at: Length | Annotated[list[SwitchText], Field(min_length=1)] | None = None
+
+    def switches(self, budget: int) -> tuple[Switch, ...] | None:
+        """How it is told to come down to its budget; None: it is not told."""
+        told = self.rkv_switch_at
+        if isinstance(told, list):
+            return tuple(map(Switch.parse, told))
+        return None if told is None else (Switch(told, budget),)
 
     @classmethod
     def from_extra_args(cls, extra_args: Mapping[str, Any] | None) -> RequestedSettings:
@@ -91,5 +100,5 @@ _TAKES = {
     "rkv_protect": PROTECT_TAKES,
     "rkv_min_budget": f"takes an integer above {WINDOW}",
     "rkv_max_budget": f"takes an integer above {WINDOW}",
-    "rkv_switch_at": "takes an integer above 0",
+    "rkv_switch_at": 'takes an integer above 0, or a list of steps as in "1490:745"',
 }

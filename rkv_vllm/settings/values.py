@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import BeforeValidator, Field
 
@@ -20,6 +20,31 @@ BudgetTokens = Annotated[int, Field(gt=WINDOW, strict=True)]
 BufferTokens = Annotated[int, Field(ge=WINDOW, strict=True)]
 #: Tokens of a request, its prompt included.
 Length = Annotated[int, Field(gt=0, strict=True)]
+
+
+class Switch(NamedTuple):
+    """One step in which a request with budget "auto" comes down.
+
+    Attributes:
+        at: length, in tokens, at which it does.
+        kept: tokens that stay.
+    """
+
+    at: int
+    kept: int
+
+    def __str__(self) -> str:
+        return f"{self.at}:{self.kept}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Of what `str` makes of one."""
+        at, _, kept = text.partition(":")
+        return cls(int(at), int(kept))
+
+
+#: A `Switch` as text, such as "1490:745".
+SwitchText = Annotated[str, Field(pattern=r"^[1-9]\d{0,9}:[1-9]\d{0,9}$")]
 
 
 def is_budget(value: Any) -> bool:

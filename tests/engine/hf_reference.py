@@ -82,11 +82,13 @@ class HfReference:
         scope: Literal["head", "layer", "global"] = "head",
         order: Literal["temporal", "score"] = "temporal",
         switch_at: int = 0,
+        steps: Sequence[tuple[int, int]] = (),
     ) -> Teaching:
         """Feeds prompt and tokens, compacting whenever budget + buffer slots are full in decode.
 
         With a `page_size`, whole pages leave, of all layers and heads alike; the budget then fills two pages
-        at least, and the threshold is above it. Below `switch_at` tokens nothing is compacted.
+        at least, and the threshold is above it. Below `switch_at` tokens nothing is compacted. With `steps`
+        it comes down in those first: at so many tokens, to so many slots.
         """
         self._newest_queries.clear()
         self._buffer = buffer
@@ -97,18 +99,20 @@ class HfReference:
         done, evicted = len(prompt), 0
         logits = [self._feed(fed[:done], 0, cache)[-1:]]
         compacted_at, kept = [], []
+        to_come = list(steps)
         while done < len(fed):
-            due = max(evicted + budget + buffer, switch_at)
+            due = to_come[0][0] if to_come else max(evicted + budget + buffer, switch_at)
             if done >= due:
                 self._locate(cache.get_seq_length(), done)
                 if page_size is None:
-                    self._compact(cache, budget, policy, scope, order)
+                    keep = to_come.pop(0)[1] if to_come else budget
+                    self._compact(cache, keep, policy, scope, order)
                 else:
                     self._drop_pages(cache, budget, policy, page_size)
                 evicted = done - cache.get_seq_length()
                 compacted_at.append(done)
                 kept.append(self._positions)
-                due = evicted + budget + buffer
+                due = to_come[0][0] if to_come else evicted + budget + buffer
             end = min(len(fed), due)
             logits.append(self._feed(fed[done:end], done, cache))
             done = end

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import texts
@@ -67,11 +68,37 @@ def test_a_switch_equals_transformers(
     assert teaching.worst_difference(answer.tokens, answer.logprobs) < 1e-3
 
 
+@pytest.mark.parametrize("order", ["temporal", "score"])
+def test_steps_equal_transformers(
+    reference: HfReference,
+    start_engine: Callable[[Settings], Engine],
+    encode: texts.Encode,
+    order: Literal["temporal", "score"],
+) -> None:
+    """A request that comes down in steps keeps, at each of them, what transformers keeps, in either order of
+    survivors, of which each round has another number."""
+    engine = start_engine(Settings(order=order))
+    prompt = encode(texts.KING)
+    steps = [(125, 62), (150, 52), (170, 48)]
+    told = [f"{at}:{kept}" for at, kept in steps]
+    for policy in ("invariant", "recency"):
+        [answer] = engine.run(
+            [Ask(prompt, 200, {**AUTO, "rkv_policy": policy, "rkv_switch_at": told})]
+        ).answers
+        teaching = reference.teach(
+            prompt, answer.tokens, budget=48, buffer=24, policy=policy, order=order, steps=steps
+        )
+        assert answer.result["switches"] == told
+        assert len(teaching.compacted_at) == answer.result["compactions"] > 3
+        assert teaching.logprobs.argmax(dim=-1).tolist() == answer.tokens
+        assert teaching.worst_difference(answer.tokens, answer.logprobs) < 1e-3
+
+
 def test_what_pressure_did_can_be_done_again(
     rkv: Engine, start_engine: Callable[[Settings], Engine], encode: texts.Encode
 ) -> None:
-    """In a small pool requests switch at lengths of their own, nobody is preempted, and in a large pool,
-    told those lengths, each says the same."""
+    """In a small pool requests come down in steps of their own, nobody is preempted, and in a large pool,
+    told those steps, each says the same."""
     small = start_engine(Settings(pages=31))
     prompts = [encode(texts.multiples(n)) for n in range(2, 12)]
     policies = [POLICIES[n % len(POLICIES)] for n in range(len(prompts))]
@@ -92,7 +119,7 @@ def test_what_pressure_did_can_be_done_again(
             Ask(
                 prompt,
                 200,
-                {**AUTO, "rkv_policy": policy, "rkv_switch_at": result["full_cache_tokens"]}
+                {**AUTO, "rkv_policy": policy, "rkv_switch_at": result["switches"]}
                 if result["compactions"]
                 else {"rkv_budget": 0},
             )

@@ -71,6 +71,7 @@ class Setup:
                 source_pages=(OF_OTHERS, tuple(cache.source[index])),
                 target_pages=(OF_OTHERS, tuple(cache.source[index][: -(-KEEP // PAGE)])),
                 protect=protect,
+                num_previous_survivors=KEEP,
             )
             for index, policy in enumerate(POLICY_NAMES)
         ]
@@ -102,7 +103,7 @@ class Setup:
             scale=SCALE,
             layer=layer,
             logical_length=LOGICAL,
-            num_previous_survivors=KEEP,
+            num_previous_survivors=compaction.num_previous_survivors,
             protected=self.protect,
             rotary_pairs=PAIRS,
         )

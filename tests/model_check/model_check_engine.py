@@ -24,7 +24,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from rkv_vllm.bench import modelless
-from rkv_vllm.decisions.lengths import AutoLengths
+from rkv_vllm.decisions.auto_lengths import AutoLengths
 from rkv_vllm.decisions.messages import (
     REFUSAL_KEY,
     RESULT_KEY,
@@ -72,8 +72,9 @@ class Arrival:
         page_size = setup.evicted_page_size
         most = RequestModel(len(self.prompt), settings, page_size).max_slots_by_page
         if most is None:
-            told = settings.auto.switch_at if settings.auto else None
-            most = max(len(self.prompt), settings.threshold, told or 0)
+            most = max(len(self.prompt), settings.threshold)
+            if settings.auto and settings.auto.switch_at:
+                most = max(most, len(self.prompt) + self.max_tokens)  # it may not come down all the way
         return min(most, len(self.prompt) + self.max_tokens)
 
 
@@ -369,8 +370,9 @@ class Engine:
         not follow from their counts; that it can be carried out is for the worker to find out."""
         for request_id, tracked in self.scheduler._tracked.items():
             model, lengths = self.models[request_id], tracked.lengths
-            if isinstance(lengths, AutoLengths) and model.switched is None:
-                model.ordered = lengths._ordered_at
+            # One that is carried out in this step is none any more for the scheduler.
+            if isinstance(lengths, AutoLengths) and lengths._done == model.switched:
+                model.ordered = lengths._order
 
     def _is_due(self, request: Request) -> bool:
         """Whether the definition says that the request is compacted in the coming step."""
@@ -538,6 +540,8 @@ class Engine:
         if settings and settings.auto:
             assert (result["budget"], result["min_budget"]) == ("auto", settings.budget)
             assert result.get("full_cache_tokens") == (points[0] if points else None)
+            assert [switch.at for switch in model.switches] == points[: len(model.switches)]
+            assert result.get("switches", []) == list(map(str, model.switches))
             self.counts["switches"] += bool(points)
             self.counts["full caches kept"] += not points
         else:
@@ -545,7 +549,7 @@ class Engine:
         assert result["protect"] == ((settings.protect or None) if settings else None)
         assert result["compactions"] == len(points)
         assert result["evicted_tokens"] == model.most_evicted
-        if settings and points and self.setup.evicted_page_size is None:
+        if settings and points and self.setup.evicted_page_size is None and not settings.auto:
             assert model.most_evicted == points[-1] - settings.budget
         assert (result["reason"] is None) == (result["compactions"] > 0)
         length = len(self.arrivals[request_id].prompt) + len(self.tokens[request_id]) - 1

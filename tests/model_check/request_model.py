@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from rkv_vllm.settings.config import WINDOW, CompactionSettings
 from rkv_vllm.settings.policy_table import NUM_QUERIES
+from rkv_vllm.settings.values import Switch
 
 VOCABULARY = 97
 #: Sampled like any other token, and ends a request that does not ignore it.
@@ -127,7 +128,8 @@ class RequestModel:
     which are not compacted; `points` the logical lengths at which it was compacted since it last started from
     nothing, the last of its `lives`; `awaited` the sequence of the page eviction whose report has not come
     back, if any; `most_evicted` tokens over all lives. With budget "auto", `ordered` is where the scheduler
-    says that it has to switch, and `switched` where it first did. `state` is the attention state of what is
+    says that it has to switch next, `switches` where it did in any life, `switched` how many of these it has
+    made in this one, and `held` what the last of them has left. `state` is the attention state of what is
     compacted.
     """
 
@@ -143,8 +145,10 @@ class RequestModel:
     lives: list[list[int]] = field(default_factory=list)
     awaited: int | None = None
     most_evicted: int = 0
-    ordered: int | None = None
-    switched: int | None = None
+    ordered: Switch | None = None
+    switches: list[Switch] = field(default_factory=list)
+    switched: int = 0
+    held: int | None = None
 
     @property
     def attended(self) -> int:
@@ -158,11 +162,27 @@ class RequestModel:
             return None
         evicted = self.logical - len(self.symbols)
         due = max(self.num_prompt_tokens, evicted + due_slots(self.settings, self.page_size))
-        if self.settings.auto is None or evicted:
+        if self.settings.auto is None or self.held == self.settings.budget:
             return due
         told, bound = self.settings.auto.switch_at, self.settings.auto.max_budget
-        switch = next((at for at in (self.switched, told, self.ordered, bound) if at is not None), None)
-        return None if switch is None else max(due, switch)
+        at = evicted + bound if bound is not None and told is None else None
+        if self._switch is not None:
+            at = self._switch.at
+        if at is None:
+            return None
+        looked_at = max(min(NUM_QUERIES[self.settings.policy], self.settings.buffer), 1)
+        last = 0 if self.held is None else evicted + self.held + looked_at
+        return max(due, at, last)
+
+    @property
+    def _switch(self) -> Switch | None:
+        """The next one that is known or ordered."""
+        assert self.settings is not None and self.settings.auto is not None
+        told = self.settings.auto.switch_at
+        known = self.switches if told is None else told
+        if self.switched < len(known):
+            return known[self.switched]
+        return self.ordered if told is None else None
 
     @property
     def max_slots_by_page(self) -> int | None:
@@ -180,6 +200,7 @@ class RequestModel:
         self.lives.append([])
         self.points = self.lives[-1]
         self.awaited = None
+        self.switched, self.held, self.ordered = 0, None, None
 
     def compute(self, tokens: Sequence[int]) -> None:
         for token in tokens:
@@ -199,11 +220,9 @@ class RequestModel:
         assert self.settings is not None
         assert self.logical == self.due, f"compacted at {self.logical}, but it was due at {self.due}"
         self.points.append(self.logical)
-        if self.switched is None:
-            self.switched = self.logical
         queries = self.newest_queries()
         if self.page_size is None:
-            kept = survivors(self.symbols, queries, self.settings.budget, self.settings.protect)
+            kept = survivors(self.symbols, queries, self._keep(), self.settings.protect)
         else:
             keep = kept_pages(self.settings, self.page_size)
             protected = protected_pages(self.settings, self.page_size)
@@ -214,6 +233,19 @@ class RequestModel:
         self.symbols = [self.symbols[slot] for slot in kept]
         self.state = attend_all(self.symbols)
         self.most_evicted = max(self.most_evicted, self.logical - len(self.symbols))
+
+    def _keep(self) -> int:
+        """Slots that a round by token leaves; a switch that nobody ordered leaves a half."""
+        assert self.settings is not None
+        if self.settings.auto is None or self.held == self.settings.budget:
+            return self.settings.budget
+        wanted = len(self.symbols) // 2 if self._switch is None else self._switch.kept
+        self.held = max(min(wanted, len(self.symbols) - 1), self.settings.budget)
+        if self.switched == len(self.switches):
+            self.switches.append(Switch(self.logical, self.held))
+            self.ordered = None
+        self.switched += 1
+        return self.held
 
     def reached(self) -> list[int]:
         """The compaction points of all its lives, each of which began as the longest one did."""

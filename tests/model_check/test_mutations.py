@@ -15,7 +15,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from workload import by_page, random_arrivals, random_setup, with_auto, with_drafts, with_groups
 
-from rkv_vllm.decisions.lengths import AutoLengths, PageLengths, RequestLengths
+from rkv_vllm.decisions.auto_lengths import AutoLengths
+from rkv_vllm.decisions.lengths import PageLengths, RequestLengths
 from rkv_vllm.decisions.query_rows import QueryRows
 from rkv_vllm.execution.cpu.group_table import CpuGroupTable
 from rkv_vllm.observability.metric_table import SwitchCause
@@ -27,6 +28,7 @@ from rkv_vllm.scheduling.page_groups import PageGroups
 from rkv_vllm.scheduling.round_planner import RoundPlanner
 from rkv_vllm.scheduling.scheduler import CompactingSchedulerMixin
 from rkv_vllm.scheduling.tracked_request import TrackedRequest
+from rkv_vllm.settings.values import Switch
 
 Break = Callable[[pytest.MonkeyPatch], None]
 #: What the runs are like: single tokens leave, or whole pages, or tokens where memory is short, or tokens of
@@ -38,7 +40,7 @@ RUNS: dict[Workload, range] = {
     # More, for few runs have pages that leave while the request goes on fast enough.
     "by page": range(120),
     # In some of these a prompt fills the pool, or finds most of itself in the cache.
-    "auto": range(130, 190),
+    "auto": range(110, 190),
     "drafts": range(60),
     "groups": range(60),
 }
@@ -364,9 +366,9 @@ def order_a_switch_one_token_late(patch: pytest.MonkeyPatch) -> None:
 def go_on_past_an_order(patch: pytest.MonkeyPatch) -> None:
     """What is known of where chunks have to end is that before the order."""
 
-    def order_switch(tracked: TrackedRequest, switch_at: int, cause: SwitchCause) -> None:
+    def order_switch(tracked: TrackedRequest, switch: Switch, cause: SwitchCause) -> None:
         assert isinstance(tracked.lengths, AutoLengths)
-        tracked.lengths.order(switch_at)
+        tracked.lengths.order(switch)
 
     patch.setattr(TrackedRequest, "order_switch", order_switch)
 
@@ -384,8 +386,9 @@ def adopt_any_prefix_before_a_switch(patch: pytest.MonkeyPatch) -> None:
 @mutation(workload="auto")
 def forget_where_a_preempted_request_has_switched(patch: pytest.MonkeyPatch) -> None:
     def restart(lengths: AutoLengths) -> None:
-        lengths.evicted = 0
-        lengths._ordered_at = lengths._switched_at = None
+        lengths.evicted, lengths._done, lengths._kept = 0, 0, None
+        lengths._order = None
+        lengths._switches.clear()
 
     patch.setattr(AutoLengths, "restart", restart)
 

@@ -379,7 +379,7 @@ def test_an_answer_of_auto_follows_from_its_switch(seed: int, totals: Counter[st
             assert arrival.extra_args is not None
             told = dict(arrival.extra_args)
             if result["compactions"]:
-                told["rkv_switch_at"] = result["full_cache_tokens"]
+                told["rkv_switch_at"] = result["switches"]
             else:
                 told = {"rkv_budget": 0}
             again = alone(setup, replace(arrival, extra_args=told))

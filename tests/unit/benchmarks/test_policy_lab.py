@@ -233,7 +233,7 @@ def test_cuts_are_those_of_a_pool_under_pressure(rule: str) -> None:
             slots = cut.keep
 
 
-def test_one_switch_is_what_the_scheduler_does() -> None:
+def test_halving_is_what_the_scheduler_does() -> None:
     """Proves the calculated switches near those of the real scheduler under the same load."""
     usable = int(LOAD.filled / USAGE)
     engine = ModellessEngine(
@@ -259,5 +259,5 @@ def test_one_switch_is_what_the_scheduler_does() -> None:
             if answer.finished:
                 add(0)
     real = fmean(at for name, at in switched.items() if int(name) >= 2 * LOAD.requests)
-    calculated = fmean(cuts[0].at for cuts in simulate(LOAD, RULES["one switch"], 2, 5))
+    calculated = fmean(cuts[0].at for cuts in simulate(LOAD, RULES["halving"], 2, 5))
     assert calculated == pytest.approx(real, rel=0.03)

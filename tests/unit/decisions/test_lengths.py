@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rkv_vllm.decisions.lengths import NEVER, AutoLengths, PageLengths, RequestLengths, make_request_lengths
-from rkv_vllm.settings.config import WINDOW, AutoBudget, CompactionSettings
+from rkv_vllm.decisions.lengths import PageLengths, RequestLengths
+from rkv_vllm.settings.config import WINDOW, CompactionSettings
 
 prompts = st.integers(1, 300)
 page_sizes = st.sampled_from([1, 4, 8, 16, 32, 128])
@@ -153,114 +151,3 @@ def test_a_restart_forgets_leaving_pages(prompt: int, settings: CompactionSettin
     lengths.restart()
     assert (lengths.evicted, lengths.leaving) == (0, 0)
     assert lengths.next_due == first and lengths.is_due(first)
-
-
-def auto_lengths(prompt: int, settings: CompactionSettings, **auto: int) -> AutoLengths:
-    lengths = make_request_lengths("token", prompt, replace(settings, auto=AutoBudget(**auto)), page_size=16)
-    assert isinstance(lengths, AutoLengths)
-    return lengths
-
-
-@given(prompts, compaction_settings, st.integers(0, 10_000), st.integers(1, 10_000))
-def test_auto_keeps_all_until_it_is_ordered(
-    prompt: int, settings: CompactionSettings, logical: int, num_new_tokens: int
-) -> None:
-    """Proves that without an order nothing is due, no chunk is cut, and everything is held."""
-    lengths = auto_lengths(prompt, settings)
-    assert lengths.is_undecided and not lengths.is_due(logical)
-    assert lengths.end_of_chunk(logical, num_new_tokens) == num_new_tokens
-    assert logical + num_new_tokens < lengths.unconstrained_until
-    assert lengths.max_slots == NEVER
-
-
-@given(prompts, compaction_settings, st.integers(0, 1000))
-def test_auto_is_a_fixed_budget_from_its_switch_on(
-    prompt: int, settings: CompactionSettings, logical: int
-) -> None:
-    """Proves that an order is due once the queries that it looks at could be captured, and that the rounds
-    behind it are those of the same budget without auto."""
-    lengths = auto_lengths(prompt, settings)
-    switch = lengths.earliest_switch(logical)
-    assert lengths.needed_slots <= switch
-    lengths.order(switch)
-    assert not lengths.is_undecided and lengths.max_slots == lengths.next_due == switch
-    assert lengths.capture_from >= logical
-    lengths.compact(switch)
-    lengths.confirm_compaction(switch)
-    fixed = RequestLengths(prompt, settings, evicted=switch - settings.budget)
-    for _ in range(3):
-        assert lengths.physical(lengths.next_due) == settings.threshold
-        assert (lengths.next_due, lengths.capture_from) == (fixed.next_due, fixed.capture_from)
-        assert lengths.switched_at == switch and not lengths.is_undecided
-        lengths.compact(lengths.next_due)
-        fixed.compact(fixed.next_due)
-
-
-@given(prompts, compaction_settings, st.integers(0, 1000), st.booleans())
-def test_auto_replays_the_switch_that_it_carried_out(
-    prompt: int, settings: CompactionSettings, logical: int, carried_out: bool
-) -> None:
-    """Proves that a preempted request switches where it did, and is free again where it had not yet."""
-    lengths = auto_lengths(prompt, settings)
-    switch = lengths.earliest_switch(logical)
-    lengths.order(switch)
-    if carried_out:
-        for _ in range(2):
-            lengths.compact(lengths.next_due)
-            lengths.confirm_compaction(lengths.evicted + settings.budget)
-    else:
-        lengths.compact(switch)  # and the request was preempted in the same step
-    lengths.restart()
-    assert lengths.evicted == 0
-    assert lengths.next_due == (switch if carried_out else NEVER)
-    assert lengths.is_undecided is not carried_out
-
-
-@given(prompts, compaction_settings, st.integers(1, 2000))
-def test_auto_switches_where_it_is_told(prompt: int, settings: CompactionSettings, length: int) -> None:
-    """Proves that `switch_at` and `max_budget` are due by counts alone, and only the former is final."""
-    earliest = max(prompt, settings.threshold)
-    told, bounded = (
-        auto_lengths(prompt, settings, switch_at=length),
-        auto_lengths(prompt, settings, max_budget=length),
-    )
-    assert told.next_due == bounded.next_due == max(earliest, length)
-    assert not told.is_undecided and bounded.is_undecided
-    assert told.needed_slots == max(earliest, length) and bounded.needed_slots == earliest
-    bounded.order(earliest)
-    assert bounded.next_due == earliest
-    bounded.restart()
-    bounded.compact(bounded.next_due)
-    bounded.confirm_compaction(bounded.evicted + settings.budget)
-    assert bounded.switched_at == max(earliest, length) and not bounded.is_undecided
-
-
-@given(prompts, compaction_settings, st.integers(0, 500))
-def test_auto_can_switch_on_arrival(prompt: int, settings: CompactionSettings, generated: int) -> None:
-    """Proves that what may come from the prefix cache ends before the queries of a switch that is ordered as
-    the request arrives, which no token that it has generated has seen."""
-    lengths = auto_lengths(prompt, settings)
-    num_tokens = prompt + generated
-    switch = lengths.switch_on_arrival(num_tokens)
-    assert switch >= max(prompt, num_tokens - 1)
-    assert lengths.cacheable(num_tokens) < switch - settings.num_queries
-    lengths.order(switch)
-    assert lengths.cacheable(num_tokens) < lengths.capture_from
-    lengths.compact(switch)
-    lengths.confirm_compaction(switch)
-    lengths.restart()
-    assert lengths.cacheable(num_tokens + 100) < lengths.capture_from == switch - max(settings.num_queries, 1)
-
-
-@given(prompts, compaction_settings, st.integers(0, 20))
-def test_what_is_reserved_for_auto(prompt: int, settings: CompactionSettings, notice: int) -> None:
-    """Proves that room is kept for the prompt until it is computed, then for budget, buffer and the notice of
-    a switch, and for the way to a switch that was ordered."""
-    lengths = auto_lengths(prompt, settings)
-    assert lengths.reserved_slots(prompt, notice) == max(prompt, settings.threshold) + notice
-    assert lengths.reserved_slots(0, notice) == settings.threshold + notice
-    switch = lengths.earliest_switch(prompt + 100)
-    lengths.order(switch)
-    assert lengths.reserved_slots(0, notice) == switch
-    lengths.compact(switch)
-    assert lengths.reserved_slots(0, notice) == settings.threshold

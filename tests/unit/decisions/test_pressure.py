@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rkv_vllm.decisions.pressure import Candidate, PoolState, round_milliseconds, to_switch
+from rkv_vllm.settings.values import Switch
 
+SWITCH = Switch(2000, 1000)
 candidates = st.lists(
     st.builds(
         Candidate,
@@ -19,6 +21,7 @@ candidates = st.lists(
         length=st.integers(9, 40_000),
         saved_pages=st.integers(-3, 500),
         tokens_left=st.integers(0, 4000),
+        switch=st.just(SWITCH),
     ),
     max_size=40,
 ).map(
@@ -29,7 +32,15 @@ FILLED = 1000
 
 
 def candidate(name: str, **changes: int) -> Candidate:
-    plain = Candidate(request_id=name, priority=0, arrival=0, length=2000, saved_pages=50, tokens_left=1000)
+    plain = Candidate(
+        request_id=name,
+        priority=0,
+        arrival=0,
+        length=2000,
+        saved_pages=50,
+        tokens_left=1000,
+        switch=SWITCH,
+    )
     return replace(plain, **changes)
 
 

@@ -93,7 +93,7 @@ def test_the_quick_look_overlooks_nothing(asynchronous: bool) -> None:
             asked = [auto(), auto("recency"), budget(64), {}][number // 12 % 4]
             engine.add(str(number), [3 + number] * (20 + 7 * number % 380), 300, extra_args=asked)
         engine.schedule()
-        exact = sum(map(autos._growth_of, engine.scheduler.running))
+        exact = sum(map(autos._counts.growth, engine.scheduler.running))
         assert exact <= autos._most_growth() <= exact + 4 * len(engine.scheduler.running) + 8
         engine.update()
 

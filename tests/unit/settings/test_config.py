@@ -12,6 +12,7 @@ from rkv_vllm.settings.config import WINDOW, AutoBudget, CompactionSettings, Rkv
 from rkv_vllm.settings.policy_table import POLICY_NAMES
 from rkv_vllm.settings.request_size import RequestSize
 from rkv_vllm.settings.requested import CannotBeServed, RequestedSettings
+from rkv_vllm.settings.values import Switch
 
 
 @pytest.mark.parametrize(
@@ -271,7 +272,14 @@ def test_auto_of_a_request() -> None:
     assert settings is not None and (settings.budget, settings.auto) == (128, AutoBudget(4096, None))
     asked = {"rkv_min_budget": 64, "rkv_max_budget": 100, "rkv_switch_at": 9216}
     own = server.resolve(RequestedSettings.from_extra_args(asked), SIZE)
-    assert own is not None and (own.budget, own.auto) == (64, AutoBudget(100, 9216))
+    assert own is not None and (own.budget, own.auto) == (64, AutoBudget(100, (Switch(9216, 64),)))
+    steps = {"rkv_min_budget": 64, "rkv_switch_at": ["1490:745", "1800:64"]}
+    told = server.resolve(RequestedSettings.from_extra_args(steps), SIZE)
+    assert told is not None and told.auto == AutoBudget(4096, (Switch(1490, 745), Switch(1800, 64)))
+    assert RkvConfig().resolve(RequestedSettings.from_extra_args(extra_args(told)), SIZE) == told
+    for wrong in (0, -1, 1.5, True, [], [1490], ["1490"], ["1490:0"], ["0:9"], ["1490:745 "], "1490:745"):
+        with pytest.raises(ValueError, match="rkv_switch_at takes an integer above 0, or a list of steps"):
+            RequestedSettings.from_extra_args({"rkv_switch_at": wrong})
     assert RkvConfig().resolve(RequestedSettings.from_extra_args(extra_args(own)), SIZE) == own
     with pytest.raises(CannotBeServed, match="100 is not above min_budget, 128"):
         server.resolve(RequestedSettings(rkv_max_budget=100), SIZE)
