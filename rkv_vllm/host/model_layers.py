@@ -34,7 +34,8 @@ def kinds_of_layers(model: ModelConfig) -> list[str]:
     `--disable-sliding-window`. What is left holds for all layers, or for those that `layer_types` names.
     """
     config = _config(model)
-    count = config.get("num_hidden_layers") or 0
+    # Some configs have another name for it; then all layers are alike, and one stands for them.
+    count = config.get("num_hidden_layers") or 1
     window = bool(model.get_sliding_window())
     types = config.get("layer_types") or ["sliding_attention" if window else FULL] * count
     kept = {"sliding_attention": window, "chunked_attention": model.attention_chunk_size is not None}

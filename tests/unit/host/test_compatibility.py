@@ -164,6 +164,7 @@ REFUSED += [
         {"head_dim": 64, "per_layer_config": {"0": {"head_dim": 128}, "1": {"head_dim": 128}}},
         {"num_kv_shared_layers": 1},
         {"intermediate_size": [256, 512]},
+        {"num_hidden_layers": None, "n_layer": 2},
     ],
     ids=str,
 )
